@@ -1,0 +1,384 @@
+"""From rows of text to batches of tokens.
+
+    rows.jsonl --read_rows--> Row --encode--> Example --collate--> Batch
+                 checked        ChatML, trimmed      one prompt,      one row per prompt
+                                                     k completions
+
+One shape serves every stage: a prompt with its completions. SFT has one completion, DPO two (chosen, rejected),
+multiple choice four or five. The prompt stands in the batch once, its completions one after the other behind it:
+
+    tokens     p0 p1 p2 | c0 c1 c2 | r0 r1
+    segment     0  0  0 |  1  1  1 |  2  2       0 = prompt, k = k-th completion, -1 = padding
+    position    0  1  2 |  3  4  5 |  3  4       every completion continues from the end of the prompt
+
+A completion attends to the prompt and to itself, never to its sibling (`model.sibling_mask`), so the log-probabilities
+and gradients are those of two separate rows, but the prompt goes through the network once.
+
+Letters: B rows of a batch, T tokens of its longest row, N completions in the batch, M predicted tokens.
+"""
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from files import InputError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
+
+# ------------------------------------------------------------------------------------------------------------- ChatML
+
+
+class ChatML:
+    """Messages to token ids, segment by segment, in the ChatML format (OpenAI 2023) that phi-2-orange-v2 was tuned on:
+
+        <|im_start|>user\\nWhat is 2+2?<|im_end|>\\n<|im_start|>assistant\\n4<|im_end|>
+
+    Only the role headers and `<|im_end|>` are control tokens. Text is encoded by itself and stays text: a user who types
+    `<|im_start|>system` writes a few harmless punctuation tokens and does not open a system turn. No BOS is added.
+
+    A tokenizer without the two ChatML tokens (microsoft/phi-2) gets them as its next ids, 50,295 and 50,296: Phi-2's
+    embedding has 51,200 rows, so nothing is resized. `system_prompt` opens every prompt that has no system turn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system_prompt: str | None = None):
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        for token in (IM_END, IM_START):
+            if tokenizer.token_to_id(token) is None:
+                tokenizer.add_special_tokens([token])
+        self.start, self.end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
+        added = tokenizer.get_added_tokens_decoder()
+        control = {i: t.content for i, t in added.items() if t.special or i in (self.start, self.end)}
+        self.control_ids = frozenset(control)
+        # Splits text inside each control token's name, after its first character, so that no match is possible.
+        self.break_names = re.compile("|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in control.values()))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text; never a control token."""
+        pieces = self.break_names.split(text)
+        ids = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+        if not self.control_ids.isdisjoint(ids):
+            raise InputError(f"the tokenizer turns plain text into a control token: {text[:60]!r}")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def prompt(self, messages: list[dict], max_tokens: int | None = None) -> list[int]:
+        """Ids of `messages` and of the header that the assistant's reply follows.
+
+        If they are more than `max_tokens`, the system turn and every header stay and the oldest text goes: whole turns
+        first, then the beginning of the last one. InputError if even that cannot fit.
+        """
+        if self.system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        turns = [(self._header(m["role"]), self.encode_text(m["content"])) for m in messages]
+        tail = [self.end, *self.encode_text("\n")]
+        reply_header = self._header("assistant")
+
+        size = sum(len(header) + len(text) + len(tail) for header, text in turns) + len(reply_header)
+        first = 1 if messages[0]["role"] == "system" else 0
+        excess = size - max_tokens if max_tokens is not None else 0
+        while excess > 0 and first < len(turns) - 1 and excess >= len(turns[first][1]):
+            header, text = turns.pop(first)
+            excess -= len(header) + len(text) + len(tail)
+        if excess > 0:
+            if first >= len(turns) or excess >= len(turns[first][1]):
+                raise InputError(f"the system turn and headers alone need more than {max_tokens} tokens")
+            turns[first] = (turns[first][0], turns[first][1][excess:])
+
+        return [i for header, text in turns for i in (*header, *text, *tail)] + reply_header
+
+    def reply(self, text: str) -> list[int]:
+        """Ids of an assistant's answer with the `<|im_end|>` that ends it, all of them supervised."""
+        return [*self.encode_text(text), self.end]
+
+    def _header(self, role: str) -> list[int]:
+        return [self.start, *self.encode_text(role + "\n")]
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the model's directory needs its tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare Exception class
+        raise InputError(f"{path}: not a tokenizer file ({error})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass
+class Row:
+    """One checked line of a data file, still text."""
+
+    messages: list[dict]  # the prompt: {"role": "system" | "user" | "assistant", "content": text}, the last a user's
+    completions: list[str]  # [completion] for SFT, [chosen, rejected] for pairs
+    where: str  # "file:line", for messages
+    extra: dict  # the fields that the format does not name, kept as they came
+
+
+@dataclass
+class Ledger:
+    """What became of every row that was read: rows == kept + the sum of `dropped`. `trimmed` rows are among the kept."""
+
+    rows: int = 0
+    kept: int = 0
+    trimmed: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad_rows: list[str] = field(default_factory=list)
+
+    def drop(self, cause: str) -> None:
+        self.dropped[cause] = self.dropped.get(cause, 0) + 1
+
+    def check(self) -> None:
+        if self.rows != self.kept + sum(self.dropped.values()):
+            raise AssertionError(f"the ledger does not add up: {self}")
+
+
+def _text(value: object, name: str) -> str:
+    """A reply: text, or a list holding one assistant message (the form that TRL also takes)."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
+        value = value[0].get("content")
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is missing' if value is None else f'"{name}" is {type(value).__name__}, not text')
+    if not value.strip():
+        raise ValueError(f'"{name}" is empty')
+    return value
+
+
+def _messages(value: object, name: str) -> list[dict]:
+    """A conversation: text (one user message) or a list of messages; only the first may be the system's."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'"{name}" is missing' if value is None else f'"{name}" is neither text nor a list of messages')
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f'"{name}"[{i}] is not a message')
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or (role == "system" and i > 0):
+            raise ValueError(f'"{name}"[{i}] has the role {role!r}: user, assistant, or system as the first')
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f'"{name}"[{i}] has no text')
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _prompt(value: object, name: str) -> list[dict]:
+    messages = _messages(value, name)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f'"{name}" ends with the {messages[-1]["role"]}, not with the user who is to be answered')
+    return messages
+
+
+def parse_pair(row: dict) -> tuple[list[dict], list[str], dict]:
+    """{"prompt", "chosen", "rejected", ...} -> messages, [chosen, rejected], the other fields."""
+    completions = [_text(row.get("chosen"), "chosen"), _text(row.get("rejected"), "rejected")]
+    if completions[0] == completions[1]:
+        raise ValueError('"chosen" and "rejected" are the same text: there is nothing to prefer')
+    extra = {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
+    return _prompt(row.get("prompt"), "prompt"), completions, extra
+
+
+def parse_sft(row: dict) -> tuple[list[dict], list[str], dict]:
+    """{"prompt", "completion", ...}, or {"messages", ...} whose last message is the assistant's: the one that is learned."""
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        if messages[-1]["role"] != "assistant":
+            raise ValueError('"messages" does not end with the assistant, so there is no reply to learn')
+        prompt, completion = _prompt(messages[:-1], "messages"), messages[-1]["content"]
+    else:
+        prompt, completion = _prompt(row.get("prompt"), "prompt"), _text(row.get("completion"), "completion")
+    return prompt, [completion], {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
+
+
+PARSERS = {"pairs": parse_pair, "sft": parse_sft}
+
+
+def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
+    """Reads a JSONL file of `kind` "pairs" or "sft". Blank lines are no rows.
+
+    Every row that cannot be used is reported as `file:line: reason`: with on_bad_row "stop" in one InputError after the
+    whole file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    rows, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        ledger.rows += 1
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError(f"a JSON {type(value).__name__}, not an object (JSONL has one object a line)")
+            messages, completions, extra = PARSERS[kind](value)
+            rows.append(Row(messages, completions, f"{path}:{number}", extra))
+        except UnicodeDecodeError:
+            bad.append(f"{path}:{number}: not UTF-8 text")
+        except json.JSONDecodeError as error:
+            bad.append(f"{path}:{number}: not JSON ({error})")
+        except ValueError as error:
+            bad.append(f"{path}:{number}: {error}")
+    if not ledger.rows:
+        raise InputError(f"{path}: the file holds no rows")
+    if bad and on_bad_row == "stop":
+        more = f"\n  ... and {len(bad) - 20:,} more" if len(bad) > 20 else ""
+        raise InputError(f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:\n  " + "\n  ".join(bad[:20])
+                         + more + "\nMend them, or leave them out with --on-bad-row skip.")
+    for reason in bad:
+        ledger.drop("bad row")
+        ledger.bad_rows.append(reason)
+    return rows
+
+
+def question_key(row: Row) -> str:
+    """What makes two questions the same: the user's and assistant's words without case, blanks and punctuation."""
+    return " | ".join(" ".join(re.findall(r"\w+", m["content"].casefold())) for m in row.messages if m["role"] != "system")
+
+
+def split_by_question(rows: list[Row], eval_share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, evaluation rows) with no question on both sides.
+
+    A question's side is decided by its own hash alone, u = sha256(seed, question) / 2^256 < eval_share, so it depends
+    neither on the order of the rows nor on which other rows there are; the shares are met on average.
+    """
+    sides = ([], [])
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}\n{question_key(row)}".encode()).digest()
+        sides[int.from_bytes(digest, "big") < eval_share * 2**256].append(row)
+    return sides
+
+
+def check_no_leak(train: list[Row], evaluation: list[Row]) -> None:
+    """InputError if a question stands on both sides."""
+    seen = {question_key(row): row.where for row in train}
+    leaks = [(row.where, seen[question_key(row)]) for row in evaluation if question_key(row) in seen]
+    if leaks:
+        raise InputError(f"{len(leaks):,} evaluation rows ask a question of the training rows, the first {leaks[0][0]} that "
+                         f"of {leaks[0][1]}. Remove them, or leave out --eval to split --train by question.")
+
+
+# ----------------------------------------------------------------------------------------------------------- examples
+
+
+@dataclass
+class Example:
+    """A prompt with its completions as token ids. Each completion ends with `<|im_end|>`."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    where: str = ""
+    extra: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Tokens that the example takes in a batch row: the prompt once, then every completion."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+
+def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: int, ledger: Ledger) -> list[Example]:
+    """Tokenizes rows and counts each in the ledger as kept (perhaps with a trimmed prompt) or dropped.
+
+    A prompt over `max_prompt_length` tokens loses its oldest text (`ChatML.prompt`). All completions of a row share that
+    prompt and one budget: prompt + completion <= `max_length` tokens. If one of them does not fit, the row is dropped. A
+    completion is never cut, because a cut answer has no `<|im_end|>`, and a model tuned on those forgets to stop.
+    """
+    examples = []
+    for row in rows:
+        try:
+            prompt = chat.prompt(row.messages)
+            trimmed = len(prompt) > max_prompt_length
+            if trimmed:
+                prompt = chat.prompt(row.messages, max_prompt_length)
+        except InputError:
+            ledger.drop("prompt does not fit")
+            continue
+        completions = [chat.reply(text) for text in row.completions]
+        if len(prompt) + max(map(len, completions)) > max_length:
+            ledger.drop("completion does not fit")
+            continue
+        ledger.kept += 1
+        ledger.trimmed += trimmed
+        examples.append(Example(prompt, completions, row.where, row.extra))
+    ledger.check()
+    return examples
+
+
+def supervise_everything(example: Example) -> Example:
+    """The same text with the loss on all of it: everything behind the first token becomes the completion."""
+    (completion,) = example.completions
+    return Example(example.prompt[:1], [example.prompt[1:] + completion], example.where, example.extra)
+
+
+def epoch_order(examples: list[Example], batch_size: int, seed: int, epoch: int, pool: int = 32) -> list[list[int]]:
+    """Indices of the batches of one epoch: a function of (seed, epoch) alone, so a resumed run continues the same order.
+
+    Shuffled, then sorted by length within pools of `pool` batches, so that a batch holds rows of like length and little
+    padding, then the batches are shuffled. Every example stands in exactly one batch; the last may be smaller.
+    """
+    shuffle = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(examples)))
+    shuffle.shuffle(order)
+    pools = [order[i : i + pool * batch_size] for i in range(0, len(order), pool * batch_size)]
+    order = [i for part in pools for i in sorted(part, key=lambda i: len(examples[i]))]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    shuffle.shuffle(batches)
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass
+class Batch:
+    """The layout in the head of this file as tensors. All int64; completions are numbered through the whole batch."""
+
+    tokens: Tensor  # [B, T] token ids, 0 in the padding (its value is never used)
+    segment: Tensor  # [B, T] 0 prompt, k the k-th completion of its row, -1 padding
+    position: Tensor  # [B, T]
+    source: Tensor  # [M] index into the flattened [B*T] of the token whose output predicts ...
+    target: Tensor  # [M] ... this token id ...
+    owner: Tensor  # [M] ... of this completion, 0 .. N-1
+    lengths: Tensor  # [N] predicted tokens of each completion
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Examples to one Batch, padded on the right to the longest."""
+    width = max(len(e) for e in examples)
+    tokens, segment, position = [], [], []
+    source, target, owner, lengths = [], [], [], []
+    for b, example in enumerate(examples):
+        start = len(example.prompt)
+        row_tokens, row_segment, row_position = list(example.prompt), [0] * start, list(range(start))
+        for k, completion in enumerate(example.completions, start=1):
+            first = len(row_tokens)
+            # The prompt's last token predicts a completion's first; then each token predicts the next.
+            source += [b * width + start - 1, *range(b * width + first, b * width + first + len(completion) - 1)]
+            target += completion
+            owner += [len(lengths)] * len(completion)
+            lengths.append(len(completion))
+            row_tokens += completion
+            row_segment += [k] * len(completion)
+            row_position += range(start, start + len(completion))
+        padding = width - len(row_tokens)
+        tokens.append(row_tokens + [0] * padding)
+        segment.append(row_segment + [-1] * padding)
+        position.append(row_position + [0] * padding)
+    return Batch(*map(torch.tensor, (tokens, segment, position, source, target, owner, lengths)))

@@ -1,0 +1,482 @@
+"""Phi-2 in plain PyTorch: network, weights in and out, log-probabilities, generation.
+
+Phi-2 (Microsoft 2023) is a decoder-only transformer whose block computes attention and MLP *in parallel* from one
+LayerNorm, x <- x + Attention(LN(x)) + MLP(LN(x)); rotary positions turn only the first part of each head (32 of 80
+dimensions); every linear layer, the output layer too, has a bias; input and output embeddings are not tied.
+
+Parameter names and config.json are those of the Hugging Face checkpoints, so loading is a dictionary copy and what
+`save_pretrained` writes loads in transformers.
+
+There are no dropout layers. Phi-2's config asks for dropout 0.1, but DPO compares a policy with its reference, and with
+dropout the two would differ before the first step; the fields are kept and written back, never applied.
+
+Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, V vocabulary, M predicted tokens, N completions.
+"""
+
+import functools
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from data import Batch
+from files import InputError, read_json, write_json
+from weights import modern_tensors, resolve, save_tensors, stored_tensors
+
+LOGIT_CHUNK = 2**24  # logits alive at a time in `completion_logprobs`: 64 MB in fp32
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class PhiConfig:
+    """The fields of config.json that the network depends on; the rest of the file travels along in `other`."""
+
+    vocab_size: int = 51200
+    hidden_size: int = 2560
+    intermediate_size: int = 10240
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    partial_rotary_factor: float = 0.4
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    other: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
+                             f"num_key_value_heads {self.num_key_value_heads} do not divide each other")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_size(self) -> int:
+        return int(self.head_size * self.partial_rotary_factor)
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config.json") -> "PhiConfig":
+        """Reads the current form (model_type "phi") and the older one ("phi-msft", with n_embd, n_layer, ...).
+
+        InputError if it is not Phi or asks for something that this network does not compute.
+        """
+        raw = dict(raw)
+        if raw.get("model_type") not in ("phi", "phi-msft"):
+            raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'phi': this is not a Phi-1/1.5/2 model")
+        if "n_embd" in raw:
+            raw = _modern_fields(raw)
+        rope = raw.pop("rope_parameters", None) or raw.pop("rope_scaling", None) or {}  # current, older transformers
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(f"{where}: rope scaling {kind!r} is not supported, only the default rotary positions")
+        raw.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))  # transformers' default
+        raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        for name, supported in {"qk_layernorm": False, "tie_word_embeddings": False, "hidden_act": "gelu_new"}.items():
+            if raw.get(name, supported) != supported:
+                raise InputError(f"{where}: {name} = {raw[name]!r} is not supported, only {supported!r} (as in Phi-2)")
+        known = {f.name for f in fields(cls)} - {"other"}
+        try:
+            other = {name: raw.pop(name) for name in sorted(set(raw) - known)}
+            return cls(**raw, other=other)
+        except TypeError as error:
+            raise InputError(f"{where}: a field has the wrong type ({error})") from None
+
+    def to_dict(self) -> dict:
+        """The content of config.json, in the form that every version of transformers reads."""
+        own = asdict(self)
+        other = own.pop("other")
+        return {**other, **own, "model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new",
+                "tie_word_embeddings": False, "qk_layernorm": False}
+
+
+def _modern_fields(old: dict) -> dict:
+    """The older Phi-2 config's names in the current ones."""
+    head_size = old["n_embd"] // old["n_head"]
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "n_head_kv": "num_key_value_heads", "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+             "layer_norm_epsilon": "layer_norm_eps", "activation_function": "hidden_act"}
+    new = {names.get(k, k): v for k, v in old.items() if k != "rotary_dim" and v is not None}
+    new.setdefault("intermediate_size", 4 * old["n_embd"])
+    new["partial_rotary_factor"] = old.get("rotary_dim", head_size) / head_size
+    return new
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+
+
+def rotary_angles(position: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/size), i = 0 .. size/2-1 (RoFormer, Su et al. 2021, eq. 15), built in fp32.
+
+    position [B, T] -> two tensors [B, 1, T, size], the angles repeated once for the half-split rotation.
+    """
+    frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=position.device) / size)  # [size/2]
+    angle = position[:, None, :, None].float() * frequency  # [B, 1, T, size/2]
+    angle = torch.cat((angle, angle), dim=-1)  # [B, 1, T, size]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the first `size` dimensions of each head, in pairs (i, i + size/2), by its position's angles; leaves the rest.
+
+    x [B, H, T, h], cos and sin [B, 1, T, size] -> [B, H, T, h]
+    """
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1)
+
+
+def sibling_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """Who attends to whom in the shared-prompt layout: to earlier tokens of one's own segment and of the prompt.
+
+    segment [B, T] -> additive mask [B, 1, T, T], 0 where query t may see key s, -inf where not. Padding sees padding, so
+    that no row of the softmax is empty.
+    """
+    query, key = segment[:, :, None], segment[:, None, :]  # [B, T, 1], [B, 1, T]
+    index = torch.arange(segment.shape[1], device=segment.device)
+    allowed = (index[:, None] >= index) & ((key == query) | ((key == 0) & (query >= 0)))  # [B, T, T]
+    return torch.zeros((), dtype=dtype, device=segment.device).where(allowed, float("-inf"))[:, None]
+
+
+def sibling_block_mask(segment: Tensor):
+    """The same rule for FlexAttention, which skips the 128x128 blocks where nothing is allowed."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(b, h, query, key):
+        own, other = segment[b, query], segment[b, key]
+        return (query >= key) & ((own == other) | ((other == 0) & (own >= 0)))
+
+    B, T = segment.shape
+    return create_block_mask(allowed, B, None, T, T, device=segment.device)
+
+
+@functools.cache
+def _flex_attention(device_type: str):
+    """FlexAttention is fast only when compiled, and compiled for CUDA here; on the CPU it runs as plain PyTorch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, allocated once. Row b holds its tokens 0 .. length-1 without gaps."""
+
+    keys: Tensor  # [layers, B, K, T, h]
+    values: Tensor  # [layers, B, K, T, h]
+
+    def store(self, layer: int, k: Tensor, v: Tensor, position: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, K, t, h] at `position` [B, t]; returns this layer's first `used` slots [B, K, used, h]."""
+        keys, values = self.keys[layer], self.values[layer]
+        if k.shape[2] > 1:  # the prompts: every row starts at slot 0
+            keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
+        else:  # one token a row, each at its own slot
+            row = torch.arange(k.shape[0], device=k.device)
+            keys[row, :, position[:, 0]], values[row, :, position[:, 0]] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, :used], values[:, :, :used]
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b. For the few rows of a decoding step on the CPU the product is cut into slices of W that run as one
+    batched multiplication: MKL's matrix-vector product leaves most of the memory bandwidth unused (2 to 5 times)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        slices, weight = 8, self.weight
+        rows = x.numel() // x.shape[-1]
+        if rows > 16 or x.is_cuda or weight.dtype != torch.float32 or len(weight) % slices or torch.is_grad_enabled():
+            return super().forward(x)
+        columns = x.reshape(rows, -1).T.expand(slices, -1, -1)  # [8, I, rows]
+        y = torch.baddbmm(self.bias.view(slices, -1, 1), weight.view(slices, -1, weight.shape[1]), columns)
+        return y.view(-1, rows).T.reshape(*x.shape[:-1], -1)  # [8, O/8, rows] -> [..., O]
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(h) + mask) v for every head, with rotary positions."""
+
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        D, h = config.hidden_size, config.head_size
+        self.head_size = h
+        self.q_proj = Linear(D, config.num_attention_heads * h)
+        self.k_proj = Linear(D, config.num_key_value_heads * h)
+        self.v_proj = Linear(D, config.num_key_value_heads * h)
+        self.dense = Linear(config.num_attention_heads * h, D)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, store=None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]. `mask`: None for causal, an additive Tensor, or a BlockMask. `store`: see KVCache."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H or K, T, h]
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if store is not None:
+            k, v = store(k, v)
+        grouped = q.shape[1] != k.shape[1]
+        if mask is None or isinstance(mask, Tensor):
+            causal = mask is None and q.shape[2] > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        else:
+            out = _flex_attention(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return self.dense(out.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, store=None) -> Tensor:  # [B, T, D] -> [B, T, D]
+        normed = self.input_layernorm(x)
+        return x + self.self_attn(normed, rotary, mask, store) + self.mlp(normed)
+
+
+class Backbone(nn.Module):
+    """The modules whose names start with "model." in the checkpoint."""
+
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class Phi(nn.Module):
+    """Phi-2 with its output layer. `attention` is "sdpa" or "flex"; `gradient_checkpointing` recomputes each block's
+    activations in the backward pass instead of keeping them."""
+
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.config = config
+        self.attention = "sdpa"
+        self.gradient_checkpointing = False
+        self.model = Backbone(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Phi":
+        """Random weights as transformers starts them: N(0, initializer_range), biases 0, LayerNorm 1."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0, self.config.initializer_range, generator=generator)
+            if isinstance(module, nn.Linear):
+                module.bias.zero_()
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of input_ids [B, T]; attention_mask [B, T] is 1 for tokens and 0 for padding on either side."""
+        if attention_mask is None:
+            return self.lm_head(self.hidden(input_ids))
+        position = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self.lm_head(self.hidden(input_ids, position, self.mask(attention_mask - 1)))
+
+    def mask(self, segment: Tensor):
+        """The attention mask of the shared-prompt layout, segment [B, T], for this model's kind of attention."""
+        if self.attention == "flex":
+            return sibling_block_mask(segment)
+        device = segment.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return sibling_mask(segment, torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype)
+
+    def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None,
+               used: int = 0) -> Tensor:
+        """Outputs of the last LayerNorm [B, T, D] for tokens [B, T] at `position` [B, T] (default 0 .. T-1)."""
+        if position is None:
+            position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        x = self.model.embed_tokens(tokens)  # [B, T, D]
+        rotary = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, x.dtype)
+        for i, block in enumerate(self.model.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                store = functools.partial(cache.store, i, position=position, used=used) if cache else None
+                x = block(x, rotary, mask, store)
+        return self.model.final_layernorm(x)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+                        revision: str | None = None) -> "Phi":
+        """A model from a directory or a Hugging Face repository, whatever dtype it is stored in.
+
+        Built on the meta device, then filled one tensor at a time: the peak is the weights once plus the largest tensor.
+        InputError names the file or tensor that is missing, unexpected, mis-shaped or cut short.
+        """
+        directory = resolve(path_or_repo, revision)
+        with torch.device("meta"):
+            model = cls(PhiConfig.from_dict(read_json(directory / "config.json"), f"{directory}/config.json"))
+        missing = {name: p.shape for name, p in model.named_parameters()}
+        for shard, name in stored_tensors(directory):
+            # Opened anew for every tensor: closing the file gives back the pages it was mapped to.
+            with safe_open(shard, framework="pt") as file:
+                for new_name, tensor in modern_tensors(name, file.get_tensor(name)):
+                    expected = missing.pop(new_name, None)
+                    if expected is None:
+                        raise InputError(f"{shard}: unexpected tensor {name!r}; the config names no such parameter")
+                    if tensor.shape != expected:
+                        raise InputError(f"{shard}: tensor {name!r} has shape {list(tensor.shape)}, "
+                                         f"the config needs {list(expected)}")
+                    parent, _, leaf = new_name.rpartition(".")
+                    weight = tensor.to(device=device, dtype=dtype, copy=True)
+                    setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
+        if missing:
+            raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {next(iter(missing))!r}")
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors (in shards with an index past 5 GB), each whole or not at all."""
+        directory = Path(directory)
+        save_tensors(directory, self.state_dict())
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        write_json(directory / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """fp32 logits [m, V] of h [m, D]; 16-bit inputs are multiplied exactly and summed in fp32."""
+    if weight.dtype == torch.float32:
+        return torch.addmm(bias, h, weight.T)
+    if h.is_cuda:
+        return torch.mm(h, weight.T, out_dtype=torch.float32).add_(bias)
+    return torch.addmm(bias.float(), h.float(), weight.float().T)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log p(target_m) = logit_target - logsumexp(logits), m = 1 .. M, without ever holding all M x V logits.
+
+    For Phi-2, 2,000 predicted tokens have 410 MB of fp32 logits, and their softmax and gradient as much again. So the
+    output layer runs on a chunk of tokens at a time; only the logsumexp is kept, and the backward pass makes each chunk's
+    logits once more. There, with p = softmax(logits) and g_m the incoming gradient,
+
+        d/dlogits = g_m (onehot(target_m) - p),    d/dh = d/dlogits W,    d/dW = (d/dlogits)^T h,    d/db = its sum.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        """h [M, D], weight [V, D], bias [V], target [M] -> [M] fp32"""
+        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
+        logprobs, logsumexp = [], []
+        for h_c, target_c in zip(h.split(chunk), target.split(chunk)):
+            logits = _logits(h_c, weight, bias)  # [m, V]
+            logsumexp.append(logits.logsumexp(dim=-1))
+            logprobs.append(logits.gather(1, target_c[:, None])[:, 0] - logsumexp[-1])
+        ctx.save_for_backward(h, weight, bias, target, torch.cat(logsumexp))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        h, weight, bias, target, logsumexp = ctx.saved_tensors
+        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
+        grad_h = torch.empty_like(h)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            d = _logits(h[part], weight, bias).sub_(logsumexp[part, None]).exp_().neg_()  # -p  [m, V]
+            d.scatter_add_(1, target[part, None], torch.ones_like(d[:, :1]))
+            d *= grad[part, None]
+            if grad_bias is not None:
+                grad_bias += d.sum(dim=0)
+            d = d.to(h.dtype)
+            torch.mm(d, weight, out=grad_h[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, h[part])
+        return grad_h, grad_weight, grad_bias, None
+
+
+def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
+    """log pi(completion | prompt) [N] in nats, fp32: the sum over the completion's tokens, `<|im_end|>` included.
+
+    The one log-probability of this project: SFT, DPO, its reference, multiple choice and evaluation all call it. Summed,
+    not averaged: the DPO derivation (Rafailov et al. 2023, eq. 5) needs the probability of the whole answer, and a mean
+    over tokens is not the logarithm of any probability of it.
+    """
+    branches = bool((batch.segment > 1).any())
+    mask = model.mask(batch.segment) if branches else None  # one completion a row: plain causal attention is the same
+    hidden = model.hidden(batch.tokens, batch.position, mask)  # [B, T, D]
+    predicting = hidden.flatten(0, 1)[batch.source]  # [M, D]
+    weight, bias = model.lm_head.weight, model.lm_head.bias
+    device = predicting.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        logprobs = TokenLogProbs.apply(predicting.to(compute), weight.to(compute), bias.to(compute), batch.target)  # [M]
+        return torch.zeros(len(batch.lengths), device=logprobs.device).index_add(0, batch.owner, logprobs)  # [N]
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Next token ids [B] of logits [B, V]: greedy at temperature 0, else from softmax(logits / temperature) restricted to
+    the smallest set of likeliest tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        sorted_p, order = p.sort(dim=-1, descending=True)
+        before = sorted_p.cumsum(dim=-1) - sorted_p  # the probability of all likelier tokens
+        p = torch.zeros_like(p).scatter(1, order, sorted_p.where(before < top_p, 0.0))
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0, stop_tokens: tuple[int, ...] = ()) -> list[list[int]]:
+    """Continues each prompt; returns only the new tokens, up to and without the first stop token.
+
+    Prompts of different lengths run as one batch, padded on the right. Row b's cache has no gaps: its next token is
+    written at its own length, over the padding, so positions need no correction and each row sees just its own tokens.
+    """
+    if not prompts or not all(prompts) or max_new_tokens < 1:
+        raise ValueError("generate needs at least one prompt, no empty one, and max_new_tokens >= 1")
+    weight, config = model.lm_head.weight, model.config
+    device = weight.device
+    length = torch.tensor([len(p) for p in prompts], device=device)  # [B]
+    B, T = len(prompts), int(length.max())
+    shape = (config.num_hidden_layers, B, config.num_key_value_heads, T + max_new_tokens, config.head_size)
+    cache = KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=device) for _ in range(2)))
+    generator = torch.Generator(device).manual_seed(seed)
+    stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
+
+    padded = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # [B, T]
+    hidden = model.hidden(padded, cache=cache, used=T)  # causal: a token never sees the padding to its right
+    hidden = hidden[torch.arange(B, device=device), length - 1]  # [B, D]
+    ragged = bool((length != T).any())
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    new_tokens = []
+    for step in range(max_new_tokens):
+        token = sample(model.lm_head(hidden), temperature, top_p, generator)  # [B]
+        new_tokens.append(token)
+        done |= torch.isin(token, stops)
+        if step == max_new_tokens - 1 or done.all():
+            break
+        used = T + step + 1
+        mask = None
+        if ragged:
+            visible = torch.arange(used, device=device) <= (length + step)[:, None]  # [B, used]
+            mask = visible[:, None, None]  # [B, 1, 1, used]
+        hidden = model.hidden(token[:, None], (length + step)[:, None], mask, cache, used)[:, 0]  # [B, D]
+    rows = torch.stack(new_tokens, dim=1).tolist()  # [B, new]
+    return [row[: next((i for i, t in enumerate(row) if t in stop_tokens), len(row))] for row in rows]
