@@ -314,7 +314,6 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
         ledger.kept += 1
         ledger.trimmed += trimmed
         examples.append(Example(prompt, completions, row.where, row.extra))
-    ledger.check()
     return examples
 
 

@@ -1,0 +1,125 @@
+"""What a run leaves on disk, so that it can be killed at any moment and go on as if nothing had happened.
+
+    out/<run>/config.json model.safetensors tokenizer.json     the best model, loads in transformers too
+              run.json metrics.jsonl ledger.json tb/ figures/  what was run, and how it went
+              checkpoints/step-N/                              model, AdamW's moments and the loop's counters after step N
+
+Training draws no random numbers besides the order of the batches, which follows from (seed, epoch, position); so model,
+moments and the step number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import ChatML
+from files import InputError, read_json, whole_directory, whole_file, write_json, write_jsonl
+from model import Phi
+
+MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json")
+
+
+def fingerprint(model: Phi) -> str:
+    """SHA-256 over the names and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_model(directory: Path, model: Phi, chat: ChatML) -> None:
+    model.save_pretrained(directory)
+    with whole_file(directory / "tokenizer.json") as temporary:
+        chat.tokenizer.save(str(temporary))
+
+
+def save_checkpoint(run: Path, step: int, model: Phi, chat: ChatML, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+    """Writes checkpoints/step-N, complete or not at all. `state`: the loop's counters, as JSON."""
+    path = run / "checkpoints" / f"step-{step}"
+    with whole_directory(path) as temporary:
+        save_model(temporary, model, chat)
+        save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, **state})
+    return path
+
+
+def _moments(model: Phi, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+
+
+def load_optimizer(path: Path, model: Phi, optimizer: torch.optim.Optimizer) -> dict:
+    """Fills the optimizer's moments from a checkpoint; returns the loop's counters."""
+    stored = load_file(path / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        moments = {key: stored[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+        optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in moments.items()}
+    return read_json(path / "state.json")
+
+
+def steps_saved(run: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending. Directories being written begin with a dot and do not count."""
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Deletes all checkpoints but the last `keep` and the best."""
+    for step in steps_saved(run)[:-keep]:
+        if step != best:
+            shutil.rmtree(run / "checkpoints" / f"step-{step}")
+
+
+def publish(run: Path, step: int) -> None:
+    """Copies the model of checkpoint `step` to the run's own directory."""
+    source = run / "checkpoints" / f"step-{step}"
+    for pattern in MODEL_FILES:
+        for file in source.glob(pattern):
+            if file.name != "optimizer.safetensors":
+                with whole_file(run / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl; a last line cut by a kill is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def truncate_metrics(run: Path, step: int) -> None:
+    """Drops what was logged after `step`: those steps will run again."""
+    write_jsonl(run / "metrics.jsonl", [row for row in read_metrics(run) if row["step"] <= step])
+
+
+def cached_logprobs(path: Path, compute) -> tuple[Tensor, bool]:
+    """The table stored at `path`, or `compute()` stored there; and whether it was there already."""
+    if path.exists():
+        return load_file(path)["logprobs"], True
+    table = compute()
+    with whole_file(path) as temporary:
+        save_file({"logprobs": table}, temporary)
+    return table, False
+
+
+def open_run(run: Path, overwrite: bool, resume: bool) -> int:
+    """Makes the run's directory ready and returns the step to go on from; InputError rather than losing earlier work."""
+    exists = run.exists() and any(run.iterdir())
+    if resume:
+        if not (run / "run.json").exists():
+            raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
+        saved = steps_saved(run)
+        return saved[-1] if saved else 0
+    if exists and overwrite:
+        if not (run / "run.json").exists():
+            raise InputError(f"{run}: has no run.json, so it is not a run of this program and is not deleted")
+        shutil.rmtree(run)
+    elif exists:
+        raise InputError(f"{run} already holds a run. Continue it with --resume, delete it with --overwrite, or give this "
+                         "one another --name.")
+    run.mkdir(parents=True, exist_ok=True)
+    return 0

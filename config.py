@@ -1,0 +1,187 @@
+"""Every option of `train.py`: one dataclass, whose fields are the command line's flags.
+
+A field with the default None takes its value from RECIPES, by model and stage: a 1 M-parameter model wants another
+learning rate than Phi-2. An unknown flag is an error, and so is a flag that would do nothing in the chosen stage.
+"""
+
+import argparse
+import sys
+import typing
+from dataclasses import asdict, dataclass, field, fields
+
+from dpo import LOSSES, check_loss
+from files import InputError
+
+STAGES = ("sft", "dpo")
+# What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
+METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", "dpo_loss")}
+LOWER_IS_BETTER = ("loss", "dpo_loss")
+
+
+def flag(default: object, help: str, stages: tuple[str, ...] = STAGES, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata={"help": help, "stages": stages, "choices": choices})
+
+
+@dataclass
+class Config:
+    stage: str = flag("dpo", "what to do", choices=STAGES)
+    model: str = flag("demo", "demo, a directory, or a hub name such as microsoft/phi-2")
+    revision: str | None = flag(None, "branch, tag or commit of a hub model")
+    name: str | None = flag(None, "name of the run: it lives in OUT/NAME (default: model and stage)")
+    out: str = flag("out", "directory of all runs")
+    resume: bool = flag(False, "continue the run of this name from its last checkpoint, with its own settings")
+    overwrite: bool = flag(False, "delete an earlier run of this name first")
+    dry_run: bool = flag(False, "show config, data, batches, memory and time; train nothing")
+
+    train: str | None = flag(None, "JSONL file to train on (the demo makes its own)")
+    eval: str | None = flag(None, "JSONL file to evaluate on (default: a share of --train, split by question)")
+    eval_share: float | None = flag(None, "share of the questions of --train kept for evaluation (default 0.2)")
+    on_bad_row: str = flag("stop", "a row that cannot be used ends the run, or is left out", choices=("stop", "skip"))
+    system_prompt: str | None = flag(None, "system turn for prompts that have none")
+    max_length: int | None = flag(None, "tokens of a prompt with one completion; longer examples are dropped")
+    max_prompt_length: int | None = flag(None, "tokens of a prompt; longer ones lose their oldest text")
+    whole_text: bool = flag(False, "put the loss on the prompt too", stages=("sft",))
+    demo_rows: int | None = flag(None, "demo: rows to generate")
+    flip_rate: float | None = flag(None, "demo: share of the preference labels to swap", stages=("dpo",))
+
+    loss: str | None = flag(None, "preference loss", stages=("dpo",), choices=LOSSES)
+    beta: float | None = flag(None, "strength of the pull towards the reference", stages=("dpo",))
+    eps: float | None = flag(None, "share of flipped labels that robust and conservative assume", stages=("dpo",))
+    nll_weight: float | None = flag(None, "weight of the chosen answer's NLL per token", stages=("dpo",))
+    reference: str = flag("cached", "reference log-probabilities: computed once, or by a live copy of the model",
+                          stages=("dpo",), choices=("cached", "live"))
+
+    lr: float | None = flag(None, "peak learning rate")
+    schedule: str = flag("cosine", "decay of the learning rate to 0 after the warm-up", choices=("cosine", "linear"))
+    warmup_steps: int | None = flag(None, "steps in which the learning rate rises from 0")
+    epochs: int | None = flag(None, "passes over the training rows")
+    max_steps: int | None = flag(None, "stop after this many steps (the schedule ends there too)")
+    batch_size: int | None = flag(None, "examples per optimizer step")
+    micro_batch_size: int | None = flag(None, "examples per forward pass; the gradients of a step add up")
+    weight_decay: float = flag(0.0, "AdamW's decay of the weight matrices")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
+    attention: str = flag("sdpa", "attention kernel; flex needs CUDA", choices=("sdpa", "flex"))
+    dtype: str | None = flag(None, "compute type; weights are fp32 (default: bf16 on CUDA, fp32 on the CPU)",
+                             choices=("fp32", "bf16", "fp16"))
+    device: str | None = flag(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    seed: int = flag(0, "of the data's split and order, the demo's questions and weights, and of sampling")
+
+    eval_every: int | None = flag(None, "steps between evaluations")
+    save_every: int | None = flag(None, "steps between checkpoints (default: eval_every)")
+    keep: int = flag(2, "checkpoints to keep, besides the best one")
+    metric: str | None = flag(None, "what makes a checkpoint the best, measured in evaluation")
+    patience: int | None = flag(None, "stop after this many evaluations without a new best")
+    samples: int | None = flag(None, "evaluation prompts to answer before and after")
+
+
+# The demo's were tuned until its generations improved; Phi-2's DPO values are those of the report's authors.
+COMMON = dict(eval_share=0.2, max_length=1024, max_prompt_length=512, nll_weight=0.0)
+RECIPES = {
+    ("demo", "sft"): dict(COMMON, eval_share=0.05, demo_rows=8000, lr=2e-3, warmup_steps=50, epochs=3, batch_size=32,
+                          micro_batch_size=32, eval_every=250, samples=0),
+    ("demo", "dpo"): dict(COMMON, demo_rows=2500, flip_rate=0.2, loss="robust", beta=0.1, eps=0.2, nll_weight=0.1, lr=1e-4,
+                          warmup_steps=10, epochs=1, batch_size=32, micro_batch_size=32, eval_every=20, samples=300),
+    ("phi", "sft"): dict(COMMON, max_length=2048, max_prompt_length=1024, lr=1e-5, warmup_steps=20, epochs=1,
+                         batch_size=32, micro_batch_size=4, eval_every=200, samples=0),
+    ("phi", "dpo"): dict(COMMON, max_length=2048, max_prompt_length=1024, loss="robust", beta=0.3, eps=0.1, lr=1e-5,
+                         warmup_steps=5, epochs=3, batch_size=32, micro_batch_size=4, eval_every=500, samples=16),
+}
+PHI2_COMMAND = ("python train.py --stage dpo --model rhysjones/phi-2-orange-v2 --train pairs.jsonl "
+                '--system-prompt "You are a helpful EPFL chatbot." --loss robust --beta 0.3 --eps 0.1 --lr 1e-5 '
+                "--epochs 3 --batch-size 32 --micro-batch-size 1 --gradient-checkpointing")
+
+
+def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
+    """The config of a command line and the names of the flags that were given. Unset fields are still None."""
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description="Preference-tune a Phi-2: see README.md.")
+    types = typing.get_type_hints(Config)
+    for f in fields(Config):
+        kind = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not type(None))
+        names = list(dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}")))
+        if kind is bool:
+            parser.add_argument(*names, action="store_true", help=f.metadata["help"])
+        else:
+            default = "" if f.default is None else f" (default {f.default})"
+            parser.add_argument(*names, type=kind, choices=f.metadata["choices"], help=f.metadata["help"] + default,
+                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    return Config(**given), set(given)
+
+
+def resolve(config: Config, given: set[str]) -> Config:
+    """Fills every unset field and checks every value; InputError says what is wrong and what to type."""
+    import torch  # the only use; `train.py --help` answers without it
+
+    for f in fields(Config):
+        if f.name in given and config.stage not in f.metadata["stages"]:
+            raise InputError(f"--{f.name.replace('_', '-')} does nothing in --stage {config.stage}; leave it out")
+    demo = config.model == "demo"
+    for name in ("demo_rows", "flip_rate"):
+        if name in given and (not demo or config.train):
+            raise InputError(f"--{name.replace('_', '-')} is for the demo's own data; leave it out")
+    if not demo and not config.train:
+        raise InputError(f"--train FILE.jsonl is missing: what shall {config.model} be tuned on?")
+    if config.eval and not config.train:
+        raise InputError("--eval needs --train: the demo's own questions are split by --eval-share")
+    if config.eval and "eval_share" in given:
+        raise InputError("--eval-share does nothing beside --eval; leave one of them out")
+    if config.resume and (config.overwrite or config.dry_run):
+        raise InputError("--resume continues a run: it goes with neither --overwrite nor --dry-run")
+    if config.revision and demo:
+        raise InputError("--revision is for hub models; the demo has none")
+
+    recipe = dict(RECIPES["demo" if demo else "phi", config.stage])
+    if config.loss is not None and config.eps is None:
+        recipe["eps"] = None  # the recipe's eps belongs to the recipe's loss
+    values = {k: recipe.get(k) if v is None else v for k, v in asdict(config).items()}
+    model = config.model.rstrip("/").rpartition("/")[2] or "model"
+    values["name"] = config.name or f"{model}-{config.stage}"
+    values["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    values["dtype"] = config.dtype or ("bf16" if values["device"].startswith("cuda") else "fp32")
+    values["save_every"] = config.save_every or values["eval_every"]
+    values["metric"] = config.metric or METRICS[config.stage][0]
+    config = Config(**values)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    if config.dtype == "fp16":
+        raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
+    if config.attention == "flex" and not config.device.startswith("cuda"):
+        raise InputError("--attention flex trains on CUDA only; leave it out to use scaled-dot-product attention")
+    if config.metric not in METRICS[config.stage]:
+        raise InputError(f"--metric {config.metric}: choose one of {', '.join(METRICS[config.stage])}. (A robust loss ranks "
+                         "diverging runs first, so it is not offered.)")
+    positive = ["max_length", "max_prompt_length", "epochs", "max_steps", "batch_size", "micro_batch_size", "eval_every",
+                "save_every", "keep", "patience", "demo_rows", "lr", "clip"]
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be positive")
+    for name in ("warmup_steps", "weight_decay", "nll_weight", "samples"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
+    if not 0 < config.eval_share < 1:
+        raise InputError(f"--eval-share {config.eval_share}: must lie between 0 and 1")
+    if config.max_prompt_length >= config.max_length:
+        raise InputError(f"--max-prompt-length {config.max_prompt_length} leaves no room for an answer in "
+                         f"--max-length {config.max_length}")
+    if config.flip_rate is not None and not 0 <= config.flip_rate < 0.5:
+        raise InputError(f"--flip-rate {config.flip_rate}: must lie in [0, 0.5)")
+    if config.stage == "dpo":
+        check_loss(config.loss, config.beta, config.eps)
+
+
+def command(config: Config, given: set[str], *extra: str) -> str:
+    """The command line that names this run again, with `extra` flags."""
+    import shlex
+
+    words = ["python", *sys.argv[:1]] if sys.argv[0].endswith(".py") else ["python", "train.py"]
+    for name in ("stage", "model", "name", "out"):
+        if name in given or name == "stage":
+            words += [f"--{name}", str(getattr(config, name))]
+    return shlex.join([*words, *extra])

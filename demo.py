@@ -1,0 +1,300 @@
+"""The embedded world: STEM questions, a tokenizer and a tiny Phi, made on the spot; every stage runs without a download.
+
+A question names a person, a thing and one or two small numbers. Its right answer applies one law; its wrong answer makes
+one of the mistakes that people make:
+
+    Mia pushes a cart of mass 7 kg so that it accelerates at 8 m/s^2. What net force acts on it?
+
+    right         Newton's second law: F = m * a = 7 * 8 = 56 N.
+    "formula"     Newton's second law: F = m + a = 7 + 8 = 15 N.       computed without error, from the wrong formula
+    "unit"        Newton's second law: F = m * a = 7 * 8 = 56 kg.
+    "arithmetic"  Newton's second law: F = m * a = 7 * 8 = 48 N.       the neighbour in the times table
+
+All arithmetic is a look-up in a one-digit table: a product, its inverse, a sum or a difference. A million parameters can
+learn that in minutes, so what is left to learn from preferences is *which formula* to apply. No operator is always right
+(resistors in series add up, speed and time do not), and the longer answer is right about as often as the shorter one.
+
+Answers have one shape, so `grade` needs no judge: it reads formula, substitution, value and unit back from a sampled text.
+The *method* is right if formula, substitution and unit are; the answer is *fully* right if the value is, too.
+
+What a flip rate teaches: `make_pair_rows` swaps an exactly known share of the labels, as a careless annotator would. A loss
+that believes every label pays for it, one told the flip rate can discount it, and `grade` sees the truth behind both.
+"""
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# ---------------------------------------------------------------------------------------------------------- the world
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of question. Single letters in `right` and `wrong` are the quantities that the wordings give in {braces}."""
+    name: str
+    topic: str
+    law: str                    # opens every answer
+    right: str                  # the formula
+    wrong: tuple[str, ...]      # formulas that people confuse with it
+    units: tuple[str, ...]      # the right one first, then those that people confuse with it
+    things: tuple[str, ...]     # what {thing} may be
+    wordings: tuple[str, ...]   # {who} is one of NAMES
+
+
+NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max", "Ida", "Sam", "Ada", "Jan",
+         "Lea", "Kai", "Nora", "Finn", "Rosa", "Paul", "Lina", "Omar", "Yuki", "Amir", "Clara", "Hugo")
+CARTS = ("cart", "sledge", "crate", "barrow", "box", "boat")
+VEHICLES = ("bus", "tram", "train", "ferry", "van", "bike")
+DEVICES = ("lamp", "heater", "motor", "coil", "kettle", "fan")
+SOLUTES = ("salt", "sugar", "soda", "dye", "acid", "starch")
+PLACES = ("garden", "field", "yard", "hall", "room", "court")
+SOURCES = ("lab", "star", "comet", "mine", "magnet", "crystal")
+LOTS = ("ball", "bead", "stone", "chip", "card", "ticket")
+CLOTHES = ("shirt", "coat", "dress", "jacket", "scarf", "belt")
+EVENTS = ("song", "film", "race", "test", "dance", "talk")
+WAYS = ("road", "river", "track", "bridge", "canal", "trail")
+WATERS = ("lake", "pond", "pool", "bay", "river", "canal")
+
+KINDS = (
+    Kind("force", "mechanics", "Newton's second law", "F = m * a", ("F = m + a", "F = m * 10"), ("N", "kg", "J"), CARTS, (
+        "{who} pushes a {thing} of mass {m} kg so that it accelerates at {a} m/s^2. What net force acts on it?",
+        "What force gives {who}'s {thing} an acceleration of {a} m/s^2, if its mass is {m} kg?",
+        "Mass: {m} kg. Acceleration: {a} m/s^2. How hard must {who} push the {thing}?")),
+    Kind("net force", "mechanics", "Opposite forces", "F = P - Q", ("F = P + Q",), ("N", "kg", "J"), CARTS, (
+        "{who} pulls a {thing} with {P} N while friction holds it back with {Q} N. What is the net force?",
+        "Friction of {Q} N opposes {who}, who pushes a {thing} with {P} N. Find the net force.",
+        "Two forces act on {who}'s {thing} in opposite directions, {P} N and {Q} N. Which force is left?")),
+    Kind("distance", "mechanics", "Steady motion", "s = v * t", ("s = v + t",), ("m", "s", "m/s"), VEHICLES, (
+        "A {thing} moves at {v} m/s for {t} s while {who} watches. How far does it get?",
+        "For {t} s {who} rides a {thing} at a steady {v} m/s. What distance is covered?",
+        "How many metres does {who}'s {thing} travel in {t} s at a constant speed of {v} m/s?")),
+    Kind("speed", "mechanics", "Steady motion", "v = s / t", ("v = t / s", "v = s - t"), ("m/s", "m", "s"), VEHICLES, (
+        "{who}'s {thing} covers {s} m in {t} s. How fast is it?",
+        "In {t} s a {thing} passes the {s} m between two posts that {who} has set up. What is its speed?",
+        "{who} clocks a {thing} at {t} s for a track of {s} m. Find the speed.")),
+    Kind("voltage", "electricity", "Ohm's law", "U = R * I", ("U = R + I", "U = I * I"), ("V", "A", "W"), DEVICES, (
+        "A current of {I} A flows through {who}'s {thing} of {R} ohm. What is the voltage across it?",
+        "{who} connects a {thing} with a resistance of {R} ohm and reads {I} A. Find the voltage.",
+        "Resistance: {R} ohm. Current: {I} A. How many volts does {who} measure on the {thing}?")),
+    Kind("current", "electricity", "Ohm's law", "I = U / R", ("I = R / U", "I = U - R"), ("A", "V", "W"), DEVICES, (
+        "{who} puts {U} V across a {thing} of {R} ohm. What current flows?",
+        "How many amperes pass through {who}'s {thing}, which has {R} ohm and is fed with {U} V?",
+        "A {thing} has a resistance of {R} ohm. Find the current when {who} applies {U} V.")),
+    Kind("series", "electricity", "Series circuit", "R = A + B", ("R = A * B",), ("ohm", "A", "V"), DEVICES, (
+        "{who} wires a {thing} of {A} ohm in series with one of {B} ohm. What is the total resistance?",
+        "The current flows first through a {thing} of {A} ohm, then a wire of {B} ohm. Which resistance does {who} measure?",
+        "What single resistor can replace {who}'s {thing} of {A} ohm and a second one of {B} ohm, joined end to end?")),
+    Kind("concentration", "chemistry", "Solution", "c = n / V", ("c = V / n", "c = n - V"), ("mol/L", "mol", "g"), SOLUTES, (
+        "{who} stirs {n} mol of {thing} into {V} L of water. What is the concentration?",
+        "A tank of {V} L holds {n} mol of {thing}. How concentrated is {who}'s solution?",
+        "Volume: {V} L. Content: {n} mol of {thing}. Find the concentration for {who}.")),
+    Kind("dissolved", "chemistry", "Solution", "m = c * V", ("m = c + V",), ("g", "L", "g/L"), SOLUTES, (
+        "Every litre of water holds {c} g of {thing}. How many grams are in {who}'s {V} L?",
+        "{who} needs {V} L of {thing} solution at {c} g/L. What mass of {thing} goes in?",
+        "A jar of {thing} in water is marked {c} g/L and {V} L. Find the mass that {who} has dissolved.")),
+    Kind("mass number", "chemistry", "Nucleus", "A = Z + N", ("A = 2 * Z",), ("nucleons", "protons", "neutrons"), SOURCES, (
+        "An atom from a {thing} has {Z} protons and {N} neutrons. Which mass number does {who} write down?",
+        "{who} counts {N} neutrons beside {Z} protons in a nucleus from a {thing}. How many particles are that?",
+        "Protons: {Z}. Neutrons: {N}. Find the mass number of {who}'s atom from the {thing}.")),
+    Kind("area", "geometry", "Rectangle", "A = a * b", ("A = a + b", "A = a * a"), ("m^2", "m", "m^3"), PLACES, (
+        "{who}'s {thing} is {a} m long and {b} m wide. What is its area?",
+        "How much ground does {who}'s rectangular {thing} of {a} m by {b} m cover?",
+        "Length: {a} m. Width: {b} m. Which area has the {thing} in {who}'s plan?")),
+    Kind("perimeter", "geometry", "Square", "P = 4 * a", ("P = a * a", "P = a + 4"), ("m", "m^2", "m^3"), PLACES, (
+        "A square {thing} has sides of {a} m. How long is the fence that {who} puts around it?",
+        "{who} walks once around a square {thing} of side {a} m. What distance is that?",
+        "What is the perimeter of {who}'s {thing}, a square with a side of {a} m?")),
+    Kind("urn", "probability", "Chance", "P = r / ( r + b )", ("P = b / ( r + b )", "P = 1 / ( r + b )"), ("", "%"), LOTS, (
+        "A bag holds {r} red and {b} blue {thing}s. What is the chance that {who} draws a red one?",
+        "{who} picks one {thing} blindly from {b} blue and {r} red ones. Find the probability of red.",
+        "How likely is a red {thing} if {who} mixes {r} red with {b} blue ones and takes one?")),
+    Kind("choices", "probability", "Counting rule", "n = a * b", ("n = a + b",), ("ways", "%", "hats"), CLOTHES, (
+        "A {thing} comes in {b} colours and a hat in {a}. How many different outfits has {who}?",
+        "How many choices has {who}, who takes one of {a} hats and then a {thing} in one of {b} sizes?",
+        "First {who} picks a hat out of {a}, then a {thing} out of {b}. Find the number of outcomes.")),
+    Kind("seconds", "units", "Conversion", "t = m * 60", ("t = m * 100", "t = m + 60"), ("s", "min", "h"), EVENTS, (
+        "{who}'s {thing} takes {m} minutes. How many seconds is that?",
+        "How many seconds does {who} spend on a {thing} of {m} minutes?",
+        "The plan says that a {thing} lasts {m} minutes, but {who} has to enter seconds. Which number fits?",
+        "Express the {m} minutes of {who}'s {thing} in seconds.")),
+    Kind("metres", "units", "Conversion", "l = k * 1000", ("l = k * 100", "l = k * 10"), ("m", "km", "cm"), WAYS, (
+        "{who}'s {thing} is {k} km long. How many metres is that?",
+        "How many metres does {who} walk along a {thing} of {k} km?",
+        "A map gives the length of a {thing} as {k} km, but {who} needs metres. Which number fits?",
+        "Express the {k} km of the {thing} that {who} measured in metres.")),
+    Kind("wave", "waves", "Wave speed", "v = f * w", ("v = f + w",), ("m/s", "Hz", "m"), WATERS, (
+        "A wave on {who}'s {thing} has a frequency of {f} Hz and a wavelength of {w} m. How fast does it travel?",
+        "{who} sees crests {w} m apart on a {thing}, and {f} of them pass every second. What is the wave speed?",
+        "Frequency: {f} Hz. Wavelength: {w} m. Find the speed of the wave on the {thing} for {who}.")),
+)
+
+MISTAKES = {"formula": 0.7, "unit": 0.2, "arithmetic": 0.1}  # shares of the wrong answers
+MOST_QUESTIONS = 40_000  # of about 400,000 texts: beyond, the kinds with a single number would run out of new ones
+ANSWER = re.compile(r"(?:[^:=\n]+: )?"                # law
+                    r"([A-Za-z] = [^=]+) = "          # formula
+                    r"([0-9][0-9 ()*/+-]*) = "        # substitution
+                    r"([0-9]+(?: / [0-9]+)?)"         # value, a fraction if it is no whole number
+                    r"(?: ([^0-9\s=.][^\s=.]*))?\.")  # unit, none for a probability
+
+
+def make_questions(count: int, seed: int) -> list[dict]:
+    """`count` questions with distinct texts, the same for the same seed, all kinds about equally often.
+
+    Each is {"prompt", "kind", "topic", "answer", "wrong", "mistake"}, where `mistake` says what `wrong` gets wrong. To hold
+    some out, split the questions of *one* call: two seeds share a few. ValueError if not 0 <= `count` <= MOST_QUESTIONS.
+    """
+    if not 0 <= count <= MOST_QUESTIONS:
+        raise ValueError(f"{count} questions: choose between 0 and {MOST_QUESTIONS}, or texts would repeat")
+    rng = random.Random(seed)
+    questions, seen = [], set()
+    while len(questions) < count:
+        question = _question(rng.choice(KINDS), rng)
+        right, wrong = ANSWER.fullmatch(question["answer"]), ANSWER.fullmatch(question["wrong"])
+        by_chance = question["mistake"] == "formula" and wrong[3] == right[3]  # 2 + 2 = 2 * 2 would teach nothing
+        text = question["prompt"].casefold()
+        if not by_chance and text not in seen:
+            seen.add(text)
+            questions.append(question)
+    return questions
+
+
+def _question(kind: Kind, rng: random.Random) -> dict:
+    """One question of this kind. The wrong answer is the right one with one part replaced."""
+    numbers = _numbers(kind.right, rng)
+    prompt = rng.choice(kind.wordings).format(who=rng.choice(NAMES), thing=rng.choice(kind.things), **numbers)
+    [mistake] = rng.choices(list(MISTAKES), weights=MISTAKES.values())
+
+    formula, unit = kind.right, kind.units[0]
+    substitution, value = _work_out(formula, numbers)
+    answer = _answer(kind.law, formula, substitution, value, unit)
+    if mistake == "formula":
+        formula = rng.choice(kind.wrong)
+        substitution, value = _work_out(formula, numbers)
+    elif mistake == "unit":
+        unit = rng.choice(kind.units[1:])
+    else:
+        value = _slip(substitution, value, rng)
+    wrong = _answer(kind.law, formula, substitution, value, unit)
+    return {"prompt": prompt, "kind": kind.name, "topic": kind.topic, "answer": answer, "wrong": wrong, "mistake": mistake}
+
+
+def _numbers(formula: str, rng: random.Random) -> dict[str, int]:
+    """2 ... 9 for each letter right of the equals sign; a dividend or a minuend is made such that the result is 2 ... 9."""
+    terms = formula.split()[2:]
+    numbers = {letter: rng.randint(2, 9) for letter in terms if letter.isalpha()}
+    match terms:
+        case [dividend, "/", divisor]:
+            numbers[dividend] *= numbers[divisor]
+        case [minuend, "-", subtrahend]:
+            numbers[minuend] += numbers[subtrahend]
+    return numbers
+
+
+def _work_out(formula: str, numbers: dict[str, int]) -> tuple[str, str]:
+    """("F = m * a", {"m": 7, "a": 8}) -> ("7 * 8", "56"), numbers in the order of the formula."""
+    substitution = " ".join(str(numbers.get(term, term)) for term in formula.split()[2:])
+    first, operator, *rest = substitution.split()
+    a, b = int(first), sum(int(term) for term in rest if term.isdigit())  # brackets hold nothing but sums
+    if operator == "/" and "(" in rest:
+        return substitution, f"{a} / {b}"  # not reduced: a probability shows the cases that were counted
+    if operator == "/":
+        return substitution, f"{a // b}" if a % b == 0 else f"1 / {b // a}"  # the latter is the right formula upside down
+    return substitution, str({"*": a * b, "+": a + b, "-": a - b}[operator])
+
+
+def _slip(substitution: str, value: str, rng: random.Random) -> str:
+    """A value that is a little wrong: a neighbour in the times table, or off by one or ten. Never negative or right."""
+    if " / " in value:
+        top, bottom = value.split(" / ")
+        return f"{top} / {int(bottom) + rng.choice((-1, 1))}"
+    steps = (int(substitution.split()[-1]),) if "*" in substitution else (1, 10)
+    slips = [int(value) + sign * step for step in steps for sign in (-1, 1)]
+    return str(rng.choice([slip for slip in slips if slip >= 0]))
+
+
+def _answer(law: str, formula: str, substitution: str, value: str, unit: str) -> str:
+    return f"{law}: {formula} = {substitution} = {value} {unit}".rstrip() + "."
+
+
+# ----------------------------------------------------------------------------------------- rows for training, grades
+
+
+def make_sft_rows(questions: list[dict], right_share: float, seed: int) -> list[dict]:
+    """One {"prompt", "completion", "kind", "topic", "right"} a question: the right answer with probability `right_share`,
+    the wrong one otherwise. A model tuned on them knows the shape of an answer and half-knows the laws.
+
+    ValueError if `right_share` is not in [0, 1].
+    """
+    if not 0 <= right_share <= 1:
+        raise ValueError(f"right_share {right_share}: a share lies in [0, 1]")
+    rng = random.Random(f"{seed}-right")
+    rights = [rng.random() < right_share for _ in questions]
+    return [{"prompt": q["prompt"], "completion": q["answer" if right else "wrong"], "kind": q["kind"], "topic": q["topic"],
+             "right": right} for q, right in zip(questions, rights, strict=True)]
+
+
+def make_pair_rows(questions: list[dict], flip_rate: float, seed: int) -> list[dict]:
+    """One {"prompt", "chosen", "rejected", "kind", "topic", "mistake", "answer", "flipped"} a question. In exactly
+    round(flip_rate * len(questions)) rows, drawn by the seed, the wrong answer is the chosen one.
+
+    ValueError if `flip_rate` is not in [0, 0.5): at one half the labels say nothing.
+    """
+    if not 0 <= flip_rate < 0.5:
+        raise ValueError(f"flip_rate {flip_rate}: it lies in [0, 0.5), because labels flipped half of the time say nothing")
+    flips = set(random.Random(f"{seed}-flips").sample(range(len(questions)), round(flip_rate * len(questions))))
+    rows = []
+    for i, q in enumerate(questions):
+        chosen, rejected = ("wrong", "answer") if i in flips else ("answer", "wrong")
+        kept = {name: q[name] for name in ("kind", "topic", "mistake", "answer")}
+        rows.append({"prompt": q["prompt"], "chosen": q[chosen], "rejected": q[rejected], **kept, "flipped": i in flips})
+    return rows
+
+
+def grade(text: str, answer: str) -> tuple[bool, bool]:
+    """(method right, fully right) of a sampled `text`, where `answer` is the right worked answer.
+
+    The method is right if formula, substitution and unit are those of the answer, fully right if the value is, too. The
+    law in front is not graded. A text of another shape, or one that rambles on after its answer, is (False, False).
+    ValueError if `answer` itself has another shape.
+    """
+    right, found = ANSWER.fullmatch(answer), ANSWER.fullmatch(text.strip())
+    if right is None:
+        raise ValueError(f"not a worked answer: {answer!r}")
+    method = found is not None and found.group(1, 2, 4) == right.group(1, 2, 4)
+    return method, method and found[3] == right[3]
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer and network
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+NUMBERS = sorted({*range(101), *(n * step for n in range(1, 11) for step in (60, 100, 1000))})  # all that the world shows
+
+TINY_PHI = {  # config.json of a Phi with a million parameters; vocab_size comes from the tokenizer
+    "model_type": "phi", "architectures": ["PhiForCausalLM"],
+    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
+    "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "initializer_range": 0.02, "tie_word_embeddings": False,
+}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` entries, the same for the same texts. Any text decodes back unchanged.
+
+    Every number of the world, with the blank before it, is a single token: a model this small learns 7 * 8 = 56 as one
+    fact about three symbols. The control tokens have the last three ids. ValueError if `vocab_size` has no room for that.
+    """
+    if vocab_size < 512:
+        raise ValueError(f"vocab_size {vocab_size}: 256 bytes, the numbers of the world and a few words need at least 512")
+    texts = list(texts)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(CONTROL_TOKENS), show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    numbers = "".join(f" {n}" for n in NUMBERS)  # once per text, so that they outnumber words and are merged first
+    tokenizer.train_from_iterator([*texts, *[numbers] * max(1, len(texts))], trainer)
+    tokenizer.add_special_tokens(list(CONTROL_TOKENS))  # added after training, they come last
+    return tokenizer

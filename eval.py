@@ -1,0 +1,98 @@
+"""What is measured about a model: log-probabilities over a data set, preferences, sampled answers.
+
+Every number is a sum over all examples divided by their count, never a mean of batch means, so it does not depend on the
+batch size. All of them use the same log-probability as training (`model.completion_logprobs`).
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import demo
+from data import ChatML, Example, collate
+from dpo import debiased_accuracy
+from model import Phi, completion_logprobs, generate
+
+
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
+    """bf16 compute over fp32 weights, or plain fp32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+@torch.no_grad()
+def all_logprobs(model: Phi, examples: Sequence[Example], batch_size: int, device: str, dtype: str, label: str) -> Tensor:
+    """Summed log-probabilities of every completion, in the examples' own order: [E, completions per example], fp32, CPU."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))  # like lengths together: little padding
+    table = torch.empty(len(examples), len(examples[0].completions))
+    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch", leave=False):
+        part = order[start : start + batch_size]
+        batch = collate([examples[i] for i in part]).to(device)
+        with autocast(device, dtype):
+            table[part] = completion_logprobs(model, batch).view(len(part), -1).cpu()
+    return table
+
+
+def completion_lengths(examples: Sequence[Example]) -> Tensor:
+    """Tokens of every completion, flattened as in a batch: [N]."""
+    return torch.tensor([len(c) for e in examples for c in e.completions])
+
+
+def evaluate(objective: Callable, policy: Tensor, reference: Tensor | None, examples: Sequence[Example]) -> dict[str, float]:
+    """The objective's metrics over a whole data set, under the names of training with the prefix "eval_".
+
+    policy and reference: tables of `all_logprobs`; reference is None for SFT.
+    """
+    flat_reference = None if reference is None else reference.flatten()
+    _, sums = objective(policy.flatten(), completion_lengths(examples), flat_reference)
+    return {f"eval_{name}": (value[0] / value[1]).item() for name, value in sums.items()}
+
+
+def preference_summary(policy: Tensor, reference: Tensor, examples: Sequence[Example], eps: float | None) -> dict[str, float]:
+    """How well the rewards of `policy` [E, 2] order chosen and rejected, beside what needs no training at all.
+
+    Rows that say whether their label was flipped (the demo's do) also give accuracies on the clean labels.
+    """
+    margin = (policy - reference).diff(dim=1)[:, 0].neg()  # log-ratio margin in nats, chosen minus rejected  [E]
+    own = policy.diff(dim=1)[:, 0].neg()  # which answer is likelier under the policy alone  [E]
+    lengths = completion_lengths(examples).view(-1, 2)
+    longer = (lengths[:, 0] - lengths[:, 1]).sign()
+    accuracy = (margin > 0).float().mean().item()
+    summary = {
+        "reward accuracy": accuracy,
+        "debiased accuracy": debiased_accuracy(accuracy, eps),
+        "ties": (margin == 0).float().mean().item(),
+        "longer answer wins": ((longer + 1) / 2).mean().item(),
+        "chosen likelier": (own > 0).float().mean().item(),
+        "logp per token, chosen": (policy[:, 0].sum() / lengths[:, 0].sum()).item(),
+        "logp per token, rejected": (policy[:, 1].sum() / lengths[:, 1].sum()).item(),
+    }
+    if all("flipped" in e.extra for e in examples):
+        truth = torch.tensor([-1.0 if e.extra["flipped"] else 1.0 for e in examples])
+        summary["clean reward accuracy"] = (margin * truth > 0).float().mean().item()
+        summary["right answer likelier"] = (own * truth > 0).float().mean().item()
+    return summary
+
+
+def sample_answers(model: Phi, chat: ChatML, examples: Sequence[Example], max_new_tokens: int, temperature: float,
+                   seed: int, batch_size: int = 128) -> list[str]:
+    """One sampled answer to each example's prompt, as text without the `<|im_end|>`."""
+    stops = tuple(chat.control_ids)
+    answers = []
+    for start in tqdm(range(0, len(examples), batch_size), desc="sampling", unit="batch", leave=False):
+        prompts = [e.prompt for e in examples[start : start + batch_size]]
+        new = generate(model, prompts, max_new_tokens, temperature, seed=seed + start, stop_tokens=stops)
+        answers += [chat.decode(ids) for ids in new]
+    return answers
+
+
+def answer_summary(answers: Sequence[str], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
+    """Mean length of sampled answers, and for the demo, whose rows carry the right answer, how many are right."""
+    summary = {"tokens per answer": sum(len(chat.encode_text(a)) for a in answers) / len(answers)}
+    if all("answer" in e.extra for e in examples):
+        grades = [demo.grade(answer, e.extra["answer"]) for answer, e in zip(answers, examples, strict=True)]
+        summary["sampled: right method"] = sum(method for method, _ in grades) / len(grades)
+        summary["sampled: right method and number"] = sum(full for _, full in grades) / len(grades)
+    return summary

@@ -1,0 +1,200 @@
+"""What a person sees of a run: its data before, its table, samples and figure after, and the dry run.
+
+Plain text and one picture; every number comes from eval.py or metrics.jsonl.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import read_metrics
+from config import PHI2_COMMAND, Config
+from data import ChatML, Example, collate, epoch_order
+from inputs import Inputs
+from model import Phi, PhiConfig
+from files import read_json
+
+# ------------------------------------------------------------------------------------------------------ before training
+
+
+def describe_inputs(inputs: Inputs) -> str:
+    """Where the rows went: the ledger in words, one line a file, and the sizes of the two sides."""
+    lines = []
+    for name, ledger in inputs.ledgers.items():
+        dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
+        lines.append(f"{name}: {ledger.rows:,} rows, {ledger.kept:,} kept ({ledger.trimmed:,} with a trimmed prompt), "
+                     f"dropped: {dropped}")
+        lines += [f"  left out: {reason}" for reason in ledger.bad_rows[:5]]
+        if len(ledger.bad_rows) > 5:
+            lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
+    lines.append(f"{len(inputs.train):,} to train on, {len(inputs.eval):,} to evaluate on, no question on both sides")
+    return "\n".join(lines)
+
+
+def coloured(example: Example, chat: ChatML, colour: bool) -> str:
+    """An example token by token: control tokens inverse, prompt grey, completions green and red, supervised ones underlined."""
+    def paint(ids: list[int], code: str) -> str:
+        if not colour:
+            return "".join(f"[{chat.decode([i])}]" for i in ids)
+        parts = (f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
+        return "".join(parts)
+
+    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", paint(example.prompt, "90")]
+    for name, ids, code in zip(names, example.completions, ("32;4", "31;4"), strict=False):
+        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
+    return "\n".join(lines)
+
+
+def memory_estimate(phi: PhiConfig, parameters: int, batch_shape: tuple[int, int], predicted: int, config: Config) -> dict[str, int]:
+    """Bytes of a training step, by what holds them. An estimate: allocator overhead is not in it.
+
+    Weights, gradients and AdamW's two moments are 4 fp32 copies of the parameters. A block keeps about 16 D values of every
+    token for the backward pass (LayerNorm's input and output 2, q k v and their rotated copies 5, attention's output and
+    its projection 2, the MLP's hidden layer before and after GELU 8 at intermediate_size = 4 D, less what is shared); with
+    gradient checkpointing only its input, 1 D. The logits live a chunk at a time.
+    """
+    from model import LOGIT_CHUNK
+
+    rows, width = batch_shape
+    value = 2 if config.dtype == "bf16" else 4
+    per_token = phi.hidden_size * 9 + 2 * phi.intermediate_size
+    blocks = phi.num_hidden_layers
+    kept = rows * width * value * (blocks * phi.hidden_size + per_token if config.gradient_checkpointing else blocks * per_token)
+    logits = 2 * 4 * min(LOGIT_CHUNK, predicted * phi.vocab_size)
+    reference = 4 * parameters if config.reference == "live" and config.stage == "dpo" else 0
+    return {"weights": 4 * parameters, "gradients": 4 * parameters, "AdamW moments": 8 * parameters,
+            "activations": kept, "logits": logits, "live reference": reference}
+
+
+def available_memory(device: str) -> int:
+    """Bytes free on the device."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def dry_run(config: Config, inputs: Inputs, objective: Callable, step_gradients: Callable) -> None:
+    """Prints what a run would do: config, ledger, two examples, batch shapes, memory, steps and time. Trains nothing."""
+    print("Configuration")
+    for name, value in asdict(config).items():
+        print(f"  {name:24} {value}")
+    print("\nData\n" + describe_inputs(inputs))
+    for example in inputs.train[:2]:
+        print("\n" + coloured(example, inputs.chat, colour=sys.stdout.isatty()))
+
+    order = epoch_order(inputs.train, config.batch_size, config.seed, epoch=0)
+    steps = config.max_steps or config.epochs * len(order)
+    largest = max((sorted((inputs.train[i] for i in part), key=len)[-config.micro_batch_size :] for part in order),
+                  key=lambda part: len(part) * len(part[-1]))
+    batch = collate(largest)
+    shape, predicted = tuple(batch.tokens.shape), len(batch.target)
+    print(f"\nBatches\n  {len(order):,} steps an epoch, {steps:,} in all; {config.batch_size} examples a step in micro-batches of "
+          f"{config.micro_batch_size}\n  largest micro-batch: {shape[0]} rows x {shape[1]} tokens, {predicted:,} predicted")
+
+    phi = PhiConfig.from_dict(read_json(inputs.parent / "config.json"))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Phi(phi).parameters())
+    parts = memory_estimate(phi, parameters, shape, predicted, config)
+    need, have = sum(parts.values()), available_memory(config.device)
+    print(f"\nMemory ({parameters:,} parameters)")
+    for name, size in parts.items():
+        print(f"  {name:24} {size / 2**30:8.2f} GiB")
+    print(f"  {'sum':24} {need / 2**30:8.2f} GiB of {have / 2**30:.2f} GiB free on {config.device}")
+    if need > have:
+        print("This will not fit. --gradient-checkpointing and a smaller --micro-batch-size or --max-length need less.")
+        return
+
+    model = Phi.from_pretrained(inputs.parent, device=config.device)
+    model.gradient_checkpointing, model.attention = config.gradient_checkpointing, config.attention
+    examples = [inputs.train[i] for i in order[0]]
+    table = torch.zeros(len(examples), 2) if config.stage == "dpo" else None
+    seconds = []
+    for _ in range(2):  # the first one warms up
+        began = time.perf_counter()
+        step_gradients(model, examples, table, objective, config)
+        seconds.append(time.perf_counter() - began)
+    print(f"\nTime\n  {seconds[-1]:.2f} s for one step's gradients, so about {_duration(seconds[-1] * steps)} for {steps:,} steps, "
+          "without evaluation. Nothing was trained.")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
+
+
+# ------------------------------------------------------------------------------------------------------- after training
+
+
+def table(before: dict[str, float], after: dict[str, float]) -> str:
+    """Metrics of the two models side by side. Rewards are measured from the model before, so it has none of its own."""
+    rows = [("", "before", "after")]
+    for name, value in after.items():
+        old = "-" if "reward" in name or name in ("debiased accuracy", "ties") else _number(name, before[name])
+        rows.append((name, old, _number(name, value)))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"  {name:{width}}  {old:>8}  {new:>8}" for name, old, new in rows)
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.3f}" if "logp" in name or "loss" in name else f"{value:.1f}" if "tokens" in name else f"{100 * value:.1f}%"
+
+
+def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
+    """The end of a run as text: table, three questions with the answers before and after, files, and what to do next."""
+    before, after = results["before"], results["after"]
+    lines = ["", f"{len(inputs.eval):,} held-out examples, best step {results['best_step']} "
+             f"(by {config.metric}: {results['best_value']:.4f})", table(before["metrics"], after["metrics"])]
+    for example, old, new in list(zip(inputs.eval, before["answers"], after["answers"], strict=False))[:3]:
+        question = inputs.chat.decode([i for i in example.prompt if i not in inputs.chat.control_ids])
+        lines += ["", " ".join(question.split()), f"  before: {' '.join(old.split())[:300]}", f"  after:  {' '.join(new.split())[:300]}"]
+        if "answer" in example.extra:
+            lines.append(f"  right:  {example.extra['answer']}")
+    lines += ["", f"Model, metrics and figure: {run}/ (model.safetensors, metrics.jsonl, figures/training.png)"]
+    if config.model == "demo" and config.stage == "dpo":
+        lines.append(f"The same on Phi-2:\n  {PHI2_COMMAND}")
+    return "\n".join(lines)
+
+
+def training_figure(run: Path, config: Config) -> None:
+    """figures/training.png: loss, accuracy and rewards over the steps, from metrics.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(run)
+
+    def draw(axis, name: str, label: str, **style) -> None:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+
+    thin, dots = {"alpha": 0.5, "linewidth": 1}, {"marker": "o", "markersize": 4}
+    panels = 3 if config.stage == "dpo" else 1
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.6), squeeze=False)
+    axes = axes[0]
+    draw(axes[0], "loss", f"{config.loss or 'loss'}, training", **thin)
+    draw(axes[0], "eval_loss", f"{config.loss or 'loss'}, held out", **dots)
+    if config.stage == "dpo":
+        draw(axes[0], "eval_dpo_loss", "DPO (eps = 0), held out", **dots)
+        draw(axes[1], "rewards/accuracies", "training", **thin)
+        draw(axes[1], "eval_rewards/accuracies", "held out", **dots)
+        draw(axes[1], "eval_debiased_accuracy", "held out, debiased", **dots)
+        axes[1].set(ylabel="reward accuracy", ylim=(0, 1.05))
+        draw(axes[2], "eval_rewards/chosen", "chosen, held out", **dots)
+        draw(axes[2], "eval_rewards/rejected", "rejected, held out", **dots)
+        axes[2].set(ylabel="reward: beta * log-ratio to the reference")
+    axes[0].set(ylabel="loss (nats per pair)" if config.stage == "dpo" else "loss (nats per token)")
+    for axis in axes:
+        axis.set(xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    (run / "figures").mkdir(exist_ok=True)
+    figure.savefig(run / "figures" / "training.png", dpi=120)
+    plt.close(figure)

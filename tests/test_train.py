@@ -1,0 +1,298 @@
+"""The driver end to end, on a model that trains in seconds: resume, kill, signals, bad input, non-finite numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo
+import train as driver
+from checkpoint import fingerprint, read_metrics, steps_saved
+from config import Config, parse, resolve
+from data import ChatML, Example, load_tokenizer
+from files import InputError, read_json, write_jsonl
+from inputs import demo_base
+from model import Phi
+from train import learning_rate, main, make_objective, step_gradients
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A directory with the demo's random tiny Phi, cut down to one layer so that a step takes milliseconds."""
+    base = demo_base(tmp_path_factory.mktemp("tiny"), seed=0)
+    config = read_json(base / "config.json")
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    from safetensors.torch import load_file, save_file
+    weights = load_file(base / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if ".layers." not in k or ".layers.0." in k}, base / "model.safetensors")
+    return base
+
+
+def pair_rows(count: int) -> list[dict]:
+    return [{"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"} for i in range(count)]
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(40))
+    return tmp_path / "pairs.jsonl"
+
+
+def flags(tiny: Path, pairs: Path, out: Path, *extra: str) -> list[str]:
+    return ["--stage", "dpo", "--model", str(tiny), "--train", str(pairs), "--out", str(out), "--name", "run", "--lr", "1e-3",
+            "--epochs", "2", "--batch-size", "4", "--micro-batch-size", "2", "--eval-every", "5", "--samples", "2",
+            "--device", "cpu", *extra]
+
+
+def curve(run: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
+
+
+def weights(run: Path) -> str:
+    return fingerprint(Phi.from_pretrained(run))
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+
+def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(tiny):
+    chat = ChatML(load_tokenizer(tiny))
+    examples = [Example(chat.prompt([{"role": "user", "content": f"Question {'x' * i}?"}]),
+                        [chat.reply("yes " * (i + 1)), chat.reply("no")]) for i in range(8)]
+    config, model = Config(), Phi.from_pretrained(tiny)
+    config.stage, config.loss, config.beta, config.eps, config.nll_weight = "dpo", "robust", 0.1, 0.1, 0.5
+    config.device, config.dtype = "cpu", "fp32"
+    reference, results = torch.randn(8, 2) - 20, {}
+    for size in (1, 8):
+        config.micro_batch_size = size
+        model.zero_grad()
+        metrics = step_gradients(model, examples, reference, make_objective(config), config)
+        results[size] = metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(results[1][1], results[8][1], atol=1e-6, rtol=1e-5)
+    assert results[1][0] == pytest.approx(results[8][0], rel=1e-5)
+
+
+def test_the_learning_rate_rises_linearly_then_falls_to_zero():
+    config = Config(lr=1.0, warmup_steps=4)
+    assert [learning_rate(s, 12, config) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(8, 12, config) == pytest.approx(0.5)  # half-way down the cosine
+    assert learning_rate(12, 12, config) == pytest.approx(0.0)
+    config.schedule = "linear"
+    assert learning_rate(10, 12, config) == pytest.approx(0.25)
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_a_model_metrics_ledger_figure_and_results(tiny, pairs, tmp_path, capsys):
+    assert main(flags(tiny, pairs, tmp_path / "out")) == 0
+    run = tmp_path / "out" / "run"
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "run.json", "results.json", "figures/training.png"):
+        assert (run / name).stat().st_size > 0
+    (ledger,) = read_json(run / "ledger.json").values()
+    assert ledger["rows"] == 40 == ledger["kept"] + sum(ledger["dropped"].values())
+    rows = read_metrics(run)
+    first = rows[0]
+    assert first["preference_loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2: policy and reference are one model
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert any("eval_debiased_accuracy" in row for row in rows)
+    best = read_json(run / "results.json")["best_step"]
+    assert weights(run) == weights(run / "checkpoints" / f"step-{best}")
+    assert len(steps_saved(run)) <= 3  # keep 2 and the best
+    assert "longer answer wins" in capsys.readouterr().out
+
+
+def test_the_reference_is_cached_and_reused_only_for_the_same_model_and_data(tiny, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(flags(tiny, pairs, out, "--max-steps", "1", "--samples", "0"))
+    assert capsys.readouterr().out.count("written to") == 2
+    main(flags(tiny, pairs, out, "--max-steps", "1", "--samples", "0", "--overwrite", "--lr", "5e-4"))
+    assert capsys.readouterr().out.count("reused from") == 2
+    main(flags(tiny, pairs, out, "--max-steps", "1", "--samples", "0", "--overwrite", "--system-prompt", "Be brief."))
+    assert capsys.readouterr().out.count("written to") == 2
+    main(flags(out / "run", pairs, out, "--max-steps", "1", "--samples", "0", "--name", "other"))
+    assert capsys.readouterr().out.count("written to") == 2
+
+
+def test_a_live_reference_gives_the_same_curve_as_the_cached_one(tiny, pairs, tmp_path):
+    main(flags(tiny, pairs, tmp_path / "cached", "--max-steps", "4", "--samples", "0"))
+    main(flags(tiny, pairs, tmp_path / "live", "--max-steps", "4", "--samples", "0", "--reference", "live"))
+    for a, b in zip(curve(tmp_path / "cached" / "run"), curve(tmp_path / "live" / "run"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_sft_on_the_whole_text_and_on_the_completion_both_learn(tiny, tmp_path):
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": f"Say {i}", "completion": f"Here it is: {i}"} for i in range(40)])
+    for extra in ([], ["--whole-text"]):
+        name = f"run{len(extra)}"
+        assert main(["--stage", "sft", "--model", str(tiny), "--train", str(tmp_path / "sft.jsonl"), "--out", str(tmp_path / "out"),
+                     "--name", name, "--lr", "1e-2", "--max-steps", "8", "--batch-size", "8", "--device", "cpu", *extra]) == 0
+        losses = [row["loss"] for row in read_metrics(tmp_path / "out" / name) if "loss" in row]
+        assert losses[-1] < losses[0] - 1
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(tiny, pairs, tmp_path):
+    main(flags(tiny, pairs, tmp_path, "--lr", "1e-12", "--epochs", "9", "--eval-every", "1", "--patience", "2", "--samples", "0"))
+    assert max(row["step"] for row in read_metrics(tmp_path / "run")) <= 6
+
+
+# ------------------------------------------------------------------------------------------------------ killed, resumed
+
+
+def test_killed_at_any_moment_and_resumed_equals_never_killed_bit_for_bit(tiny, pairs, tmp_path):
+    whole = tmp_path / "whole" / "run"
+    assert main(flags(tiny, pairs, whole.parent, "--samples", "0")) == 0
+
+    run = tmp_path / "killed" / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, pairs, run.parent, "--samples", "0")]
+    for lines in (3, 9):  # killed after about so many logged lines: before the first checkpoint, and after it
+        process = subprocess.Popen(command + (["--resume"] if lines > 3 else []), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and len(read_metrics(run)) < lines and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (run / "results.json").exists(), "the run ended before it was killed"
+    assert main(flags(tiny, pairs, run.parent, "--samples", "0", "--resume")) == 0
+    assert curve(run) == curve(whole)
+    assert weights(run) == weights(whole)
+
+
+def test_sigterm_saves_after_the_step_and_prints_the_command_that_resumes(tiny, pairs, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, pairs, tmp_path, "--epochs", "200")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while len(read_metrics(run)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM" in printed and "--resume" in printed and "--name run" in printed
+    assert steps_saved(run)[-1] == read_metrics(run)[-1]["step"]
+
+
+def test_a_resumed_run_refuses_other_settings(tiny, pairs, tmp_path, capsys):
+    assert main(flags(tiny, pairs, tmp_path, "--max-steps", "1")) == 0
+    (tmp_path / "run" / "results.json").unlink()
+    assert main(flags(tiny, pairs, tmp_path, "--max-steps", "1", "--beta", "0.7", "--resume")) == 2
+    assert "beta" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_never_overwritten_by_accident(tiny, pairs, tmp_path, capsys):
+    assert main(flags(tiny, pairs, tmp_path, "--max-steps", "1")) == 0
+    before = weights(tmp_path / "run")
+    assert main(flags(tiny, pairs, tmp_path, "--max-steps", "2")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert weights(tmp_path / "run") == before
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    assert main(flags(tiny, pairs, tmp_path, "--name", "precious", "--overwrite")) == 2
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ gone wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny, pairs, tmp_path, capsys):
+    assert main(flags(tiny, pairs, tmp_path, "--lr", "1e30", "--clip", "1e30", "--samples", "0")) == 2
+    error = capsys.readouterr().err
+    assert "is nan" in error or "is inf" in error or "is -inf" in error
+    assert "pairs.jsonl:" in error
+    assert all(torch.isfinite(p).all() for s in steps_saved(tmp_path / "run")
+               for p in Phi.from_pretrained(tmp_path / "run" / "checkpoints" / f"step-{s}").parameters())
+
+
+def test_a_reference_that_is_not_the_starting_model_is_noticed_at_step_0(tiny, pairs, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    assert main(flags(tiny, pairs, tmp_path, "--max-steps", "1", "--samples", "0")) == 0
+    for file in (tmp_path / "reference").iterdir():
+        save_file({"logprobs": load_file(file)["logprobs"] + torch.tensor([1.0, 0.0])}, file)
+    assert main(flags(tiny, pairs, tmp_path, "--max-steps", "1", "--samples", "0", "--overwrite")) == 2
+    assert "at step 0 the margin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--train", "absent.jsonl"], "absent.jsonl"),
+    (["--loss", "sigmoid", "--eps", "0.1"], "no --eps"),
+    (["--loss", "robust"], "needs --eps"),
+    (["--eps", "0.5"], "[0, 0.5)"),
+    (["--dtype", "fp16"], "overflow"),
+    (["--attention", "flex"], "CUDA"),
+    (["--whole-text"], "does nothing in --stage dpo"),
+    (["--flip-rate", "0.1"], "demo"),
+    (["--demo-rows", "10"], "demo"),
+    (["--max-prompt-length", "4000"], "no room"),
+    (["--batch-size", "0"], "positive"),
+    (["--metric", "loss"], "robust loss"),
+    (["--model", "no/such/place"], "no such directory"),
+    (["--eval-share", "1.5"], "between 0 and 1"),
+    (["--resume"], "no run to resume"),
+    (["--max-length", "12", "--max-prompt-length", "11"], "no row is left"),
+])
+def test_a_mistake_on_the_command_line_ends_in_one_clear_line(tiny, pairs, tmp_path, capsys, extra, message):
+    assert main(flags(tiny, pairs, tmp_path / "out", *extra)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and "Traceback" not in error
+
+
+def test_bad_rows_stop_the_run_or_are_left_out_and_counted(tiny, pairs, tmp_path, capsys):
+    pairs.write_text(pairs.read_text() + '{"prompt": "x", "chosen": "y"}\nnot json\n')
+    assert main(flags(tiny, pairs, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert f'{pairs}:41: "rejected" is missing' in error and f"{pairs}:42: not JSON" in error
+    assert main(flags(tiny, pairs, tmp_path, "--on-bad-row", "skip", "--max-steps", "1", "--overwrite")) == 0
+    (ledger,) = read_json(tmp_path / "run" / "ledger.json").values()
+    assert ledger["rows"] == 42 and ledger["dropped"] == {"bad row": 2} and len(ledger["bad_rows"]) == 2
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(tiny, pairs, tmp_path, capsys):
+    assert main(flags(tiny, pairs, tmp_path / "out", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    for part in ("micro_batch_size", "40 rows, 40 kept", "[<|im_end|>]", "supervised", "predicted", "GiB free", "steps", "Nothing was trained"):
+        assert part in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_field_of_the_config_is_a_flag_with_help():
+    given = ["--stage", "dpo", "--lr", "3e-5", "--batch_size", "7", "--nll-weight", "0.5"]
+    config, names = parse(given)
+    assert (config.lr, config.batch_size, config.nll_weight) == (3e-5, 7, 0.5)
+    assert names == {"stage", "lr", "batch_size", "nll_weight"}
+    assert resolve(config, names).loss == "robust"
+    with pytest.raises(SystemExit):
+        parse(["--learning-rate", "1"])
+
+
+def test_the_demo_trains_sft_first_says_so_and_keeps_questions_apart(tmp_path, capsys, monkeypatch):
+    from config import RECIPES
+
+    monkeypatch.setitem(RECIPES, ("demo", "sft"), {**RECIPES["demo", "sft"], "demo_rows": 64, "epochs": 1})
+    assert main(["--out", str(tmp_path), "--demo-rows", "80", "--samples", "4", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "There is no SFT model for the demo yet" in printed and "sampled: right method" in printed
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
+    pairs, corpus = (read(tmp_path / p) for p in ("demo-dpo/data/pairs.jsonl", "demo-sft-seed0/data/sft.jsonl"))
+    assert sum(row["flipped"] for row in pairs) == 16
+    assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in corpus}
+
+
+def test_debiased_accuracy_inverts_the_flips():
+    assert dpo.debiased_accuracy(0.95 * 0.8 + 0.05 * 0.2, 0.2) == pytest.approx(0.95)
+
+
+def test_no_traceback_for_a_missing_directory_from_the_shell(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--model", str(tmp_path / "nothing"), "--train", "x.jsonl"],
+                            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 2 and "no such directory" in result.stderr and "Traceback" not in result.stderr
+    assert pytest.raises(InputError, driver.find_parent, Config(model=str(tmp_path / "nothing")))
