@@ -58,6 +58,7 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many steps (the schedule ends there too)")
     batch_size: int | None = flag(None, "examples per optimizer step")
     micro_batch_size: int | None = flag(None, "examples per forward pass; the gradients of a step add up")
+    adam_beta2: float | None = flag(None, "AdamW's memory of squared gradients")
     weight_decay: float = flag(0.0, "AdamW's decay of the weight matrices")
     clip: float = flag(1.0, "largest norm of the gradient")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
@@ -78,14 +79,14 @@ class Config:
 # The demo's were tuned until its generations improved; Phi-2's DPO values are those of the report's authors.
 COMMON = dict(eval_share=0.2, max_length=1024, max_prompt_length=512, nll_weight=0.0)
 RECIPES = {
-    ("demo", "sft"): dict(COMMON, eval_share=0.05, demo_rows=8000, lr=2e-3, warmup_steps=50, epochs=3, batch_size=32,
-                          micro_batch_size=32, eval_every=250, samples=0),
-    ("demo", "dpo"): dict(COMMON, demo_rows=2500, flip_rate=0.2, loss="robust", beta=0.1, eps=0.2, nll_weight=0.1, lr=1e-4,
-                          warmup_steps=10, epochs=1, batch_size=32, micro_batch_size=32, eval_every=20, samples=300),
-    ("phi", "sft"): dict(COMMON, max_length=2048, max_prompt_length=1024, lr=1e-5, warmup_steps=20, epochs=1,
+    ("demo", "sft"): dict(COMMON, eval_share=0.01, demo_rows=26000, lr=1.5e-3, adam_beta2=0.99, warmup_steps=50, epochs=1, batch_size=8,
+                          micro_batch_size=8, eval_every=1000, samples=0),
+    ("demo", "dpo"): dict(COMMON, demo_rows=7000, flip_rate=0.2, loss="robust", beta=0.3, eps=0.2, nll_weight=2.0, lr=2e-4,
+                          adam_beta2=0.999, warmup_steps=10, epochs=1, batch_size=16, micro_batch_size=16, eval_every=100, samples=1000),
+    ("phi", "sft"): dict(COMMON, max_length=2048, max_prompt_length=1024, lr=1e-5, adam_beta2=0.999, warmup_steps=20, epochs=1,
                          batch_size=32, micro_batch_size=4, eval_every=200, samples=0),
     ("phi", "dpo"): dict(COMMON, max_length=2048, max_prompt_length=1024, loss="robust", beta=0.3, eps=0.1, lr=1e-5,
-                         warmup_steps=5, epochs=3, batch_size=32, micro_batch_size=4, eval_every=500, samples=16),
+                         adam_beta2=0.999, warmup_steps=5, epochs=3, batch_size=32, micro_batch_size=4, eval_every=500, samples=16),
 }
 PHI2_COMMAND = ("python train.py --stage dpo --model rhysjones/phi-2-orange-v2 --train pairs.jsonl "
                 '--system-prompt "You are a helpful EPFL chatbot." --loss robust --beta 0.3 --eps 0.1 --lr 1e-5 '
@@ -165,6 +166,8 @@ def _check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
+    if not 0 < config.adam_beta2 < 1:
+        raise InputError(f"--adam-beta2 {config.adam_beta2}: must lie between 0 and 1")
     if not 0 < config.eval_share < 1:
         raise InputError(f"--eval-share {config.eval_share}: must lie between 0 and 1")
     if config.max_prompt_length >= config.max_length:

@@ -77,8 +77,8 @@ class ChatML:
     def prompt(self, messages: list[dict], max_tokens: int | None = None) -> list[int]:
         """Ids of `messages` and of the header that the assistant's reply follows.
 
-        If they are more than `max_tokens`, the system turn and every header stay and the oldest text goes: whole turns
-        first, then the beginning of the last one. InputError if even that cannot fit.
+        If they are more than `max_tokens`, the system turn stays and the oldest text behind it goes: whole turns, then the
+        beginning of the oldest turn that remains, never its header. InputError if even that cannot fit.
         """
         if self.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
@@ -149,30 +149,42 @@ class Ledger:
 
 
 def _text(value: object, name: str) -> str:
-    """A reply: text, or a list holding one assistant message (the form that TRL also takes)."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
-        value = value[0].get("content")
+    """`value` if it is text with something in it."""
     if not isinstance(value, str):
         raise ValueError(f'"{name}" is missing' if value is None else f'"{name}" is {type(value).__name__}, not text')
     if not value.strip():
         raise ValueError(f'"{name}" is empty')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character') from None
     return value
+
+
+def _reply(value: object, name: str) -> str:
+    """A reply: text, or a list holding one assistant message (the form that TRL also takes)."""
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            raise ValueError(f'"{name}" is a list but not of one assistant message')
+        value = value[0].get("content")
+    return _text(value, name)
 
 
 def _messages(value: object, name: str) -> list[dict]:
     """A conversation: text (one user message) or a list of messages; only the first may be the system's."""
     if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
+        return [{"role": "user", "content": _text(value, name)}]
+    if not isinstance(value, list):
         raise ValueError(f'"{name}" is missing' if value is None else f'"{name}" is neither text nor a list of messages')
+    if not value:
+        raise ValueError(f'"{name}" holds no message')
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f'"{name}"[{i}] is not a message')
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         if role not in ("system", "user", "assistant") or (role == "system" and i > 0):
             raise ValueError(f'"{name}"[{i}] has the role {role!r}: user, assistant, or system as the first')
-        if not isinstance(content, str) or not content.strip():
-            raise ValueError(f'"{name}"[{i}] has no text')
+        _text(message.get("content"), f"{name}[{i}].content")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -185,7 +197,7 @@ def _prompt(value: object, name: str) -> list[dict]:
 
 def parse_pair(row: dict) -> tuple[list[dict], list[str], dict]:
     """{"prompt", "chosen", "rejected", ...} -> messages, [chosen, rejected], the other fields."""
-    completions = [_text(row.get("chosen"), "chosen"), _text(row.get("rejected"), "rejected")]
+    completions = [_reply(row.get("chosen"), "chosen"), _reply(row.get("rejected"), "rejected")]
     if completions[0] == completions[1]:
         raise ValueError('"chosen" and "rejected" are the same text: there is nothing to prefer')
     extra = {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
@@ -198,9 +210,11 @@ def parse_sft(row: dict) -> tuple[list[dict], list[str], dict]:
         messages = _messages(row["messages"], "messages")
         if messages[-1]["role"] != "assistant":
             raise ValueError('"messages" does not end with the assistant, so there is no reply to learn')
-        prompt, completion = _prompt(messages[:-1], "messages"), messages[-1]["content"]
+        prompt, completion = messages[:-1], messages[-1]["content"]
+        if not prompt or prompt[-1]["role"] != "user":
+            raise ValueError('"messages" has no user message before the last reply')
     else:
-        prompt, completion = _prompt(row.get("prompt"), "prompt"), _text(row.get("completion"), "completion")
+        prompt, completion = _prompt(row.get("prompt"), "prompt"), _reply(row.get("completion"), "completion")
     return prompt, [completion], {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
 
 
@@ -232,6 +246,8 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
             bad.append(f"{path}:{number}: not UTF-8 text")
         except json.JSONDecodeError as error:
             bad.append(f"{path}:{number}: not JSON ({error})")
+        except RecursionError:
+            bad.append(f"{path}:{number}: nested too deeply")
         except ValueError as error:
             bad.append(f"{path}:{number}: {error}")
     if not ledger.rows:
@@ -247,8 +263,10 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
 
 
 def question_key(row: Row) -> str:
-    """What makes two questions the same: the user's and assistant's words without case, blanks and punctuation."""
-    return " | ".join(" ".join(re.findall(r"\w+", m["content"].casefold())) for m in row.messages if m["role"] != "system")
+    """What makes two questions the same: words, numbers and symbols of the conversation, without case, blanks and the
+    punctuation of sentences. (7 + 8 and 7 - 8 are two questions.)"""
+    texts = (m["content"].casefold() for m in row.messages if m["role"] != "system")
+    return " | ".join(" ".join(re.findall(r"\w+|[^\w\s.,;:!?'\"]", text)) for text in texts)
 
 
 def split_by_question(rows: list[Row], eval_share: float, seed: int) -> tuple[list[Row], list[Row]]:

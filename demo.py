@@ -276,7 +276,7 @@ TINY_PHI = {  # config.json of a Phi with a million parameters; vocab_size comes
     "model_type": "phi", "architectures": ["PhiForCausalLM"],
     "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
     "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
-    "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "initializer_range": 0.02, "tie_word_embeddings": False,
+    "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "initializer_range": 0.06, "tie_word_embeddings": False,
 }
 
 

@@ -17,7 +17,7 @@ in different ways (L is a function of z, softplus(-z) = -log sigmoid(z)):
     robust        L = [(1-eps) softplus(-z) - eps softplus(z)] / (1-2 eps)    averaged over flips it *is* the clean loss
 
 What to watch with the robust loss: it has no minimum. Its slope tends to -eps/(1-2 eps) and never to 0, so a pair keeps
-pushing its margin for ever, and the loss crosses zero (at z = 1.54 for eps = 0.1) and falls without bound. A run with the
+pushing its margin for ever, and the loss crosses zero (at z = 1.55 for eps = 0.1) and falls without bound. A run with the
 lowest robust loss is the run that diverged most; compare runs by accuracy, by margin, or by the eps-free loss logged
 here as `dpo_loss`.
 
@@ -137,6 +137,7 @@ def objective(policy: Tensor, reference: Tensor, lengths: Tensor, loss: str, bet
             "logps/rejected": rejected,
             "drift/chosen": drift.view(-1, 2)[:, 0],
             "drift/rejected": drift.view(-1, 2)[:, 1],
+            "drift/absolute": drift.abs().view(-1, 2).mean(dim=1),
         }
         metrics = {name: torch.stack((v.sum(), torch.tensor(float(len(v)), device=v.device)))
                    for name, v in per_pair_metrics.items()}
@@ -152,11 +153,14 @@ def debiased_accuracy(accuracy: float, eps: float | None) -> float:
 
 
 def check_start(metrics: dict[str, float], loss: str, beta: float, eps: float | None, tolerance: float) -> None:
-    """Before the first step policy and reference are one model: z = 0, and the loss is ln 2 (robust too; hinge 1, IPO
-    1/(4 beta^2)). InputError if not: then something differs between the two, and every later number would be wrong."""
+    """Before the first step policy and reference are one model: no answer has drifted, z = 0, and the loss is ln 2 (robust
+    too; hinge 1, IPO 1/(4 beta^2)). InputError if not: then the two differ, and every later number would be wrong.
+
+    `tolerance`: the rounding, in nats per answer, that the compute type allows.
+    """
     expected = preference_loss(torch.zeros(1), loss, beta, eps).item()
-    margin, measured = metrics["rewards/margins"], metrics["preference_loss"]
-    if not abs(margin) <= tolerance or not abs(measured - expected) <= tolerance * max(1.0, 1 / beta):
-        raise InputError(f"at step 0 the margin is {margin:.3g} (must be 0) and the loss {measured:.6f} (must be "
-                         f"{expected:.6f}): the reference log-probabilities are not those of the starting model. Delete "
-                         "out/reference and run again; if it stays, model, tokenizer or dtype differ between the two.")
+    drift, measured = metrics["drift/absolute"], metrics["preference_loss"]
+    if not drift <= tolerance or not abs(measured - expected) <= 4 * tolerance * max(1.0, 1 / beta):
+        raise InputError(f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss is "
+                         f"{measured:.6f} (must be {expected:.6f}): the reference log-probabilities are not those of the "
+                         "starting model. Delete out/reference and run again; if it stays, model, tokenizer or dtype differ.")

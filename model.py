@@ -52,10 +52,18 @@ class PhiConfig:
     other: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for f in fields(self):
+            value, wanted = getattr(self, f.name), (int, float) if f.type is float else int
+            if f.name != "other" and (not isinstance(value, wanted) or isinstance(value, bool) or value <= 0):
+                raise InputError(f"{f.name} is {value!r}, not a positive number")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
                              f"num_key_value_heads {self.num_key_value_heads} do not divide each other")
+        if self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size:
+            raise InputError(f"partial_rotary_factor {self.partial_rotary_factor} turns {self.rotary_size} of a head's "
+                             f"{self.head_size} dimensions; an even number of them is needed")
 
     @property
     def head_size(self) -> int:
@@ -76,32 +84,37 @@ class PhiConfig:
             raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'phi': this is not a Phi-1/1.5/2 model")
         if "n_embd" in raw:
             raw = _modern_fields(raw)
-        rope = raw.pop("rope_parameters", None) or raw.pop("rope_scaling", None) or {}  # current, older transformers
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise InputError(f"{where}: rope scaling {kind!r} is not supported, only the default rotary positions")
-        raw.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))  # transformers' default
-        raw.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        for field_name in ("rope_parameters", "rope_scaling"):  # current, older transformers
+            rope = raw.pop(field_name, None) or {}
+            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+            if kind != "default":
+                raise InputError(f"{where}: rope scaling {kind!r} is not supported, only the default rotary positions")
+            for name in ("partial_rotary_factor", "rope_theta"):
+                if name in rope:
+                    raw.setdefault(name, rope[name])
+        raw.setdefault("partial_rotary_factor", 0.5)  # transformers' default; Phi-2's own is 0.4
         for name, supported in {"qk_layernorm": False, "tie_word_embeddings": False, "hidden_act": "gelu_new"}.items():
             if raw.get(name, supported) != supported:
                 raise InputError(f"{where}: {name} = {raw[name]!r} is not supported, only {supported!r} (as in Phi-2)")
         known = {f.name for f in fields(cls)} - {"other"}
+        other = {name: raw.pop(name) for name in sorted(set(raw) - known)}
         try:
-            other = {name: raw.pop(name) for name in sorted(set(raw) - known)}
             return cls(**raw, other=other)
-        except TypeError as error:
-            raise InputError(f"{where}: a field has the wrong type ({error})") from None
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict:
         """The content of config.json, in the form that every version of transformers reads."""
         own = asdict(self)
-        other = own.pop("other")
+        other = {name: value for name, value in own.pop("other").items() if name not in ("dtype", "torch_dtype")}
         return {**other, **own, "model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new",
                 "tie_word_embeddings": False, "qk_layernorm": False}
 
 
 def _modern_fields(old: dict) -> dict:
     """The older Phi-2 config's names in the current ones."""
+    if not all(isinstance(old.get(name), int) and old[name] > 0 for name in ("n_embd", "n_head")):
+        raise InputError("n_embd and n_head must be positive numbers")
     head_size = old["n_embd"] // old["n_head"]
     names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
              "n_head_kv": "num_key_value_heads", "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
@@ -113,6 +126,12 @@ def _modern_fields(old: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------ network
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type that matrix products run in: autocast's where it is on, else the weights' own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def rotary_angles(position: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -295,9 +314,7 @@ class Phi(nn.Module):
         """The attention mask of the shared-prompt layout, segment [B, T], for this model's kind of attention."""
         if self.attention == "flex":
             return sibling_block_mask(segment)
-        device = segment.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return sibling_mask(segment, torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype)
+        return sibling_mask(segment, compute_dtype(self.lm_head.weight))
 
     def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None,
                used: int = 0) -> Tensor:
@@ -337,6 +354,8 @@ class Phi(nn.Module):
                         raise InputError(f"{shard}: tensor {name!r} has shape {list(tensor.shape)}, "
                                          f"the config needs {list(expected)}")
                     parent, _, leaf = new_name.rpartition(".")
+                    if not tensor.is_floating_point():
+                        raise InputError(f"{shard}: tensor {name!r} holds {tensor.dtype}, not floating-point weights")
                     weight = tensor.to(device=device, dtype=dtype, copy=True)
                     setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
         if missing:
@@ -418,9 +437,8 @@ def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
     hidden = model.hidden(batch.tokens, batch.position, mask)  # [B, T, D]
     predicting = hidden.flatten(0, 1)[batch.source]  # [M, D]
     weight, bias = model.lm_head.weight, model.lm_head.bias
-    device = predicting.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
+    compute = compute_dtype(weight)
+    with torch.autocast(weight.device.type, enabled=False):
         logprobs = TokenLogProbs.apply(predicting.to(compute), weight.to(compute), bias.to(compute), batch.target)  # [M]
         return torch.zeros(len(batch.lengths), device=logprobs.device).index_add(0, batch.owner, logprobs)  # [N]
 
@@ -456,7 +474,7 @@ def generate(model: Phi, prompts: list[list[int]], max_new_tokens: int, temperat
     length = torch.tensor([len(p) for p in prompts], device=device)  # [B]
     B, T = len(prompts), int(length.max())
     shape = (config.num_hidden_layers, B, config.num_key_value_heads, T + max_new_tokens, config.head_size)
-    cache = KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=device) for _ in range(2)))
+    cache = KVCache(*(torch.zeros(shape, dtype=compute_dtype(weight), device=device) for _ in range(2)))
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
 

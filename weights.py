@@ -13,6 +13,7 @@ from torch import Tensor
 
 from files import InputError, read_json, whole_file, write_json
 
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # a checkpoint larger than this is written in several files
 
 
@@ -26,12 +27,14 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     if path.is_file() or len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
         raise InputError(f"{path_or_repo}: no such directory (a hub name looks like microsoft/phi-2)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     repo = str(path_or_repo)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except HFValidationError:
+        raise InputError(f"{repo}: no such directory, and not a hub name, which looks like microsoft/phi-2") from None
     except GatedRepoError:
         raise InputError(f"{repo}: the repository asks for its terms to be accepted on its page, and for HF_TOKEN") from None
     except RepositoryNotFoundError:
@@ -40,17 +43,20 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     except RevisionNotFoundError:
         raise InputError(f"{repo}: the repository has no revision {revision!r}") from None
     except LocalEntryNotFoundError:
-        raise InputError(f"{repo}: the hub cannot be reached and there is no local copy; --model also takes a "
-                         "directory") from None
-    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"{repo}: the hub cannot be reached or refuses, and there is no complete local copy; --model "
+                         "also takes a directory") from None
+    except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{repo}: the download failed ({error}); run the same command again to continue it") from None
 
 
 def stored_tensors(directory: Path) -> Iterator[tuple[Path, str]]:
     """(file, tensor name) of every tensor of a checkpoint: of the shards in its index, or of model.safetensors."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
-        shards = sorted({directory / name for name in read_json(index).get("weight_map", {}).values()})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: has no weight_map from tensor names to files")
+        shards = sorted({directory / name for name in weight_map.values()})
     else:
         shards = [directory / "model.safetensors"]
     for shard in shards:
@@ -84,7 +90,8 @@ def modern_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes model.safetensors, in shards with an index past 5 GB; each file whole or not at all, the index last."""
+    """Writes model.safetensors, in shards with an index past 5 GB; each file whole or not at all, the index last. Files of an
+    earlier save in the same directory that do not belong to this one are removed, or a loader might prefer them."""
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if size and size + tensor.nbytes > SHARD_BYTES:
@@ -100,5 +107,8 @@ def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(directory / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names.append(INDEX)
+    for stale in directory.glob("model*.safetensors*"):
+        if stale.name not in names:
+            stale.unlink()

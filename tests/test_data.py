@@ -1,5 +1,6 @@
-"""Rows are read with every fault named, become the exact ChatML tokens, and stand in a batch as data.py's picture says."""
+"""Rows are read with every fault named, become the exact ChatML tokens, and stand in a batch as data.py pictures it."""
 
+import itertools
 import json
 import random
 
@@ -7,16 +8,16 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from data import (ChatML, Example, Ledger, Row, check_no_leak, collate, encode, epoch_order, load_tokenizer, question_key,
-                  read_rows, split_by_question, supervise_everything)
+from data import (ChatML, Example, Ledger, Row, check_no_leak, collate, encode, epoch_order, load_tokenizer,
+                  question_key, read_rows, split_by_question, supervise_everything)
 from files import InputError
 
 NEWLINES, ENDOFTEXT, END, START = 256, 257, 258, 259
 
 
 def make_tokenizer(chatml=True):
-    """A byte-level BPE whose ids 0-255 are the bytes themselves, so that list(b"text") are the ids of a text. Its one merge
-    is two newlines, 256. As in phi-2-orange-v2, <|im_start|> is an added token that is not flagged special."""
+    """A byte-level BPE whose ids 0-255 are the bytes themselves, so that list(b"text") are the ids of a text. Its one
+    merge is two newlines, 256. As in phi-2-orange-v2, <|im_start|> is an added token that is not flagged special."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's picture of bytes as characters
     others = [b for b in range(256) if b not in printable]
     character = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
@@ -146,7 +147,8 @@ GOOD = {"pairs": {"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "sft": {"pr
 def read(tmp_path, kind, *lines, on_bad_row="stop"):
     """Writes lines (objects as JSON, bytes as they are) and reads them as rows; returns rows, ledger, path."""
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in encoded))
     ledger = Ledger()
     return read_rows(path, kind, on_bad_row, ledger), ledger, path
 
@@ -160,16 +162,19 @@ BAD_ROWS = [
     ("pairs", without("chosen"), '"chosen" is missing'),
     ("pairs", {**GOOD["pairs"], "rejected": None}, '"rejected" is missing'),
     ("pairs", {**GOOD["pairs"], "chosen": 4}, '"chosen" is int, not text'),
-    ("pairs", {**GOOD["pairs"], "chosen": [user("4")]}, '"chosen" is list, not text'),
+    ("pairs", {**GOOD["pairs"], "chosen": [user("4")]}, '"chosen" is a list but not of one assistant message'),
+    ("pairs", {**GOOD["pairs"], "chosen": "\ud800"}, '"chosen" holds half of a surrogate pair'),
     ("pairs", {**GOOD["pairs"], "rejected": " \n"}, '"rejected" is empty'),
     ("pairs", {**GOOD["pairs"], "rejected": [assistant("")]}, '"rejected" is empty'),
     ("pairs", {**GOOD["pairs"], "rejected": "4"}, '"chosen" and "rejected" are the same text'),
     ("pairs", {**GOOD["pairs"], "prompt": 7}, '"prompt" is neither text nor a list of messages'),
     ("pairs", {**GOOD["pairs"], "prompt": "  "}, '"prompt"'),
     ("pairs", {**GOOD["pairs"], "prompt": ["2+2?"]}, '"prompt"[0] is not a message'),
-    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "tool", "content": "!"}]}, """"prompt"[1] has the role 'tool'"""),
+    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "tool", "content": "!"}]}, '"prompt"[1] has the role'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "system", "content": "!"}]}, '"prompt"[1] has the role'),
-    ("pairs", {**GOOD["pairs"], "prompt": [user("")]}, '"prompt"[0] has no text'),
+    ("pairs", {**GOOD["pairs"], "prompt": [user("")]}, '"prompt[0].content" is empty'),
+    ("pairs", {**GOOD["pairs"], "prompt": ""}, '"prompt" is empty'),
+    ("pairs", {**GOOD["pairs"], "prompt": []}, '"prompt" holds no message'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("?"), assistant("!")]}, '"prompt" ends with the assistant'),
     ("sft", {"prompt": "2+2?"}, '"completion" is missing'),
     ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion" is dict, not text'),
@@ -233,14 +238,16 @@ def test_a_text_prompt_is_one_user_message(tmp_path):
 
 
 def test_completions_in_trl_s_form_are_their_text(tmp_path):
-    (row,), _, _ = read(tmp_path, "pairs", {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]})
+    pair = {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}
+    (row,), _, _ = read(tmp_path, "pairs", pair)
     assert row.messages == [user("2+2?")] and row.completions == ["4", "5"]
 
 
 def test_sft_row_of_messages_learns_the_last_one(tmp_path):
-    rows, _, _ = read(tmp_path, "sft", {"messages": [user("2+2?"), assistant("4"), user("Sure?"), assistant("Yes.")], "id": 7},
+    messages = [user("2+2?"), assistant("4"), user("Sure?"), assistant("Yes.")]
+    rows, _, _ = read(tmp_path, "sft", {"messages": messages, "id": 7},
                       {"prompt": [user("2+2?")], "completion": [assistant("4")]})
-    assert rows[0].messages == [user("2+2?"), assistant("4"), user("Sure?")]
+    assert rows[0].messages == messages[:3]
     assert rows[0].completions == ["Yes."] and rows[0].extra == {"id": 7}
     assert rows[1].messages == [user("2+2?")] and rows[1].completions == ["4"]
 
@@ -283,7 +290,7 @@ def test_trimming_drops_a_turn_when_all_of_its_text_must_go():
 def test_encode_counts_every_row_never_cuts_a_completion_and_shares_the_prompt():
     chat = ChatML(make_tokenizer())
     frame = len(user_turn(b"")) + len(REPLY_HEADER)  # tokens of a prompt besides its text
-    rows = [Row([user("abc")], ["good", "bad"], "f:1", {"id": 1}),
+    rows = [Row([user("abcde")], ["good", "bad"], "f:1", {"id": 1}),  # fits exactly
             Row([user("abcdefgh")], ["good", "bad"], "f:2", {}),  # 3 tokens too long: trimmed
             Row([user("abc")], ["far too long", "bad"], "f:3", {}),  # 13 with <|im_end|>, there is room for 7
             Row([{"role": "system", "content": "long"}, user("abc")], ["good", "bad"], "f:4", {})]
@@ -293,7 +300,7 @@ def test_encode_counts_every_row_never_cuts_a_completion_and_shares_the_prompt()
     assert (ledger.kept, ledger.trimmed) == (2, 1)
     assert ledger.dropped == {"completion does not fit": 1, "prompt does not fit": 1}
     completions = [[*b"good", END], [*b"bad", END]]
-    assert first == Example(user_turn(b"abc") + REPLY_HEADER, completions, "f:1", {"id": 1})
+    assert first == Example(user_turn(b"abcde") + REPLY_HEADER, completions, "f:1", {"id": 1})
     assert second == Example(user_turn(b"defgh") + REPLY_HEADER, completions, "f:2", {})
 
 
@@ -384,7 +391,8 @@ LENGTHS = random.Random(0).choices(range(2, 100), k=150)
 def test_every_index_stands_in_exactly_one_batch(batch_size, pool):
     batches = epoch_order(examples_of_lengths(LENGTHS), batch_size, seed=0, epoch=0, pool=pool)
     assert sorted(i for batch in batches for i in batch) == list(range(150))
-    assert sorted(map(len, batches)) == sorted([batch_size] * (150 // batch_size) + [150 % batch_size] * bool(150 % batch_size))
+    full, rest = divmod(150, batch_size)
+    assert sorted(map(len, batches)) == sorted([batch_size] * full + [rest] * (rest > 0))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -399,7 +407,7 @@ def test_lengths_within_a_batch_are_close_but_batches_come_in_random_order():
     spans = [(min(LENGTHS[i] for i in batch), max(LENGTHS[i] for i in batch)) for batch in batches]
     assert spans != sorted(spans)
     spans.sort()
-    assert all(longest <= shortest for (_, longest), (shortest, _) in zip(spans, spans[1:]))  # no two batches overlap
+    assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))  # no overlap
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -423,7 +431,7 @@ def test_collate_makes_the_layout_of_the_docstring():
 
 
 def test_every_target_is_predicted_by_the_token_before_it():
-    """Generalizes the example: in the row of the same prompt and one completion alone, source stands right before target."""
+    """As in the row of the same prompt with one completion alone, where source stands right before target."""
     source = random.Random(0)
     examples = [Example(source.choices(range(99), k=source.randint(1, 9)),
                         [source.choices(range(99), k=source.randint(1, 9)) for _ in range(source.randint(1, 5))])
@@ -437,7 +445,8 @@ def test_every_target_is_predicted_by_the_token_before_it():
             expected += [(alone[i - 1], alone[i], i - 1) for i in range(len(example.prompt), len(alone))]
     flat, position = batch.tokens.flatten(), batch.position.flatten()
     assert list(zip(flat[batch.source].tolist(), batch.target.tolist(), position[batch.source].tolist())) == expected
-    assert batch.lengths.tolist() == batch.owner.bincount().tolist() == [len(c) for e in examples for c in e.completions]
+    lengths = [len(completion) for example in examples for completion in example.completions]
+    assert batch.lengths.tolist() == batch.owner.bincount().tolist() == lengths
 
 
 def test_supervise_everything_predicts_all_tokens_but_the_first():

@@ -44,6 +44,15 @@ def test_crash_inside_the_block_leaves_the_old_file_and_no_temporary(tmp_path):
     assert tree(tmp_path) == {"a.txt": "old"}
 
 
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with open(path) as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"  # the new one took its name, not its place
+    assert path.read_text() == "new"
+
+
 def test_crash_before_anything_was_written_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a.txt"):
         1 / 0

@@ -1,4 +1,4 @@
-"""Weights survive the way to disk and back, in every form that is read; whatever cannot be read is an error with a name."""
+"""Weights survive the way to disk and back, in every form that is read; what cannot be read is an error with a name."""
 
 import contextlib
 import hashlib
@@ -88,7 +88,8 @@ def test_names_and_shapes_are_those_of_the_hugging_face_checkpoint(saved):
 
 
 def test_config_comes_back_with_the_fields_that_the_network_does_not_use(tmp_path):
-    raw = {**PhiConfig(**TINY, rope_theta=500.0).to_dict(), "resid_pdrop": 0.1, "eos_token_id": 50295, "torch_dtype": "float32"}
+    raw = PhiConfig(**TINY, rope_theta=500.0).to_dict()
+    raw |= {"resid_pdrop": 0.1, "eos_token_id": 50295, "torch_dtype": "float32"}
     model = Phi(PhiConfig.from_dict(raw))
     model.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json") == raw
@@ -125,10 +126,10 @@ def test_several_shards_load_as_one(tmp_path, monkeypatch):
 
 def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD_BYTES", 40)
-    tensors = {"small": torch.zeros(4), "large": torch.ones(100), "last": torch.zeros(4)}
-    save_tensors(tmp_path, tensors)
-    assert [name for _, name in stored_tensors(tmp_path)] == ["small", "large", "last"]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    save_tensors(tmp_path, {"large": torch.ones(100), "small": torch.zeros(4), "larger": torch.ones(200)})
+    assert [(path.name, name) for path, name in stored_tensors(tmp_path)] == [
+        ("model-00001-of-00003.safetensors", "large"), ("model-00002-of-00003.safetensors", "small"),
+        ("model-00003-of-00003.safetensors", "larger")]
 
 
 # ------------------------------------------------------------------------------------------- faults in the weights
@@ -149,7 +150,7 @@ def test_mis_shaped_tensor_is_named_with_both_shapes(saved):
     assert load_error(saved) == f"{path}: tensor 'lm_head.weight' has shape [31, 40], the config needs [32, 40]"
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])  # nothing; half of the length field; within the header; all but a byte
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])  # nothing; half the length field; some of the header; all but a byte
 def test_truncated_file_is_named(saved, keep):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -159,7 +160,7 @@ def test_truncated_file_is_named(saved, keep):
 def test_shard_that_the_index_names_but_is_absent_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     make_phi().save_pretrained(tmp_path)
-    shard = sorted(tmp_path.glob("model-00002-of-*.safetensors"))[0]
+    (shard,) = tmp_path.glob("model-00002-of-*.safetensors")
     shard.unlink()
     assert load_error(tmp_path) == f"{shard}: no such file"
 
@@ -182,7 +183,7 @@ def test_pickle_is_not_read(saved):
     ({"hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'yarn' is not supported"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn' is not supported"),
 ])
 def test_config_that_is_not_computed_here_is_refused_by_file_and_field(saved, changes, reason):
     edit_config(saved, **changes)
@@ -192,8 +193,8 @@ def test_config_that_is_not_computed_here_is_refused_by_file_and_field(saved, ch
 def test_default_rope_parameters_of_current_transformers_are_read(saved):
     raw = read_json(saved / "config.json")
     del raw["rope_theta"], raw["partial_rotary_factor"]
-    for scaling in (None, {}):
-        assert PhiConfig.from_dict({**raw, "rope_scaling": scaling}).rotary_size == 10  # transformers' default, half of 20
+    for scaling in (None, {}):  # transformers' default share is one half
+        assert PhiConfig.from_dict({**raw, "rope_scaling": scaling}).rotary_size == 10
     rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.4}
     config = PhiConfig.from_dict({**raw, "rope_parameters": rope})
     assert (config.rope_theta, config.rotary_size) == (500.0, 8)
@@ -231,9 +232,10 @@ def test_a_file_is_no_model_and_a_directory_has_no_revision(saved, tmp_path, mon
 def older_form(model):
     """Config and tensors as microsoft/phi-2 had them until January 2024: other names; q, k and v in one matrix."""
     c = model.config
-    config = {"model_type": "phi-msft", "vocab_size": c.vocab_size, "n_embd": c.hidden_size, "n_inner": c.intermediate_size,
-              "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads, "n_head_kv": None, "rotary_dim": c.rotary_size,
-              "n_positions": 2048, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "resid_pdrop": 0.1}
+    config = {"model_type": "phi-msft", "vocab_size": c.vocab_size, "n_embd": c.hidden_size,
+              "n_inner": c.intermediate_size, "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
+              "n_head_kv": None, "rotary_dim": c.rotary_size, "n_positions": 2048, "layer_norm_epsilon": 1e-5,
+              "activation_function": "gelu_new", "resid_pdrop": 0.1}
     old_names = {"model.embed_tokens": "transformer.embd.wte", "model.final_layernorm": "lm_head.ln",
                  "lm_head": "lm_head.linear"}
     for i in range(c.num_hidden_layers):
@@ -243,7 +245,7 @@ def older_form(model):
     current, tensors = model.state_dict(), {}
     for kind in ("weight", "bias"):
         for i in range(c.num_hidden_layers):
-            parts = [current.pop(f"model.layers.{i}.self_attn.{proj}.{kind}") for proj in ("q_proj", "k_proj", "v_proj")]
+            parts = [current.pop(f"model.layers.{i}.self_attn.{p}.{kind}") for p in ("q_proj", "k_proj", "v_proj")]
             tensors[f"transformer.h.{i}.mixer.Wqkv.{kind}"] = torch.cat(parts)
     for name, tensor in current.items():
         module, _, kind = name.rpartition(".")
@@ -264,7 +266,8 @@ def test_older_names_and_fused_projections_load_and_are_saved_in_the_current_for
     model.save_pretrained(tmp_path / "current")
     assert set(load_file(tmp_path / "current" / "model.safetensors")) == set(make_phi().state_dict())
     raw = read_json(tmp_path / "current" / "config.json")
-    assert raw["model_type"] == "phi" and raw["hidden_size"] == 40 and not [name for name in raw if name.startswith("n_")]
+    assert raw["model_type"] == "phi" and raw["hidden_size"] == 40
+    assert not [name for name in raw if name.startswith("n_")]
     assert same_weights(Phi.from_pretrained(tmp_path / "current"), make_phi())
 
 
@@ -290,8 +293,8 @@ REQUEST = re.compile(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/([
 
 @contextlib.contextmanager
 def hub(repositories):
-    """A local server that speaks as much of the hub's protocol as a download needs: which commit a revision is, which files it
-    has, and the files. `repositories`: {"owner/name": directory, or (status, error code) as the answer to every request}."""
+    """A local server that speaks as much of the hub's protocol as a download needs: which commit a revision is, which
+    files it has, and the files. `repositories`: {"owner/name": directory, or (status, error code) as every answer}."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -306,7 +309,8 @@ def hub(repositories):
             elif what == "revision":
                 self.answer(200, json.dumps({"id": name, "sha": SHA, "siblings": []}).encode())
             elif what == "tree":
-                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": SHA} for p in found.iterdir()]
+                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": SHA}
+                         for p in found.iterdir()]
                 self.answer(200, json.dumps(files).encode())
             else:
                 body = (found / file).read_bytes()
@@ -314,9 +318,9 @@ def hub(repositories):
 
         do_HEAD = do_GET
 
-        def answer(self, status, body, headers={}):
+        def answer(self, status, body, headers=None):
             self.send_response(status)
-            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
@@ -338,8 +342,8 @@ def hub(repositories):
 
 
 def load_from_hub(endpoint, home, *names, offline=False):
-    """What Phi.from_pretrained makes of each name: {name: sum of lm_head.weight, or the InputError's text}; any other exception
-    fails the test. In a process of its own, because huggingface_hub reads its environment when it is imported."""
+    """What Phi.from_pretrained makes of each name: {name: sum of lm_head.weight, or the InputError's text}; any other
+    exception fails the test. In a process of its own: huggingface_hub reads its environment when it is imported."""
     script = """
 import json, sys
 from files import InputError
@@ -353,10 +357,10 @@ for name in sys.argv[1:]:
         results[name] = str(error)
 print(json.dumps(results))"""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "OMP_NUM_THREADS": "1",
-                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    process = subprocess.run([sys.executable, "-B", "-c", script, *names], cwd=ROOT, env=environment, capture_output=True,
-                             text=True, timeout=120)
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)),
+                    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-B", "-c", script, *names], cwd=ROOT, env=environment,
+                             capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
@@ -369,7 +373,7 @@ def test_hub_model_is_downloaded_once_and_every_failure_is_an_input_error(saved,
 
     answers = {"owner/tiny": saved, "owner/gated": (401, "GatedRepo"), "owner/private": (401, "RepoNotFound")}
     with hub(answers) as (endpoint, requests):
-        result = load_from_hub(endpoint, home, "owner/tiny", "owner/tiny@v9", "owner/gated", "owner/private", "owner/nothing")
+        result = load_from_hub(endpoint, home, "owner/tiny", "owner/tiny@v9", *list(answers)[1:], "owner/nothing")
     assert result["owner/tiny"] == total
     assert result["owner/tiny@v9"] == "owner/tiny: the repository has no revision 'v9'"
     assert result["owner/gated"].startswith("owner/gated: the repository asks for its terms to be accepted")
@@ -381,4 +385,20 @@ def test_hub_model_is_downloaded_once_and_every_failure_is_an_input_error(saved,
     for offline in (False, True):  # the server is gone now
         result = load_from_hub(endpoint, home, "owner/tiny", "owner/other", offline=offline)
         assert result["owner/tiny"] == total  # the local copy
-        assert result["owner/other"].startswith("owner/other: the hub cannot be reached and there is no local copy")
+        assert result["owner/other"].startswith("owner/other: the hub cannot be reached")
+
+
+def test_a_second_save_in_the_same_directory_leaves_nothing_of_the_first(tmp_path, monkeypatch):
+    """From shards to one file and back: whatever a loader prefers, it finds the weights of the last save."""
+    first, second = make_phi(seed=1), make_phi(seed=2)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 10_000)
+    first.save_pretrained(tmp_path)
+    assert (tmp_path / weights.INDEX).exists()
+    monkeypatch.undo()
+    second.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors*")) == ["model.safetensors"]
+    assert torch.equal(Phi.from_pretrained(tmp_path).lm_head.weight, second.lm_head.weight)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 10_000)
+    first.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert torch.equal(Phi.from_pretrained(tmp_path).lm_head.weight, first.lm_head.weight)

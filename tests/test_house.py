@@ -1,0 +1,76 @@
+"""The house stands: imports point only down the floors, the peers stay outside, and nothing reads a pickle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = [  # a file imports only from floors below its own
+    ["files"],
+    ["data", "demo", "quant", "teacher", "weights"],
+    ["model"],
+    ["sft", "dpo", "checkpoint"],
+    ["config", "eval", "chat"],
+    ["inputs"],
+    ["report"],
+    ["train", "bench"],
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+PEERS = {"transformers", "trl", "peft", "bitsandbytes"}
+TOP_FILES = sorted(ROOT.glob("*.py"))
+
+
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+def imports(path):
+    """All modules that a file imports, at its top or in a function: "torch.nn" for `from torch.nn import x`."""
+    names = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module or ".")
+    return names
+
+
+def roots(path):
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", TOP_FILES, ids=lambda path: path.stem)
+def test_imports_point_only_down_the_floors(path):
+    assert path.stem in FLOOR, f"{path.name} has no floor yet: give it one in FLOORS"
+    here = {file.stem for file in TOP_FILES}
+    upward = {name for name in roots(path) & here & FLOOR.keys() if FLOOR[name] >= FLOOR[path.stem]}
+    assert not upward, f"{path.name} (floor {FLOOR[path.stem]}) imports {sorted(upward)}, which do not lie below it"
+
+
+def test_peers_are_imported_only_under_tests_parity_and_in_bench():
+    allowed = {ROOT / "bench.py", *ROOT.glob("tests/parity/**/*.py")}
+    files = {*TOP_FILES, *ROOT.glob("tests/**/*.py")} - allowed
+    assert {path.name: roots(path) & PEERS for path in files if roots(path) & PEERS} == {}
+
+
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+
+
+@pytest.mark.parametrize("path", TOP_FILES, ids=lambda path: path.stem)
+def test_no_pickle_is_read_or_written_and_no_remote_code_run(path):
+    assert not roots(path) & PICKLES
+    for node in nodes(path):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert not {alias.name for alias in node.names} & {"load", "save"}
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            assert node.attr not in ("load", "save"), f"{path.name}:{node.lineno}: torch.{node.attr}"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "trust_remote_code", f"{path.name}:{node.lineno}: trust_remote_code="
+
+
+def test_these_checks_find_what_they_look_for(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("import torch.nn as nn\ndef f():\n    from transformers.models import phi\n    import pickle, trl")
+    assert imports(path) == {"torch.nn", "transformers.models", "pickle", "trl"}
+    assert roots(path) & PEERS == {"transformers", "trl"} and roots(path) & PICKLES == {"pickle"}

@@ -1,0 +1,351 @@
+"""The short way (shared prompt, chunks, cache, slices) gives the numbers of the long way, or of a pencil."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as model_file
+from data import Example, collate
+from model import Linear, Phi, PhiConfig, TokenLogProbs, completion_logprobs, generate, rotary_angles, rotate, sample
+
+VOCABULARY = 64
+TINY = dict(vocab_size=VOCABULARY, hidden_size=40, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+
+
+@torch.no_grad()
+def make_phi(seed=0, **changes):
+    """A tiny Phi at Phi-2's rotary share (8 of a head's 20 dimensions) whose parameters, biases too, are all random."""
+    model, generator = Phi(PhiConfig(**{**TINY, **changes})), torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.normal_("layernorm.weight" in name, 0.2, generator=generator)
+    return model
+
+
+def make_examples(completions, seed=0, prompts=(5, 1, 9)):
+    """One example for each prompt length, with `completions` completions of 1 to 8 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n):
+        return torch.randint(VOCABULARY, (n,), generator=generator).tolist()
+
+    def length():
+        return int(torch.randint(1, 9, (), generator=generator))
+
+    return [Example(tokens(n), [tokens(length()) for _ in range(completions)]) for n in prompts]
+
+
+def naive_logprobs(model, examples):
+    """Each completion in a row of its own behind its prompt: full logits, log_softmax, gather, sum."""
+    result = []
+    for example in examples:
+        for completion in example.completions:
+            row = torch.tensor([example.prompt + completion])  # [1, T]
+            logp = model(row).float().log_softmax(dim=-1)[0, :-1]  # [T-1, V]: place t predicts token t+1
+            result.append(logp.gather(1, row[0, 1:, None])[len(example.prompt) - 1 :].sum())
+    return torch.stack(result)
+
+
+def gradients(model, logprobs):
+    """d (1 * logprobs[0] + 2 * logprobs[1] - 3 * ...)/d parameter for every parameter."""
+    weights = torch.tensor([(-1) ** (i // 2) * (i + 1.0) for i in range(len(logprobs))])
+    names, parameters = zip(*model.named_parameters())
+    return dict(zip(names, torch.autograd.grad((weights * logprobs).sum(), parameters)))
+
+
+def assert_same_gradients(got, expected, relative=1e-6):
+    largest = max(g.abs().max() for g in expected.values())
+    for name in expected:
+        assert (got[name] - expected[name]).abs().max() <= relative * largest, name
+
+
+# ---------------------------------------------------------------------------------------------------- log-probabilities
+
+
+@pytest.mark.parametrize("completions", [1, 2, 4])
+@pytest.mark.parametrize("key_value_heads", [2, 1])
+def test_shared_prompt_gives_value_and_gradient_of_separate_rows(completions, key_value_heads):
+    model, examples = make_phi(num_key_value_heads=key_value_heads), make_examples(completions)
+    got, expected = completion_logprobs(model, collate(examples)), naive_logprobs(model, examples)
+    assert got.dtype == torch.float32 and got.shape == (3 * completions,)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(gradients(model, got), gradients(model, expected))
+
+
+def test_chunks_of_the_output_layer_do_not_matter(monkeypatch):
+    model, batch = make_phi(), collate(make_examples(2))
+    whole = completion_logprobs(model, batch)
+    whole_gradients = gradients(model, whole)
+    assert len(batch.target) > 7
+    for tokens in (1, 3, 7):  # a chunk holds that many tokens' logits; the last one fewer
+        monkeypatch.setattr(model_file, "LOGIT_CHUNK", tokens * VOCABULARY)
+        chunked = completion_logprobs(model, batch)
+        torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+        assert_same_gradients(gradients(model, chunked), whole_gradients)
+
+
+def test_a_completion_does_not_see_its_sibling():
+    model = make_phi()
+    prompt, chosen = [1, 2, 3], [4, 5, 6]
+    with torch.no_grad():
+        alone = completion_logprobs(model, collate([Example(prompt, [chosen])]))[0]
+        first, second = [], []
+        for sibling in ([7, 8], [9, 10], [9, 10, 11, 12]):
+            first.append(completion_logprobs(model, collate([Example(prompt, [chosen, sibling])]))[0])
+            second.append(completion_logprobs(model, collate([Example(prompt, [sibling, chosen])]))[1])
+    assert first[0] == first[1]  # other tokens, same lengths: the same bits
+    torch.testing.assert_close(torch.stack(first + second), alone.expand(6), rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_of_one_completion_does_not_depend_on_its_sibling():
+    model = make_phi()
+    with_one = completion_logprobs(model, collate([Example([1, 2, 3], [[4, 5], [6, 7]])]))[:1]
+    with_other = completion_logprobs(model, collate([Example([1, 2, 3], [[4, 5], [8, 9]])]))[:1]
+    assert_same_gradients(gradients(model, with_one), gradients(model, with_other))
+
+
+@pytest.mark.parametrize("completions", [1, 2])
+def test_padding_does_not_matter(completions):
+    model = make_phi()
+    short, long = make_examples(completions, prompts=(2, 30))
+    with torch.no_grad():
+        alone = completion_logprobs(model, collate([short]))
+        batch = collate([short, long])
+        together = completion_logprobs(model, batch)
+        batch.tokens[batch.segment == -1] = 7  # another token in the padding
+        assert (batch.segment == -1).any() and torch.equal(completion_logprobs(model, batch), together)
+    torch.testing.assert_close(together[:completions], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_probabilities_of_all_answers_of_two_tokens_sum_to_one():
+    model = make_phi(vocab_size=16)
+    answers = [[a, b] for a in range(16) for b in range(16)]
+    with torch.no_grad():
+        logp = completion_logprobs(model, collate([Example([1, 2, 3], answers)]))
+    assert math.isclose(logp.exp().sum().item(), 1, abs_tol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, batch = make_phi(), collate(make_examples(2))
+    plain = gradients(model, completion_logprobs(model, batch))
+    model.gradient_checkpointing = True
+    assert_same_gradients(gradients(model, completion_logprobs(model, batch)), plain)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("key_value_heads", [2, 1])
+def test_flex_attention_equals_sdpa(key_value_heads):
+    model, batch = make_phi(num_key_value_heads=key_value_heads), collate(make_examples(2, prompts=(5, 1, 140)))
+    with torch.no_grad():
+        sdpa = completion_logprobs(model, batch)
+        model.attention = "flex"
+        torch.testing.assert_close(completion_logprobs(model, batch), sdpa, rtol=1e-6, atol=1e-5)
+
+
+def test_bf16_weights_give_fp32_logprobs_and_bf16_gradients():
+    model, examples = make_phi().bfloat16(), make_examples(2)
+    logprobs = completion_logprobs(model, collate(examples))
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, naive_logprobs(model.float(), examples), rtol=0.02, atol=0.1)
+    model = model.bfloat16()
+    got = gradients(model, completion_logprobs(model, collate(examples)))
+    assert all(g.dtype == torch.bfloat16 for g in got.values())
+    expected = gradients(model.float(), naive_logprobs(model, examples))
+    assert_same_gradients({name: g.float() for name, g in got.items()}, expected, relative=0.05)
+
+
+@pytest.mark.parametrize("completions", [1, 2])
+def test_bf16_autocast_gives_fp32_logprobs_and_gradients(completions):
+    model, examples = make_phi(), make_examples(completions)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs = completion_logprobs(model, collate(examples))
+    assert logprobs.dtype == torch.float32
+    exact = naive_logprobs(model, examples)
+    torch.testing.assert_close(logprobs, exact, rtol=0.02, atol=0.1)
+    got = gradients(model, logprobs)
+    assert all(g.dtype == torch.float32 for g in got.values())
+    assert_same_gradients(got, gradients(model, exact), relative=0.05)
+
+
+def token_logprobs_inputs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    h, weight, bias = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((5, 3), (7, 3), (7,)))
+    return *(t.requires_grad_() for t in (h, weight, bias)), torch.tensor([0, 6, 3, 3, 1])
+
+
+def test_token_logprobs_have_value_and_gradient_of_log_softmax_in_float64(monkeypatch):
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 2 * 7)
+    h, weight, bias, target = token_logprobs_inputs(torch.float32)
+    got = TokenLogProbs.apply(h, weight, bias, target)
+    h64, weight64, bias64 = (t.detach().double().requires_grad_() for t in (h, weight, bias))
+    expected = F.linear(h64, weight64, bias64).log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    outer = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    for g, e in zip(torch.autograd.grad(got, (h, weight, bias), outer),
+                    torch.autograd.grad(expected, (h64, weight64, bias64), outer.double())):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double precision")
+def test_token_logprobs_gradient_is_the_slope_of_its_value():
+    """Finite differences in fp32, the dtype it computes in: with a step of 0.01 they are good to about 1e-4."""
+    h, weight, bias, target = token_logprobs_inputs(torch.float32)
+    assert torch.autograd.gradcheck(lambda *t: TokenLogProbs.apply(*t, target), (h, weight, bias), eps=1e-2, atol=1e-3)
+
+
+def test_token_logprobs_by_hand():
+    """Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8. d log p(1) / d bias = onehot - p = -1/8, 6/8, -5/8."""
+    h, weight = torch.zeros(1, 2), torch.ones(3, 2)
+    bias = torch.tensor([1.0, 2.0, 5.0]).log().requires_grad_()
+    logp = TokenLogProbs.apply(h, weight, bias, torch.tensor([1]))
+    logp.backward()
+    assert math.isclose(logp.item(), math.log(2 / 8), abs_tol=1e-6)
+    torch.testing.assert_close(bias.grad, torch.tensor([-1 / 8, 6 / 8, -5 / 8]))
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def test_rotation_by_hand():
+    """size 4, base 10,000: pair (0, 2) turns by 1 radian a place, pair (1, 3) by 1/100; the fifth dimension stays."""
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0, 7.0]).view(1, 1, 1, 5)
+    y = rotate(x, *rotary_angles(torch.tensor([[100]]), size=4, theta=10_000.0, dtype=torch.float32))
+    expected = [math.cos(100), math.cos(1), math.sin(100), math.sin(1), 7.0]
+    torch.testing.assert_close(y.flatten(), torch.tensor(expected), rtol=0, atol=1e-5)
+    quarter = rotate(torch.tensor([3.0, 4.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+    assert quarter.flatten().tolist() == [-4.0, 3.0]  # a quarter turn of the vector (3, 4)
+
+
+def test_position_zero_is_not_turned_and_no_length_changes():
+    x = torch.randn(1, 2, 6, 20, generator=torch.Generator().manual_seed(0))
+    y = rotate(x, *rotary_angles(torch.arange(6)[None], size=8, theta=10_000.0, dtype=torch.float32))
+    assert torch.equal(y[:, :, 0], x[:, :, 0]) and torch.equal(y[..., 8:], x[..., 8:])
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_score_of_two_tokens_depends_on_their_distance_only():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 20, generator=generator) for _ in range(2))
+
+    def turned(x, position):
+        return rotate(x, *rotary_angles(torch.tensor([[position]]), 8, 10_000.0, torch.float32)).flatten()
+
+    scores = {(m, n): turned(q, m) @ turned(k, n) for m in (3, 50, 1000) for n in (m, m - 1, m - 3)}
+    for distance in (0, 1, 3):
+        same = torch.stack([scores[m, m - distance] for m in (3, 50, 1000)])
+        torch.testing.assert_close(same, same[:1].expand(3), rtol=1e-4, atol=1e-4)
+    assert abs(scores[50, 50] - scores[50, 47]) > 0.01
+
+
+def test_block_is_attention_plus_mlp_of_one_layernorm():
+    """One layer, written out with full matrices: x + dense(softmax(q k^T / sqrt(h)) v) + fc2(gelu(fc1(ln(x))))."""
+    phi, tokens = make_phi(num_hidden_layers=1), torch.tensor([[3, 1, 4, 1, 5]])
+    block, x = phi.model.layers[0], phi.model.embed_tokens(tokens)[0]  # [T, D]
+    ln = F.layer_norm(x, (40,), block.input_layernorm.weight, block.input_layernorm.bias, eps=1e-5)
+    cos, sin = (t[0, 0] for t in rotary_angles(torch.arange(5)[None], 8, 10_000.0, torch.float32))  # [T, 8]
+    heads = []
+    for head in range(2):
+        rows = slice(20 * head, 20 * head + 20)
+        q, k, v = (F.linear(ln, p.weight[rows], p.bias[rows])
+                   for p in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        score = (q @ k.T / math.sqrt(20)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+        heads.append(score.softmax(dim=-1) @ v)
+    attention = F.linear(torch.cat(heads, dim=-1), block.self_attn.dense.weight, block.self_attn.dense.bias)
+    inner = F.linear(ln, block.mlp.fc1.weight, block.mlp.fc1.bias)
+    gelu = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+    y = x + attention + F.linear(gelu, block.mlp.fc2.weight, block.mlp.fc2.bias)
+    y = F.layer_norm(y, (40,), phi.model.final_layernorm.weight, phi.model.final_layernorm.bias, eps=1e-5)
+    torch.testing.assert_close(phi(tokens)[0], F.linear(y, phi.lm_head.weight, phi.lm_head.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_attention_mask_makes_padding_on_either_side_invisible(side):
+    phi, row = make_phi(), [3, 1, 4, 1]
+    padded, mask = ([9, 9] + row, [0, 0, 1, 1, 1, 1]) if side == "left" else (row + [9, 9], [1, 1, 1, 1, 0, 0])
+    logits = phi(torch.tensor([padded]), torch.tensor([mask]))[0][torch.tensor(mask) == 1]
+    torch.testing.assert_close(logits, phi(torch.tensor([row]))[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (16, 3), (17, 3), (2, 4, 3)])
+@pytest.mark.parametrize("outputs", [8, 40, 13])
+def test_sliced_product_equals_nn_linear(shape, outputs):
+    generator = torch.Generator().manual_seed(0)
+    sliced, plain = Linear(3, outputs), nn.Linear(3, outputs)
+    plain.load_state_dict(sliced.state_dict())
+    x = torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        y = sliced(x)
+    assert y.shape == (*shape[:-1], outputs)
+    torch.testing.assert_close(y, plain(x), rtol=1e-6, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7]]
+
+
+@torch.no_grad()
+def slow_greedy(model, prompt, steps):
+    """No cache: the whole text through the network for every token."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("key_value_heads", [2, 1])
+def test_cached_generation_equals_the_uncached_argmax_loop(key_value_heads):
+    model = make_phi(num_key_value_heads=key_value_heads)
+    expected = [slow_greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+    assert generate(model, PROMPTS, 12) == expected  # ragged batch
+    assert [generate(model, [prompt], 12)[0] for prompt in PROMPTS] == expected  # one by one
+    assert generate(model, [PROMPTS[0], PROMPTS[3]], 12) == [expected[0], expected[3]]  # equal lengths
+
+
+def test_generation_ends_before_the_first_stop_token():
+    model = make_phi()
+    free = generate(model, PROMPTS, 12)
+    stops = (free[0][3], free[2][1])
+    cut = [row[: next((i for i, token in enumerate(row) if token in stops), 12)] for row in free]
+    assert len(cut[0]) <= 3 and len(cut[2]) <= 1
+    assert generate(model, PROMPTS, 12, stop_tokens=stops) == cut
+    assert generate(model, PROMPTS[:1], 12, stop_tokens=free[0][:1]) == [[]]
+
+
+def test_sampling_is_reproducible_and_a_tiny_nucleus_is_greedy():
+    model = make_phi()
+    first, again, other = (generate(model, PROMPTS, 12, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    greedy = generate(model, PROMPTS, 12)
+    assert first != greedy == generate(model, PROMPTS, 12, temperature=1.0, top_p=1e-6, seed=1)
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [4 / 10, 3 / 10, 2 / 10, 1 / 10]),
+    (0.5, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # p^2, normalised
+    (1.0, 0.6, [4 / 7, 3 / 7, 0, 0]),  # .4 is less than .6, .4 + .3 reaches it
+    (1.0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (0.5, 0.8, [16 / 25, 9 / 25, 0, 0]),  # the nucleus of the sharpened distribution: 25/30 reaches .8
+    (1.0, 0.3, [1, 0, 0, 0]),
+    (0.0, 1.0, [1, 0, 0, 0]),
+])
+def test_frequencies_of_sampled_tokens(temperature, top_p, expected):
+    order = torch.tensor([2, 0, 3, 1])  # the likeliest token is not the first
+    logits = torch.empty(4)
+    logits[order] = torch.tensor([4.0, 3.0, 2.0, 1.0]).log() + 5
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(logits.expand(20_000, 4), temperature, top_p, generator)
+    frequency = (tokens.bincount(minlength=4) / 20_000)[order]
+    expected = torch.tensor(expected, dtype=torch.float32)
+    assert (frequency - expected).abs().max() < 0.015  # four standard deviations of a frequency near 1/2
+    assert frequency[expected == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("prompts, new", [([], 1), ([[1], []], 1), ([[1]], 0)])
+def test_generation_of_nothing_is_refused(prompts, new):
+    with pytest.raises(ValueError, match="at least one prompt"):
+        generate(make_phi(), prompts, new)
