@@ -27,7 +27,7 @@ def all_logprobs(model: Phi, examples: Sequence[Example], batch_size: int, devic
     """Summed log-probabilities of every completion, in the examples' own order: [E, completions per example], fp32, CPU."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))  # like lengths together: little padding
     table = torch.empty(len(examples), len(examples[0].completions))
-    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch", leave=False):
+    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch", leave=False, disable=None):
         part = order[start : start + batch_size]
         batch = collate([examples[i] for i in part]).to(device)
         with autocast(device, dtype):
@@ -81,7 +81,7 @@ def sample_answers(model: Phi, chat: ChatML, examples: Sequence[Example], max_ne
     """One sampled answer to each example's prompt, as text without the `<|im_end|>`."""
     stops = tuple(chat.control_ids)
     answers = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="sampling", unit="batch", leave=False):
+    for start in tqdm(range(0, len(examples), batch_size), desc="sampling", unit="batch", leave=False, disable=None):
         prompts = [e.prompt for e in examples[start : start + batch_size]]
         new = generate(model, prompts, max_new_tokens, temperature, seed=seed + start, stop_tokens=stops)
         answers += [chat.decode(ids) for ids in new]

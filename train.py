@@ -182,7 +182,8 @@ def train(config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[T
     steps_per_epoch = math.ceil(len(inputs.train) / config.batch_size)
     total = config.max_steps or config.epochs * steps_per_epoch
     began, tokens, order = time.perf_counter(), 0, []
-    with stop_signals() as stopped, tqdm(total=total, initial=start, desc=config.stage, unit="step") as bar:
+    with stop_signals() as stopped, tqdm(total=total, initial=start, desc=config.stage, unit="step",
+                                           mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
         for step in range(start + 1, total + 1):
             epoch, position = divmod(step - 1, steps_per_epoch)
             if position == 0 or not order:
@@ -204,11 +205,11 @@ def train(config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[T
             tokens += sum(map(len, examples))
             speed = tokens / (time.perf_counter() - began)
             log(run, board, {"step": step, **metrics, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed})
-            bar.update()
             shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
             if config.stage == "dpo":
                 shown["accuracy"] = f"{metrics['rewards/accuracies']:.2f}"
-            bar.set_postfix(shown)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
 
             save = step % config.save_every == 0 or step == total or bool(stopped)
             if step % config.eval_every == 0 or step == total:
