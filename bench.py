@@ -39,8 +39,14 @@ from dpo import objective
 from files import InputError, write_json
 from model import Phi, PhiConfig, completion_logprobs, generate
 
-SHAPE = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, vocab_size=51200,
-             partial_rotary_factor=0.4)
+SHAPE = dict(
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    vocab_size=51200,
+    partial_rotary_factor=0.4,
+)
 BETA, EPS = 0.1, 0.1
 
 
@@ -103,8 +109,15 @@ def trl_dpo_step(directory: Path, device: str, reference: str) -> Callable:
     from peers import trl_batch, trl_trainer
 
     load = transformers.PhiForCausalLM.from_pretrained
-    trainer = trl_trainer(tempfile.mkdtemp(), load(directory), load(directory), loss_type="robust", beta=BETA, label_smoothing=EPS,
-                          use_cpu=device == "cpu")
+    trainer = trl_trainer(
+        tempfile.mkdtemp(),
+        load(directory),
+        load(directory),
+        use_cpu=device == "cpu",
+        loss_type="robust",
+        beta=BETA,
+        label_smoothing=EPS,
+    )
     trainer.model.train()
     batch = {name: value.to(device) for name, value in trl_batch(pairs()).items()}
     if reference == "cached":
@@ -148,12 +161,16 @@ def worker(contender: str, directory: Path, device: str) -> int:
 
 def bench_dpo(directory: Path, device: str, repeats: int) -> list[dict]:
     makers = {"ours": our_dpo_step, "TRL": trl_dpo_step}
-    steps = {f"{owner} {ref}": maker(directory, device, ref) for owner, maker in makers.items() for ref in ("cached", "live")}
+    steps = {
+        f"{owner} {ref}": maker(directory, device, ref) for owner, maker in makers.items() for ref in ("cached", "live")
+    }
     loss, gradients = steps["ours cached"]()
     their_loss, theirs = steps["TRL live"]()
     largest = max(g.norm() for g in theirs.values())
     gap = max((gradients[name].cpu() - g.cpu()).norm() / largest.cpu() for name, g in theirs.items()).item()
-    print(f"  loss {loss:.7f} and {their_loss:.7f}; largest difference of a gradient, of the largest gradient: {gap:.1e}", flush=True)
+    print(
+        f"  loss {loss:.7f} and {their_loss:.7f}; largest difference of a gradient / largest gradient: {gap:.1e}", flush=True
+    )
     if not abs(loss - their_loss) <= 1e-5 or not gap <= 1e-5:
         raise InputError("the two do not compute the same step; their times cannot be compared")
     seconds = medians(steps, repeats, device)
@@ -183,14 +200,21 @@ def bench_generate(directory: Path, device: str, repeats: int) -> list[dict]:
             return generate(ours, ids.tolist(), max_new_tokens=64)
 
         def theirs_run(padded=padded, mask=mask):
-            return theirs.generate(padded, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0,
-                                   eos_token_id=None)[:, 64:].tolist()
+            return theirs.generate(
+                padded, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None
+            )[:, 64:].tolist()
 
         if ours_run() != theirs_run():
             raise InputError("the two do not generate the same tokens; their times cannot be compared")
         seconds = medians({"ours": ours_run, "theirs": theirs_run}, repeats, device)
-        rows.append(dict(case=f"generate, batch {size}", unit="tokens/s", ours=64 * size / seconds["ours"],
-                         peer=64 * size / seconds["theirs"]))
+        rows.append(
+            dict(
+                case=f"generate, batch {size}",
+                unit="tokens/s",
+                ours=64 * size / seconds["ours"],
+                peer=64 * size / seconds["theirs"],
+            )
+        )
     return rows
 
 
@@ -218,17 +242,22 @@ def bench_load(directory: Path, device: str, repeats: int) -> list[dict]:
         p.fill_(1.0) if "layernorm.weight" in name else p.zero_() if name.endswith("bias") else p.uniform_(-0.03, 0.03)
     phi.save_pretrained(full)
     del phi
-    code = ("import sys, time, resource, torch; from model import Phi; began = time.perf_counter(); "
-            f"phi = Phi.from_pretrained({str(full)!r}, dtype=torch.bfloat16, device={device!r}); loaded = time.perf_counter(); "
-            f"ids = torch.arange(32, device={device!r})[None]; ok = bool(torch.isfinite(phi(ids)).all()); "
-            "print(ok, loaded - began, time.perf_counter() - loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+    code = (
+        "import time, resource, torch; from model import Phi; began = time.perf_counter(); "
+        f"phi = Phi.from_pretrained({str(full)!r}, dtype=torch.bfloat16, device={device!r}); "
+        f"loaded = time.perf_counter(); ids = torch.arange(32, device={device!r})[None]; "
+        "ok = bool(torch.isfinite(phi(ids)).all()); ended = time.perf_counter(); "
+        "print(ok, loaded - began, ended - loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     ok, load, forward, peak = done.stdout.split()
     stored = sum(f.stat().st_size for f in full.glob("*.safetensors"))
     print(f"  {stored / 1e9:.2f} GB in {len(list(full.glob('*.safetensors')))} shards; logits finite: {ok}", flush=True)
-    return [dict(case="load full-size Phi-2 (bf16)", unit="s", ours=float(load), peer=None),
-            dict(case="  peak resident memory, process included", unit="MB", ours=float(peak) / 1e6, peer=None),
-            dict(case="  first forward pass, 32 tokens", unit="s", ours=float(forward), peer=None)]
+    return [
+        dict(case="load full-size Phi-2 (bf16)", unit="s", ours=float(load), peer=None),
+        dict(case="  peak resident memory, process included", unit="MB", ours=float(peak) / 1e6, peer=None),
+        dict(case="  first forward pass, 32 tokens", unit="s", ours=float(forward), peer=None),
+    ]
 
 
 CASES = {"dpo": bench_dpo, "generate": bench_generate, "forward": bench_forward, "load": bench_load}
@@ -239,8 +268,11 @@ def hardware(device: str) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo")
-        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-            if info.exists() else [platform.processor()]
+        models = (
+            [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+            if info.exists()
+            else [platform.processor()]
+        )
         name = f"{models[0]}, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
 

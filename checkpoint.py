@@ -119,7 +119,9 @@ def open_run(run: Path, overwrite: bool, resume: bool) -> int:
             raise InputError(f"{run}: has no run.json, so it is not a run of this program and is not deleted")
         shutil.rmtree(run)
     elif exists:
-        raise InputError(f"{run} already holds a run. Continue it with --resume, delete it with --overwrite, or give this "
-                         "one another --name.")
+        raise InputError(
+            f"{run} already holds a run. Continue it with --resume, delete it with --overwrite, or give this "
+            "one another --name."
+        )
     run.mkdir(parents=True, exist_ok=True)
     return 0

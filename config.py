@@ -5,9 +5,11 @@ learning rate than Phi-2. An unknown flag is an error, and so is a flag that wou
 """
 
 import argparse
-import sys
+import shlex
 import typing
 from dataclasses import asdict, dataclass, field, fields
+
+import torch
 
 from dpo import LOSSES, check_loss
 from files import InputError
@@ -48,8 +50,12 @@ class Config:
     beta: float | None = flag(None, "strength of the pull towards the reference", stages=("dpo",))
     eps: float | None = flag(None, "share of flipped labels that robust and conservative assume", stages=("dpo",))
     nll_weight: float | None = flag(None, "weight of the chosen answer's NLL per token", stages=("dpo",))
-    reference: str = flag("cached", "reference log-probabilities: computed once, or by a live copy of the model",
-                          stages=("dpo",), choices=("cached", "live"))
+    reference: str = flag(
+        "cached",
+        "reference log-probabilities: computed once, or by a live copy of the model",
+        stages=("dpo",),
+        choices=("cached", "live"),
+    )
 
     lr: float | None = flag(None, "peak learning rate")
     schedule: str = flag("cosine", "decay of the learning rate to 0 after the warm-up", choices=("cosine", "linear"))
@@ -63,8 +69,9 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
     attention: str = flag("sdpa", "attention kernel; flex needs CUDA", choices=("sdpa", "flex"))
-    dtype: str | None = flag(None, "compute type; weights are fp32 (default: bf16 on CUDA, fp32 on the CPU)",
-                             choices=("fp32", "bf16", "fp16"))
+    dtype: str | None = flag(
+        None, "compute type; weights are fp32 (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
+    )
     device: str | None = flag(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     seed: int = flag(0, "of the data's split and order, the demo's questions and weights, and of sampling")
 
@@ -77,26 +84,64 @@ class Config:
 
 
 # The demo's were tuned until its generations improved; Phi-2's DPO values are those of the report's authors.
-COMMON = dict(eval_share=0.2, max_length=1024, max_prompt_length=512, nll_weight=0.0)
+DEMO = dict(eval_share=0.2, max_length=1024, max_prompt_length=512, nll_weight=0.0, epochs=1)
+PHI = dict(
+    eval_share=0.2,
+    max_length=2048,
+    max_prompt_length=1024,
+    nll_weight=0.0,
+    lr=1e-5,
+    adam_beta2=0.999,
+    batch_size=32,
+    micro_batch_size=4,
+)
 RECIPES = {
-    ("demo", "sft"): dict(COMMON, eval_share=0.01, demo_rows=26000, lr=1.5e-3, adam_beta2=0.99, warmup_steps=50, epochs=1, batch_size=8,
-                          micro_batch_size=8, eval_every=1000, samples=0),
-    ("demo", "dpo"): dict(COMMON, demo_rows=7000, flip_rate=0.2, loss="robust", beta=0.3, eps=0.2, nll_weight=2.0, lr=2e-4,
-                          adam_beta2=0.999, warmup_steps=10, epochs=1, batch_size=16, micro_batch_size=16, eval_every=100, samples=1000),
-    ("phi", "sft"): dict(COMMON, max_length=2048, max_prompt_length=1024, lr=1e-5, adam_beta2=0.999, warmup_steps=20, epochs=1,
-                         batch_size=32, micro_batch_size=4, eval_every=200, samples=0),
-    ("phi", "dpo"): dict(COMMON, max_length=2048, max_prompt_length=1024, loss="robust", beta=0.3, eps=0.1, lr=1e-5,
-                         adam_beta2=0.999, warmup_steps=5, epochs=3, batch_size=32, micro_batch_size=4, eval_every=500, samples=16),
+    ("demo", "sft"): DEMO
+    | dict(
+        demo_rows=26_000,
+        eval_share=0.01,
+        lr=1.5e-3,
+        adam_beta2=0.99,
+        warmup_steps=50,
+        batch_size=8,
+        micro_batch_size=8,
+        eval_every=1000,
+        samples=0,
+    ),
+    ("demo", "dpo"): DEMO
+    | dict(
+        demo_rows=7_000,
+        flip_rate=0.2,
+        loss="robust",
+        beta=0.3,
+        eps=0.2,
+        nll_weight=2.0,
+        lr=2e-4,
+        adam_beta2=0.999,
+        warmup_steps=10,
+        batch_size=16,
+        micro_batch_size=16,
+        eval_every=100,
+        samples=1000,
+    ),
+    ("phi", "sft"): PHI | dict(warmup_steps=20, epochs=1, eval_every=200, samples=3),
+    ("phi", "dpo"): PHI | dict(loss="robust", beta=0.3, eps=0.1, warmup_steps=5, epochs=3, eval_every=500, samples=16),
 }
-PHI2_COMMAND = ("python train.py --stage dpo --model rhysjones/phi-2-orange-v2 --train pairs.jsonl "
-                '--system-prompt "You are a helpful EPFL chatbot." --loss robust --beta 0.3 --eps 0.1 --lr 1e-5 '
-                "--epochs 3 --batch-size 32 --micro-batch-size 1 --gradient-checkpointing")
+PHI2_COMMAND = (
+    "python train.py --stage dpo --model rhysjones/phi-2-orange-v2 --train pairs.jsonl "
+    '--system-prompt "You are a helpful EPFL chatbot." --loss robust --beta 0.3 --eps 0.1 --lr 1e-5 '
+    "--epochs 3 --batch-size 32 --micro-batch-size 1 --gradient-checkpointing"
+)
 
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     """The config of a command line and the names of the flags that were given. Unset fields are still None."""
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     description="Preference-tune a Phi-2: see README.md.")
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Preference-tune a Phi-2: see README.md.",
+    )
     types = typing.get_type_hints(Config)
     for f in fields(Config):
         kind = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not type(None))
@@ -105,16 +150,19 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
             parser.add_argument(*names, action="store_true", help=f.metadata["help"])
         else:
             default = "" if f.default is None else f" (default {f.default})"
-            parser.add_argument(*names, type=kind, choices=f.metadata["choices"], help=f.metadata["help"] + default,
-                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
+            parser.add_argument(
+                *names,
+                type=kind,
+                choices=f.metadata["choices"],
+                help=f.metadata["help"] + default,
+                metavar=None if f.metadata["choices"] else kind.__name__.upper(),
+            )
     given = vars(parser.parse_args(argv))
     return Config(**given), set(given)
 
 
 def resolve(config: Config, given: set[str]) -> Config:
     """Fills every unset field and checks every value; InputError says what is wrong and what to type."""
-    import torch  # the only use; `train.py --help` answers without it
-
     for f in fields(Config):
         if f.name in given and config.stage not in f.metadata["stages"]:
             raise InputError(f"--{f.name.replace('_', '-')} does nothing in --stage {config.stage}; leave it out")
@@ -154,10 +202,25 @@ def _check(config: Config) -> None:
     if config.attention == "flex" and not config.device.startswith("cuda"):
         raise InputError("--attention flex trains on CUDA only; leave it out to use scaled-dot-product attention")
     if config.metric not in METRICS[config.stage]:
-        raise InputError(f"--metric {config.metric}: choose one of {', '.join(METRICS[config.stage])}. (A robust loss ranks "
-                         "diverging runs first, so it is not offered.)")
-    positive = ["max_length", "max_prompt_length", "epochs", "max_steps", "batch_size", "micro_batch_size", "eval_every",
-                "save_every", "keep", "patience", "demo_rows", "lr", "clip"]
+        raise InputError(
+            f"--metric {config.metric}: choose one of {', '.join(METRICS[config.stage])}. (A robust loss ranks "
+            "diverging runs first, so it is not offered.)"
+        )
+    positive = [
+        "max_length",
+        "max_prompt_length",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "micro_batch_size",
+        "eval_every",
+        "save_every",
+        "keep",
+        "patience",
+        "demo_rows",
+        "lr",
+        "clip",
+    ]
     for name in positive:
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
@@ -171,8 +234,10 @@ def _check(config: Config) -> None:
     if not 0 < config.eval_share < 1:
         raise InputError(f"--eval-share {config.eval_share}: must lie between 0 and 1")
     if config.max_prompt_length >= config.max_length:
-        raise InputError(f"--max-prompt-length {config.max_prompt_length} leaves no room for an answer in "
-                         f"--max-length {config.max_length}")
+        raise InputError(
+            f"--max-prompt-length {config.max_prompt_length} leaves no room for an answer in "
+            f"--max-length {config.max_length}"
+        )
     if config.flip_rate is not None and not 0 <= config.flip_rate < 0.5:
         raise InputError(f"--flip-rate {config.flip_rate}: must lie in [0, 0.5)")
     if config.stage == "dpo":
@@ -181,10 +246,8 @@ def _check(config: Config) -> None:
 
 def command(config: Config, given: set[str], *extra: str) -> str:
     """The command line that names this run again, with `extra` flags."""
-    import shlex
-
-    words = ["python", *sys.argv[:1]] if sys.argv[0].endswith(".py") else ["python", "train.py"]
-    for name in ("stage", "model", "name", "out"):
-        if name in given or name == "stage":
+    words = ["python", "train.py"]
+    for name in ("stage", "model", "name", "out", "device"):
+        if name in given or name in ("stage", "name"):
             words += [f"--{name}", str(getattr(config, name))]
     return shlex.join([*words, *extra])

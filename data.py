@@ -254,8 +254,12 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
         raise InputError(f"{path}: the file holds no rows")
     if bad and on_bad_row == "stop":
         more = f"\n  ... and {len(bad) - 20:,} more" if len(bad) > 20 else ""
-        raise InputError(f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:\n  " + "\n  ".join(bad[:20])
-                         + more + "\nMend them, or leave them out with --on-bad-row skip.")
+        raise InputError(
+            f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:\n  "
+            + "\n  ".join(bad[:20])
+            + more
+            + "\nMend them, or leave them out with --on-bad-row skip."
+        )
     for reason in bad:
         ledger.drop("bad row")
         ledger.bad_rows.append(reason)
@@ -287,8 +291,10 @@ def check_no_leak(train: list[Row], evaluation: list[Row]) -> None:
     seen = {question_key(row): row.where for row in train}
     leaks = [(row.where, seen[question_key(row)]) for row in evaluation if question_key(row) in seen]
     if leaks:
-        raise InputError(f"{len(leaks):,} evaluation rows ask a question of the training rows, the first {leaks[0][0]} that "
-                         f"of {leaks[0][1]}. Remove them, or leave out --eval to split --train by question.")
+        raise InputError(
+            f"{len(leaks):,} evaluation rows ask a question of the training rows, the first {leaks[0][0]} that "
+            f"of {leaks[0][1]}. Remove them, or leave out --eval to split --train by question."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- examples

@@ -102,8 +102,9 @@ def preference_loss(z: Tensor, loss: str, beta: float, eps: float | None) -> Ten
 # -------------------------------------------------------------------------------------------------- the objective
 
 
-def objective(policy: Tensor, reference: Tensor, lengths: Tensor, loss: str, beta: float, eps: float | None,
-              nll_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+def objective(
+    policy: Tensor, reference: Tensor, lengths: Tensor, loss: str, beta: float, eps: float | None, nll_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of P pairs.
 
     policy, reference: log-probabilities [2P] in nats, lengths: tokens [2P], all as chosen, rejected, chosen, rejected, ...
@@ -139,8 +140,10 @@ def objective(policy: Tensor, reference: Tensor, lengths: Tensor, loss: str, bet
             "drift/rejected": drift.view(-1, 2)[:, 1],
             "drift/absolute": drift.abs().view(-1, 2).mean(dim=1),
         }
-        metrics = {name: torch.stack((v.sum(), torch.tensor(float(len(v)), device=v.device)))
-                   for name, v in per_pair_metrics.items()}
+        metrics = {
+            name: torch.stack((v.sum(), torch.tensor(float(len(v)), device=v.device)))
+            for name, v in per_pair_metrics.items()
+        }
     return total, metrics
 
 
@@ -161,6 +164,9 @@ def check_start(metrics: dict[str, float], loss: str, beta: float, eps: float | 
     expected = preference_loss(torch.zeros(1), loss, beta, eps).item()
     drift, measured = metrics["drift/absolute"], metrics["preference_loss"]
     if not drift <= tolerance or not abs(measured - expected) <= 4 * tolerance * max(1.0, 1 / beta):
-        raise InputError(f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss is "
-                         f"{measured:.6f} (must be {expected:.6f}): the reference log-probabilities are not those of the "
-                         "starting model. Delete out/reference and run again; if it stays, model, tokenizer or dtype differ.")
+        raise InputError(
+            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss "
+            f"is {measured:.6f} (must be {expected:.6f}): the reference log-probabilities are not those of "
+            "the starting model. Delete out/reference and run again; if it stays, model, tokenizer or dtype "
+            "differ."
+        )

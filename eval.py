@@ -50,7 +50,9 @@ def evaluate(objective: Callable, policy: Tensor, reference: Tensor | None, exam
     return {f"eval_{name}": (value[0] / value[1]).item() for name, value in sums.items()}
 
 
-def preference_summary(policy: Tensor, reference: Tensor, examples: Sequence[Example], eps: float | None) -> dict[str, float]:
+def preference_summary(
+    policy: Tensor, reference: Tensor, examples: Sequence[Example], eps: float | None
+) -> dict[str, float]:
     """How well the rewards of `policy` [E, 2] order chosen and rejected, beside what needs no training at all.
 
     Rows that say whether their label was flipped (the demo's do) also give accuracies on the clean labels.
@@ -76,8 +78,15 @@ def preference_summary(policy: Tensor, reference: Tensor, examples: Sequence[Exa
     return summary
 
 
-def sample_answers(model: Phi, chat: ChatML, examples: Sequence[Example], max_new_tokens: int, temperature: float,
-                   seed: int, batch_size: int = 128) -> list[str]:
+def sample_answers(
+    model: Phi,
+    chat: ChatML,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 128,
+) -> list[str]:
     """One sampled answer to each example's prompt, as text without the `<|im_end|>`."""
     stops = tuple(chat.control_ids)
     answers = []

@@ -1,5 +1,6 @@
 """What a training stage starts from: a model's directory, tokenized examples, and the reference's log-probabilities."""
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from files import InputError, write_jsonl
 from model import Phi, PhiConfig
 
 SFT_QUESTIONS = 30_000  # the first of the demo's list of questions are for SFT
-RIGHT_SHARE = 0.4  # of the demo's SFT answers; sampled answers of the tuned model then have the right method half the time
+RIGHT_SHARE = 0.4  # of the demo's SFT answers; answers sampled after SFT then have the right method about half the time
 
 
 @dataclass
@@ -42,13 +43,13 @@ class Inputs:
 
 
 def demo_rows(config: Config, kind: str) -> list[dict]:
-    """The demo's rows of `kind` "sft" or "pairs". Both come from one list of distinct questions, the pairs behind all that SFT
-    may use, so that no question of the one stands in the other."""
-    offset = 0 if kind == "sft" else SFT_QUESTIONS
+    """The demo's rows of `kind` "sft" or "pairs". Both come from one list of distinct questions, the pairs behind all that
+    SFT may use, so that no question of the one stands in the other."""
+    offset, room = (0, SFT_QUESTIONS) if kind == "sft" else (SFT_QUESTIONS, demo.MOST_QUESTIONS - SFT_QUESTIONS)
+    if config.demo_rows > room:
+        raise InputError(f"--demo-rows {config.demo_rows}: the demo has {room:,} questions for this stage")
     questions = demo.make_questions(offset + config.demo_rows, config.seed)[offset:]
     if kind == "sft":
-        if config.demo_rows > SFT_QUESTIONS:
-            raise InputError(f"--demo-rows {config.demo_rows}: the demo has {SFT_QUESTIONS:,} questions for SFT")
         return demo.make_sft_rows(questions, right_share=RIGHT_SHARE, seed=config.seed)
     return demo.make_pair_rows(questions, config.flip_rate, config.seed)
 
@@ -58,7 +59,8 @@ def demo_base(run: Path, seed: int) -> Path:
     directory = run / "base"
     if not (directory / "tokenizer.json").exists():
         questions = demo.make_questions(2000, seed)
-        tokenizer = demo.train_tokenizer([f"{q['prompt']}\n{answer}" for q in questions for answer in (q["answer"], q["wrong"])])
+        texts = [f"{q['prompt']}\n{answer}" for q in questions for answer in (q["answer"], q["wrong"])]
+        tokenizer = demo.train_tokenizer(texts)
         phi = Phi(PhiConfig.from_dict({**demo.TINY_PHI, "vocab_size": tokenizer.get_vocab_size()}))
         save_model(directory, phi.init_weights(seed), ChatML(tokenizer))
     return directory
@@ -67,8 +69,8 @@ def demo_base(run: Path, seed: int) -> Path:
 def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
     """Reads and checks the rows, splits them by question, and turns them into tokens with the tokenizer of `parent`.
 
-    The demo's own rows are written to the run's directory first and then read like any other file. If `parent` is None, the
-    demo's random tiny Phi is made there too.
+    The demo's own rows are written to the run's directory first and then read like any other file. If `parent` is None,
+    the demo's random tiny Phi is made there too.
     """
     kind = "pairs" if config.stage == "dpo" else "sft"
     path = config.train
@@ -96,13 +98,14 @@ def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
         if config.whole_text:
             examples[side] = [supervise_everything(e) for e in examples[side]]
         if not examples[side]:
-            raise InputError(f"{file}: no row is left for the {side} side ({len(rows)} before trimming to --max-length "
-                             f"{config.max_length}, --max-prompt-length {config.max_prompt_length}); give more rows, "
-                             "other limits, or another --eval-share")
+            raise InputError(
+                f"{file}: no row is left for the {side} side ({len(rows)} before trimming to --max-length "
+                f"{config.max_length}, --max-prompt-length {config.max_prompt_length}); give more rows, "
+                "other limits, or another --eval-share"
+            )
     for ledger in ledgers.values():
         ledger.check()
     return Inputs(parent, chat, examples["train"], examples["eval"], ledgers)
-
 
 
 def reference_tables(config: Config, model: Phi, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -114,11 +117,22 @@ def reference_tables(config: Config, model: Phi, inputs: Inputs) -> tuple[Tensor
     weights = fingerprint(model)
     tables = []
     for label, examples in (("train", inputs.train), ("eval", inputs.eval)):
-        key = json.dumps([weights, config.dtype, config.attention, torch.device(config.device).type, torch.__version__,
-                          [(e.prompt, e.completions) for e in examples]])
+        key = json.dumps(
+            [
+                weights,
+                config.dtype,
+                config.attention,
+                torch.device(config.device).type,
+                torch.__version__,
+                [(e.prompt, e.completions) for e in examples],
+            ]
+        )
         path = Path(config.out) / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        table, reused = cached_logprobs(path, lambda examples=examples, label=label: all_logprobs(
-            model, examples, config.micro_batch_size, config.device, config.dtype, f"reference, {label}"))
-        print(f"Reference log-probabilities of {len(examples):,} {label} pairs: {'reused from' if reused else 'written to'} {path}")
+        compute = functools.partial(
+            all_logprobs, model, examples, config.micro_batch_size, config.device, config.dtype, f"reference, {label}"
+        )
+        table, reused = cached_logprobs(path, compute)
+        did = "reused from" if reused else "written to"
+        print(f"Reference log-probabilities of {len(examples):,} {label} pairs: {did} {path}")
         tables.append(table)
     return tables[0], tables[1]

@@ -59,11 +59,15 @@ class PhiConfig:
             if f.name != "other" and (not isinstance(value, wanted) or isinstance(value, bool) or value <= 0):
                 raise InputError(f"{f.name} is {value!r}, not a positive number")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
-                             f"num_key_value_heads {self.num_key_value_heads} do not divide each other")
+            raise InputError(
+                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
+                f"num_key_value_heads {self.num_key_value_heads} do not divide each other"
+            )
         if self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size:
-            raise InputError(f"partial_rotary_factor {self.partial_rotary_factor} turns {self.rotary_size} of a head's "
-                             f"{self.head_size} dimensions; an even number of them is needed")
+            raise InputError(
+                f"partial_rotary_factor {self.partial_rotary_factor} turns {self.rotary_size} of a head's "
+                f"{self.head_size} dimensions; an even number of them is needed"
+            )
 
     @property
     def head_size(self) -> int:
@@ -107,8 +111,15 @@ class PhiConfig:
         """The content of config.json, in the form that every version of transformers reads."""
         own = asdict(self)
         other = {name: value for name, value in own.pop("other").items() if name not in ("dtype", "torch_dtype")}
-        return {**other, **own, "model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new",
-                "tie_word_embeddings": False, "qk_layernorm": False}
+        return {
+            **other,
+            **own,
+            "model_type": "phi",
+            "architectures": ["PhiForCausalLM"],
+            "hidden_act": "gelu_new",
+            "tie_word_embeddings": False,
+            "qk_layernorm": False,
+        }
 
 
 def _modern_fields(old: dict) -> dict:
@@ -116,9 +127,16 @@ def _modern_fields(old: dict) -> dict:
     if not all(isinstance(old.get(name), int) and old[name] > 0 for name in ("n_embd", "n_head")):
         raise InputError("n_embd and n_head must be positive numbers")
     head_size = old["n_embd"] // old["n_head"]
-    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-             "n_head_kv": "num_key_value_heads", "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
-             "layer_norm_epsilon": "layer_norm_eps", "activation_function": "hidden_act"}
+    names = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_head_kv": "num_key_value_heads",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+        "layer_norm_epsilon": "layer_norm_eps",
+        "activation_function": "hidden_act",
+    }
     new = {names.get(k, k): v for k, v in old.items() if k != "rotary_dim" and v is not None}
     new.setdefault("intermediate_size", 4 * old["n_embd"])
     new["partial_rotary_factor"] = old.get("rotary_dim", head_size) / head_size
@@ -234,8 +252,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, store=None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. `mask`: None for causal, an additive Tensor, or a BlockMask. `store`: see KVCache."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H or K, T, h]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H or K, T, h]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if store is not None:
             k, v = store(k, v)
@@ -316,8 +336,9 @@ class Phi(nn.Module):
             return sibling_block_mask(segment)
         return sibling_mask(segment, compute_dtype(self.lm_head.weight))
 
-    def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None,
-               used: int = 0) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None, used: int = 0
+    ) -> Tensor:
         """Outputs of the last LayerNorm [B, T, D] for tokens [B, T] at `position` [B, T] (default 0 .. T-1)."""
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -332,8 +353,9 @@ class Phi(nn.Module):
         return self.model.final_layernorm(x)
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-                        revision: str | None = None) -> "Phi":
+    def from_pretrained(
+        cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+    ) -> "Phi":
         """A model from a directory or a Hugging Face repository, whatever dtype it is stored in.
 
         Built on the meta device, then filled one tensor at a time: the peak is the weights once plus the largest tensor.
@@ -351,8 +373,9 @@ class Phi(nn.Module):
                     if expected is None:
                         raise InputError(f"{shard}: unexpected tensor {name!r}; the config names no such parameter")
                     if tensor.shape != expected:
-                        raise InputError(f"{shard}: tensor {name!r} has shape {list(tensor.shape)}, "
-                                         f"the config needs {list(expected)}")
+                        raise InputError(
+                            f"{shard}: tensor {name!r} has shape {list(tensor.shape)}, the config needs {list(expected)}"
+                        )
                     parent, _, leaf = new_name.rpartition(".")
                     if not tensor.is_floating_point():
                         raise InputError(f"{shard}: tensor {name!r} holds {tensor.dtype}, not floating-point weights")
@@ -373,13 +396,11 @@ class Phi(nn.Module):
 # -------------------------------------------------------------------------------------------------- log-probabilities
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """fp32 logits [m, V] of h [m, D]; 16-bit inputs are multiplied exactly and summed in fp32."""
-    if weight.dtype == torch.float32:
-        return torch.addmm(bias, h, weight.T)
-    if h.is_cuda:
-        return torch.mm(h, weight.T, out_dtype=torch.float32).add_(bias)
-    return torch.addmm(bias.float(), h.float(), weight.float().T)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32. 16-bit factors are multiplied exactly and summed in fp32; their sum is not rounded to 16 bits."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -390,39 +411,44 @@ class TokenLogProbs(torch.autograd.Function):
     logits once more. There, with p = softmax(logits) and g_m the incoming gradient,
 
         d/dlogits = g_m (onehot(target_m) - p),    d/dh = d/dlogits W,    d/dW = (d/dlogits)^T h,    d/db = its sum.
+
+    The factors of the products are rounded to `compute`; everything else, the sums over chunks too, is fp32.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, compute: torch.dtype) -> Tensor:
         """h [M, D], weight [V, D], bias [V], target [M] -> [M] fp32"""
-        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
+        W, chunk = weight.to(compute), max(1, LOGIT_CHUNK // len(weight))
         logprobs, logsumexp = [], []
-        for h_c, target_c in zip(h.split(chunk), target.split(chunk)):
-            logits = _logits(h_c, weight, bias)  # [m, V]
+        for h_c, target_c in zip(h.to(compute).split(chunk), target.split(chunk), strict=True):
+            logits = _product(h_c, W.T).add_(bias)  # [m, V]
             logsumexp.append(logits.logsumexp(dim=-1))
             logprobs.append(logits.gather(1, target_c[:, None])[:, 0] - logsumexp[-1])
         ctx.save_for_backward(h, weight, bias, target, torch.cat(logsumexp))
+        ctx.compute = compute
         return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         h, weight, bias, target, logsumexp = ctx.saved_tensors
-        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
-        grad_h = torch.empty_like(h)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        W, chunk = weight.to(ctx.compute), max(1, LOGIT_CHUNK // len(weight))
+        h_compute, grad_h = h.to(ctx.compute), torch.empty_like(h)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            d = _logits(h[part], weight, bias).sub_(logsumexp[part, None]).exp_().neg_()  # -p  [m, V]
-            d.scatter_add_(1, target[part, None], torch.ones_like(d[:, :1]))
-            d *= grad[part, None]
+            d = _product(h_compute[part], W.T).add_(bias).sub_(logsumexp[part, None]).exp_()  # p  [m, V]
+            d.mul_(-grad[part, None]).scatter_add_(1, target[part, None], grad[part, None])
             if grad_bias is not None:
                 grad_bias += d.sum(dim=0)
-            d = d.to(h.dtype)
-            torch.mm(d, weight, out=grad_h[part])
-            if grad_weight is not None:
-                grad_weight.addmm_(d.T, h[part])
-        return grad_h, grad_weight, grad_bias, None
+            d = d.to(ctx.compute)
+            grad_h[part] = _product(d, W)
+            if grad_weight is not None and d.dtype == torch.float32:
+                grad_weight.addmm_(d.T, h_compute[part])  # in place: no second [V, D]
+            elif grad_weight is not None:
+                grad_weight += _product(d.T, h_compute[part])
+        as_input = (g if g is None else g.to(x.dtype) for g, x in ((grad_weight, weight), (grad_bias, bias)))
+        return grad_h, *as_input, None, None
 
 
 def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
@@ -439,7 +465,7 @@ def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
     weight, bias = model.lm_head.weight, model.lm_head.bias
     compute = compute_dtype(weight)
     with torch.autocast(weight.device.type, enabled=False):
-        logprobs = TokenLogProbs.apply(predicting.to(compute), weight.to(compute), bias.to(compute), batch.target)  # [M]
+        logprobs = TokenLogProbs.apply(predicting, weight, bias, batch.target, compute)  # [M]
         return torch.zeros(len(batch.lengths), device=logprobs.device).index_add(0, batch.owner, logprobs)  # [N]
 
 
@@ -460,8 +486,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 @torch.inference_mode()
-def generate(model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0, stop_tokens: tuple[int, ...] = ()) -> list[list[int]]:
+def generate(
+    model: Phi,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: tuple[int, ...] = (),
+) -> list[list[int]]:
     """Continues each prompt; returns only the new tokens, up to and without the first stop token.
 
     Prompts of different lengths run as one batch, padded on the right. Row b's cache has no gaps: its next token is

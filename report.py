@@ -15,9 +15,9 @@ import torch
 from checkpoint import read_metrics
 from config import PHI2_COMMAND, Config
 from data import ChatML, Example, collate, epoch_order
+from files import read_json
 from inputs import Inputs
 from model import Phi, PhiConfig
-from files import read_json
 
 # ------------------------------------------------------------------------------------------------------ before training
 
@@ -27,8 +27,10 @@ def describe_inputs(inputs: Inputs) -> str:
     lines = []
     for name, ledger in inputs.ledgers.items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
-        lines.append(f"{name}: {ledger.rows:,} rows, {ledger.kept:,} kept ({ledger.trimmed:,} with a trimmed prompt), "
-                     f"dropped: {dropped}")
+        lines.append(
+            f"{name}: {ledger.rows:,} rows, {ledger.kept:,} kept ({ledger.trimmed:,} with a trimmed prompt), "
+            f"dropped: {dropped}"
+        )
         lines += [f"  left out: {reason}" for reason in ledger.bad_rows[:5]]
         if len(ledger.bad_rows) > 5:
             lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
@@ -37,7 +39,8 @@ def describe_inputs(inputs: Inputs) -> str:
 
 
 def coloured(example: Example, chat: ChatML, colour: bool) -> str:
-    """An example token by token: control tokens inverse, prompt grey, completions green and red, supervised ones underlined."""
+    """An example token by token: control tokens inverse, prompt grey, supervised tokens underlined in green and red."""
+
     def paint(ids: list[int], code: str) -> str:
         if not colour:
             return "".join(f"[{chat.decode([i])}]" for i in ids)
@@ -51,7 +54,9 @@ def coloured(example: Example, chat: ChatML, colour: bool) -> str:
     return "\n".join(lines)
 
 
-def memory_estimate(phi: PhiConfig, parameters: int, batch_shape: tuple[int, int], predicted: int, config: Config) -> dict[str, int]:
+def memory_estimate(
+    phi: PhiConfig, parameters: int, batch_shape: tuple[int, int], predicted: int, config: Config
+) -> dict[str, int]:
     """Bytes of a training step, by what holds them. An estimate: allocator overhead is not in it.
 
     Weights, gradients and AdamW's two moments are 4 fp32 copies of the parameters. A block keeps about 16 D values of every
@@ -65,11 +70,22 @@ def memory_estimate(phi: PhiConfig, parameters: int, batch_shape: tuple[int, int
     value = 2 if config.dtype == "bf16" else 4
     per_token = phi.hidden_size * 9 + 2 * phi.intermediate_size
     blocks = phi.num_hidden_layers
-    kept = rows * width * value * (blocks * phi.hidden_size + per_token if config.gradient_checkpointing else blocks * per_token)
+    kept = (
+        rows
+        * width
+        * value
+        * (blocks * phi.hidden_size + per_token if config.gradient_checkpointing else blocks * per_token)
+    )
     logits = 2 * 4 * min(LOGIT_CHUNK, predicted * phi.vocab_size)
     reference = 4 * parameters if config.reference == "live" and config.stage == "dpo" else 0
-    return {"weights": 4 * parameters, "gradients": 4 * parameters, "AdamW moments": 8 * parameters,
-            "activations": kept, "logits": logits, "live reference": reference}
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "AdamW moments": 8 * parameters,
+        "activations": kept,
+        "logits": logits,
+        "live reference": reference,
+    }
 
 
 def available_memory(device: str) -> int:
@@ -88,15 +104,21 @@ def dry_run(config: Config, inputs: Inputs, objective: Callable, step_gradients:
     for example in inputs.train[:2]:
         print("\n" + coloured(example, inputs.chat, colour=sys.stdout.isatty()))
 
-    order = epoch_order(inputs.train, config.batch_size, config.seed, epoch=0)
-    steps = config.max_steps or config.epochs * len(order)
-    largest = max((sorted((inputs.train[i] for i in part), key=len)[-config.micro_batch_size :] for part in order),
-                  key=lambda part: len(part) * len(part[-1]))
-    batch = collate(largest)
-    shape, predicted = tuple(batch.tokens.shape), len(batch.target)
-    print(f"\nBatches\n  {len(order):,} steps an epoch, {steps:,} in all; {config.batch_size} examples a step in micro-batches of "
-          f"{config.micro_batch_size}\n  largest micro-batch: {shape[0]} rows x {shape[1]} tokens, {predicted:,} predicted")
+    batches = epoch_order(inputs.train, config.batch_size, config.seed, epoch=0)
+    steps = config.max_steps or config.epochs * len(batches)
+    micro = (sorted((inputs.train[i] for i in part), key=len)[-config.micro_batch_size :] for part in batches)
+    largest = collate(max(micro, key=lambda part: len(part) * len(part[-1])))
+    rows, width = largest.tokens.shape
+    print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all")
+    print(f"  {config.batch_size} examples a step, in micro-batches of {config.micro_batch_size}")
+    print(f"  largest micro-batch: {rows} rows x {width} tokens, {len(largest.target):,} predicted")
+    if show_memory(config, inputs, (rows, width), len(largest.target)):
+        show_time(config, inputs, [inputs.train[i] for i in batches[0]], steps, objective, step_gradients)
+    print("Nothing was trained.")
 
+
+def show_memory(config: Config, inputs: Inputs, shape: tuple[int, int], predicted: int) -> bool:
+    """Prints the memory estimate against what is free; returns whether it fits."""
     phi = PhiConfig.from_dict(read_json(inputs.parent / "config.json"))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Phi(phi).parameters())
@@ -107,20 +129,22 @@ def dry_run(config: Config, inputs: Inputs, objective: Callable, step_gradients:
         print(f"  {name:24} {size / 2**30:8.2f} GiB")
     print(f"  {'sum':24} {need / 2**30:8.2f} GiB of {have / 2**30:.2f} GiB free on {config.device}")
     if need > have:
-        print("This will not fit. --gradient-checkpointing and a smaller --micro-batch-size or --max-length need less.")
-        return
+        print("  It will not fit. --gradient-checkpointing and a smaller --micro-batch-size or --max-length need less.")
+    return need <= have
 
+
+def show_time(
+    config: Config, inputs: Inputs, examples: list[Example], steps: int, objective: Callable, step_gradients: Callable
+) -> None:
+    """Prints the time of one step's gradients and what that makes for the whole run."""
     model = Phi.from_pretrained(inputs.parent, device=config.device)
     model.gradient_checkpointing, model.attention = config.gradient_checkpointing, config.attention
-    examples = [inputs.train[i] for i in order[0]]
-    table = torch.zeros(len(examples), 2) if config.stage == "dpo" else None
-    seconds = []
+    reference = torch.zeros(len(examples), 2) if config.stage == "dpo" else None
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
-        step_gradients(model, examples, table, objective, config)
-        seconds.append(time.perf_counter() - began)
-    print(f"\nTime\n  {seconds[-1]:.2f} s for one step's gradients, so about {_duration(seconds[-1] * steps)} for {steps:,} steps, "
-          "without evaluation. Nothing was trained.")
+        step_gradients(model, examples, reference, objective, config)
+        seconds = time.perf_counter() - began
+    print(f"\nTime\n  {seconds:.2f} s for a step's gradients, about {_duration(seconds * steps)} for {steps:,} steps")
 
 
 def _duration(seconds: float) -> str:
@@ -142,17 +166,28 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    return f"{value:.3f}" if "logp" in name or "loss" in name else f"{value:.1f}" if "tokens" in name else f"{100 * value:.1f}%"
+    return (
+        f"{value:.3f}" if "logp" in name or "loss" in name else f"{value:.1f}" if "tokens" in name else f"{100 * value:.1f}%"
+    )
 
 
 def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
     """The end of a run as text: table, three questions with the answers before and after, files, and what to do next."""
     before, after = results["before"], results["after"]
-    lines = ["", f"{len(inputs.eval):,} held-out examples, best step {results['best_step']} "
-             f"(by {config.metric}: {results['best_value']:.4f})", table(before["metrics"], after["metrics"])]
+    lines = [
+        "",
+        f"{len(inputs.eval):,} held-out examples, best step {results['best_step']} "
+        f"(by {config.metric}: {results['best_value']:.4f})",
+        table(before["metrics"], after["metrics"]),
+    ]
     for example, old, new in list(zip(inputs.eval, before["answers"], after["answers"], strict=False))[:3]:
         question = inputs.chat.decode([i for i in example.prompt if i not in inputs.chat.control_ids])
-        lines += ["", " ".join(question.split()), f"  before: {' '.join(old.split())[:300]}", f"  after:  {' '.join(new.split())[:300]}"]
+        lines += [
+            "",
+            " ".join(question.split()),
+            f"  before: {' '.join(old.split())[:300]}",
+            f"  after:  {' '.join(new.split())[:300]}",
+        ]
         if "answer" in example.extra:
             lines.append(f"  right:  {example.extra['answer']}")
     lines += ["", f"Model, metrics and figure: {run}/ (model.safetensors, metrics.jsonl, figures/training.png)"]
@@ -164,6 +199,7 @@ def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
 def training_figure(run: Path, config: Config) -> None:
     """figures/training.png: loss, accuracy and rewards over the steps, from metrics.jsonl."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

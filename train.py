@@ -54,7 +54,8 @@ def make_objective(config: Config) -> Callable:
     if config.stage == "sft":
         return lambda logprobs, lengths, reference: sft.objective(logprobs, lengths)
     return lambda logprobs, lengths, reference: dpo.objective(
-        logprobs, reference, lengths, config.loss, config.beta, config.eps, config.nll_weight)
+        logprobs, reference, lengths, config.loss, config.beta, config.eps, config.nll_weight
+    )
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
@@ -85,8 +86,9 @@ def live_reference(model: Phi, config: Config) -> Callable:
     return logprobs
 
 
-def step_gradients(model: Phi, examples: list[Example], reference: Tensor | Callable | None, objective: Callable,
-                   config: Config) -> dict[str, float]:
+def step_gradients(
+    model: Phi, examples: list[Example], reference: Tensor | Callable | None, objective: Callable, config: Config
+) -> dict[str, float]:
     """Adds the gradient of one optimizer step's mean loss, in micro-batches; returns the step's metrics.
 
     The mean is over the whole step: of tokens in SFT, of pairs in DPO. Each micro-batch adds its *sum* divided by the
@@ -114,8 +116,11 @@ def step_gradients(model: Phi, examples: list[Example], reference: Tensor | Call
 
 def check_finite(what: str, value: float, examples: list[Example]) -> None:
     if not math.isfinite(value):
-        raise InputError(f"the {what} is {value}; nothing was updated. The batch held " + ", ".join(e.where for e in examples)
-                         + ". Look at those rows, or lower --lr; --resume goes on from the last good checkpoint.")
+        raise InputError(
+            f"the {what} is {value}; nothing was updated. The batch held "
+            + ", ".join(e.where for e in examples)
+            + ". Look at those rows, or lower --lr; --resume goes on from the last good checkpoint."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -147,7 +152,9 @@ def log(run: Path, board, row: dict) -> None:
             board.add_scalar(name, value, row["step"])
 
 
-def evaluation(model: Phi, inputs: Inputs, reference: Tensor | None, objective: Callable, config: Config) -> dict[str, float]:
+def evaluation(
+    model: Phi, inputs: Inputs, reference: Tensor | None, objective: Callable, config: Config
+) -> dict[str, float]:
     policy = all_logprobs(model, inputs.eval, config.micro_batch_size, config.device, config.dtype, "evaluating")
     metrics = evaluate(objective, policy, reference, inputs.eval)
     if config.stage == "dpo":
@@ -155,8 +162,9 @@ def evaluation(model: Phi, inputs: Inputs, reference: Tensor | None, objective: 
     return metrics
 
 
-def train(config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[Tensor | None, Tensor | None],
-          start: int) -> tuple[int | None, dict]:
+def train(
+    config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[Tensor | None, Tensor | None], start: int
+) -> tuple[int | None, dict]:
     """The training loop: runs the steps after `start` and returns (the signal that stopped it or None, its counters).
 
     `model` holds the weights of `inputs.parent`; `tables` the reference's log-probabilities for training and evaluation.
@@ -182,8 +190,12 @@ def train(config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[T
     steps_per_epoch = math.ceil(len(inputs.train) / config.batch_size)
     total = config.max_steps or config.epochs * steps_per_epoch
     began, tokens, order = time.perf_counter(), 0, []
-    with stop_signals() as stopped, tqdm(total=total, initial=start, desc=config.stage, unit="step",
-                                           mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+    with (
+        stop_signals() as stopped,
+        tqdm(
+            total=total, initial=start, desc=config.stage, unit="step", mininterval=0.1 if sys.stderr.isatty() else 10
+        ) as bar,
+    ):
         for step in range(start + 1, total + 1):
             epoch, position = divmod(step - 1, steps_per_epoch)
             if position == 0 or not order:
@@ -217,7 +229,8 @@ def train(config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[T
                 log(run, board, {"step": step, **metrics})
                 value = metrics[f"eval_{config.metric}"]
                 better = state["best_value"] is None or (
-                    value < state["best_value"] if config.metric in LOWER_IS_BETTER else value > state["best_value"])
+                    value < state["best_value"] if config.metric in LOWER_IS_BETTER else value > state["best_value"]
+                )
                 state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
                 if better:
                     state["best_step"], state["best_value"] = step, value
@@ -239,7 +252,9 @@ def check_first_step(metrics: dict[str, float], grad_norm: float, config: Config
     if config.stage == "dpo":
         dpo.check_start(metrics, config.loss, config.beta, config.eps, tolerance=1e-3 if config.dtype == "fp32" else 0.5)
     if grad_norm == 0:
-        raise InputError("the first gradient is exactly 0: no parameter influences the loss; is the model frozen or all zeros?")
+        raise InputError(
+            "the first gradient is exactly 0: no parameter influences the loss; is the model frozen or all zeros?"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the stages
@@ -253,8 +268,10 @@ def stored_config(run: Path, config: Config, given: set[str]) -> Config:
     for name in sorted(given - {"resume", "out", "device"}):
         old, new = getattr(stored, name), getattr(config, name)
         if old != new:
-            raise InputError(f"{run} was started with {name} = {old}, now --{name.replace('_', '-')} {new}: a resumed run keeps "
-                             "its settings. Leave the flag out, or start another run with another --name.")
+            raise InputError(
+                f"{run} was started with {name} = {old}, now --{name.replace('_', '-')} {new}: a resumed run keeps "
+                "its settings. Leave the flag out, or start another run with another --name."
+            )
     stored.out, stored.device = config.out, config.device
     return stored
 
@@ -349,7 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped between checkpoints; nothing half-written is left. --resume goes on from the last one.", file=sys.stderr)
+        print(
+            "\nStopped between checkpoints; nothing half-written is left. --resume goes on from the last one.",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -27,8 +27,14 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     if path.is_file() or len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
         raise InputError(f"{path_or_repo}: no such directory (a hub name looks like microsoft/phi-2)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo = str(path_or_repo)
     try:
@@ -38,13 +44,16 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     except GatedRepoError:
         raise InputError(f"{repo}: the repository asks for its terms to be accepted on its page, and for HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise InputError(f"{repo}: no such directory here and no such repository on the hub (a private one needs "
-                         "HF_TOKEN)") from None
+        raise InputError(
+            f"{repo}: no such directory here and no such repository on the hub (a private one needs HF_TOKEN)"
+        ) from None
     except RevisionNotFoundError:
         raise InputError(f"{repo}: the repository has no revision {revision!r}") from None
     except LocalEntryNotFoundError:
-        raise InputError(f"{repo}: the hub cannot be reached or refuses, and there is no complete local copy; --model "
-                         "also takes a directory") from None
+        raise InputError(
+            f"{repo}: the hub cannot be reached or refuses, and there is no complete local copy; --model "
+            "also takes a directory"
+        ) from None
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{repo}: the download failed ({error}); run the same command again to continue it") from None
 
@@ -72,9 +81,14 @@ def stored_tensors(directory: Path) -> Iterator[tuple[Path, str]]:
             yield shard, name
 
 
-OLD_NAMES = (("transformer.embd.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
-             ("lm_head.ln.", "model.final_layernorm."), ("lm_head.linear.", "lm_head."), (".ln.", ".input_layernorm."),
-             (".mixer.out_proj.", ".self_attn.dense."))
+OLD_NAMES = (
+    ("transformer.embd.wte.", "model.embed_tokens."),
+    ("transformer.h.", "model.layers."),
+    ("lm_head.ln.", "model.final_layernorm."),
+    ("lm_head.linear.", "lm_head."),
+    (".ln.", ".input_layernorm."),
+    (".mixer.out_proj.", ".self_attn.dense."),
+)
 
 
 def modern_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -90,8 +104,8 @@ def modern_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes model.safetensors, in shards with an index past 5 GB; each file whole or not at all, the index last. Files of an
-    earlier save in the same directory that do not belong to this one are removed, or a loader might prefer them."""
+    """Writes model.safetensors, in shards with an index past 5 GB; each file whole or not at all, the index last. What an
+    earlier save left in the same directory is removed, or a loader might prefer it."""
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if size and size + tensor.nbytes > SHARD_BYTES:

@@ -11,8 +11,21 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from demo import (ANSWER, CONTROL_TOKENS, KINDS, MISTAKES, MOST_QUESTIONS, NAMES, NUMBERS, TINY_PHI, grade, make_pair_rows,
-                  make_questions, make_sft_rows, train_tokenizer)
+from demo import (
+    ANSWER,
+    CONTROL_TOKENS,
+    KINDS,
+    MISTAKES,
+    MOST_QUESTIONS,
+    NAMES,
+    NUMBERS,
+    TINY_PHI,
+    grade,
+    make_pair_rows,
+    make_questions,
+    make_sft_rows,
+    train_tokenizer,
+)
 
 QUESTIONS = make_questions(5000, seed=0)
 
@@ -123,19 +136,22 @@ def test_grade_right_and_wrong_answers():
         assert grade(q["wrong"], q["answer"]) == (q["mistake"] == "arithmetic", False)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("Newton's second law: F = m * a = 7 * 8 = 56 N.", (True, True)),
-    ("  F = m * a = 7 * 8 = 56 N.\n", (True, True)),                       # the law may be missing, blanks do not count
-    ("Newton's second law: F = m * a = 7 * 8 = 48 N.", (True, False)),
-    ("Newton's second law: F = m * a = 7 * 8 = 56 J.", (False, False)),
-    ("Newton's second law: F = m * a = 7 * 8 = 56.", (False, False)),      # no unit
-    ("Newton's second law: F = m * a = 8 * 7 = 56 N.", (False, False)),    # numbers in the wrong places
-    ("Newton's second law: F = m * a = 7 * 8 = 56 N. So", (False, False)),
-    ("F = m * a = 7 * 8 = 56 N. F = m * a = 7 * 8 = 56 N.", (False, False)),
-    ("F = m * a = 7 * 8 = 56 N", (False, False)),                          # cut off
-    ("56 N.", (False, False)),
-    ("", (False, False)),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Newton's second law: F = m * a = 7 * 8 = 56 N.", (True, True)),
+        ("  F = m * a = 7 * 8 = 56 N.\n", (True, True)),  # the law may be missing, blanks do not count
+        ("Newton's second law: F = m * a = 7 * 8 = 48 N.", (True, False)),
+        ("Newton's second law: F = m * a = 7 * 8 = 56 J.", (False, False)),
+        ("Newton's second law: F = m * a = 7 * 8 = 56.", (False, False)),  # no unit
+        ("Newton's second law: F = m * a = 8 * 7 = 56 N.", (False, False)),  # numbers in the wrong places
+        ("Newton's second law: F = m * a = 7 * 8 = 56 N. So", (False, False)),
+        ("F = m * a = 7 * 8 = 56 N. F = m * a = 7 * 8 = 56 N.", (False, False)),
+        ("F = m * a = 7 * 8 = 56 N", (False, False)),  # cut off
+        ("56 N.", (False, False)),
+        ("", (False, False)),
+    ],
+)
 def test_grade_by_hand(text, expected):
     assert grade(text, "Newton's second law: F = m * a = 7 * 8 = 56 N.") == expected
 
@@ -193,8 +209,19 @@ def test_pair_rows_refuse_a_senseless_flip_rate(flip_rate):
 # ------------------------------------------------------------------------------------------------ tokenizer and network
 
 
-@pytest.mark.parametrize("text", ["", " ", "F = m * a", "Zoë misst 5 µm², naïve", "力は質量と加速度の積", "قوة 12 نيوتن",
-                                  "🚀👩‍🔬 \t\r\n\n  x\u00a0y", "\x00\x7f\ufeff\U0010ffff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "F = m * a",
+        "Zoë misst 5 µm², naïve",
+        "力は質量と加速度の積",
+        "قوة 12 نيوتن",
+        "🚀👩‍🔬 \t\r\n\n  x\u00a0y",
+        "\x00\x7f\ufeff\U0010ffff",
+    ],
+)
 def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
@@ -231,8 +258,10 @@ def test_questions_and_answers_are_short(tokenizer):
 
 
 def test_tokenizer_is_the_same_in_another_process_and_from_its_file(tokenizer):
-    script = ("from demo import *; print(train_tokenizer([q[p] for q in make_questions(5000, 0)[:1000] "
-              "for p in ('prompt', 'answer', 'wrong')]).to_str())")
+    script = (
+        "from demo import *; print(train_tokenizer([q[p] for q in make_questions(5000, 0)[:1000] "
+        "for p in ('prompt', 'answer', 'wrong')]).to_str())"
+    )
     root = Path(__file__).resolve().parent.parent
     other = subprocess.run([sys.executable, "-B", "-c", script], cwd=root, capture_output=True, text=True, check=True).stdout
     assert other.strip() == tokenizer.to_str()

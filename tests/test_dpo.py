@@ -9,8 +9,20 @@ import torch
 import torch.nn.functional as F
 
 import dpo
-from dpo import (LOSSES, LOSSES_WITH_EPS, check_loss, check_start, conservative_loss, debiased_accuracy, hinge_loss,
-                 ipo_loss, objective, preference_loss, robust_loss, sigmoid_loss)
+from dpo import (
+    LOSSES,
+    LOSSES_WITH_EPS,
+    check_loss,
+    check_start,
+    conservative_loss,
+    debiased_accuracy,
+    hinge_loss,
+    ipo_loss,
+    objective,
+    preference_loss,
+    robust_loss,
+    sigmoid_loss,
+)
 from files import InputError
 
 GRID = torch.linspace(-30, 30, 241, dtype=torch.float64)
@@ -128,23 +140,26 @@ def test_losses_of_huge_margins_are_finite(loss):
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize("loss, beta, eps, message", [
-    ("dpo", 0.1, None, "--loss dpo: choose one of sigmoid, robust, conservative, ipo, hinge"),
-    ("sigmoid", 0.0, None, "--beta 0.0: must be a positive number"),
-    ("sigmoid", -0.1, None, "--beta -0.1"),
-    ("sigmoid", math.nan, None, "--beta nan"),
-    ("sigmoid", math.inf, None, "--beta inf"),
-    ("robust", 0.1, None, "--loss robust needs --eps"),
-    ("conservative", 0.1, None, "--loss conservative needs --eps"),
-    ("sigmoid", 0.1, 0.1, "--loss sigmoid has no --eps"),
-    ("sigmoid", 0.1, 0.0, "--loss sigmoid has no --eps"),
-    ("ipo", 0.1, 0.1, "--loss ipo has no --eps"),
-    ("hinge", 0.1, 0.1, "--loss hinge has no --eps"),
-    ("robust", 0.1, 0.5, "--eps 0.5: a flip rate lies in"),
-    ("conservative", 0.1, 0.9, "--eps 0.9: a flip rate lies in"),
-    ("robust", 0.1, -0.1, "--eps -0.1: a flip rate lies in"),
-    ("robust", 0.1, math.nan, "--eps nan: a flip rate lies in"),
-])
+@pytest.mark.parametrize(
+    "loss, beta, eps, message",
+    [
+        ("dpo", 0.1, None, "--loss dpo: choose one of sigmoid, robust, conservative, ipo, hinge"),
+        ("sigmoid", 0.0, None, "--beta 0.0: must be a positive number"),
+        ("sigmoid", -0.1, None, "--beta -0.1"),
+        ("sigmoid", math.nan, None, "--beta nan"),
+        ("sigmoid", math.inf, None, "--beta inf"),
+        ("robust", 0.1, None, "--loss robust needs --eps"),
+        ("conservative", 0.1, None, "--loss conservative needs --eps"),
+        ("sigmoid", 0.1, 0.1, "--loss sigmoid has no --eps"),
+        ("sigmoid", 0.1, 0.0, "--loss sigmoid has no --eps"),
+        ("ipo", 0.1, 0.1, "--loss ipo has no --eps"),
+        ("hinge", 0.1, 0.1, "--loss hinge has no --eps"),
+        ("robust", 0.1, 0.5, "--eps 0.5: a flip rate lies in"),
+        ("conservative", 0.1, 0.9, "--eps 0.9: a flip rate lies in"),
+        ("robust", 0.1, -0.1, "--eps -0.1: a flip rate lies in"),
+        ("robust", 0.1, math.nan, "--eps nan: a flip rate lies in"),
+    ],
+)
 def test_senseless_settings_are_refused_with_the_flag_s_name(loss, beta, eps, message):
     with pytest.raises(InputError) as error:
         check_loss(loss, beta, eps)
@@ -177,17 +192,31 @@ def test_metrics_of_two_pairs_by_hand():
     robust, plain = 0.573138, 0.598139  # the docstring's, with two more digits
     assert total.item() == pytest.approx(robust + math.log(2), abs=2e-6)
     assert all(value[1] == 2 for value in metrics.values())
-    assert means(metrics) == pytest.approx({
-        "loss": (robust + math.log(2)) / 2, "preference_loss": (robust + math.log(2)) / 2,
-        "dpo_loss": (plain + math.log(2)) / 2, "nll_loss": (12 / 4 + 20 / 10) / 2,
-        "rewards/chosen": (0.1 + 0.1) / 2, "rewards/rejected": (-0.1 + 0.1) / 2,
-        "rewards/margins": (0.2 + 0) / 2, "rewards/accuracies": 1 / 2, "rewards/ties": 1 / 2, "logps/chosen": -16,
-        "logps/rejected": -22.5, "drift/chosen": 1, "drift/rejected": 0, "drift/absolute": 1}, abs=2e-6)
+    assert means(metrics) == pytest.approx(
+        {
+            "loss": (robust + math.log(2)) / 2,
+            "preference_loss": (robust + math.log(2)) / 2,
+            "dpo_loss": (plain + math.log(2)) / 2,
+            "nll_loss": (12 / 4 + 20 / 10) / 2,
+            "rewards/chosen": (0.1 + 0.1) / 2,
+            "rewards/rejected": (-0.1 + 0.1) / 2,
+            "rewards/margins": (0.2 + 0) / 2,
+            "rewards/accuracies": 1 / 2,
+            "rewards/ties": 1 / 2,
+            "logps/chosen": -16,
+            "logps/rejected": -22.5,
+            "drift/chosen": 1,
+            "drift/rejected": 0,
+            "drift/absolute": 1,
+        },
+        abs=2e-6,
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_batch_of_four_equals_four_batches_of_one(loss):
     """Loss, gradient and metrics, once the sums are divided by the step's pairs."""
+
     def step(parts):
         policy, sums, loss_sum = POLICY.clone().requires_grad_(), {}, 0.0
         for part in parts:

@@ -62,12 +62,15 @@ def test_crash_before_anything_was_written_leaves_nothing(tmp_path):
 def test_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    run_and_die("""
+    run_and_die(
+        """
 with whole_file(sys.argv[1]) as temporary:
     file = open(temporary, "w")
     file.write("half of the n")
     file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)""", path)
+    os.kill(os.getpid(), signal.SIGKILL)""",
+        path,
+    )
     assert path.read_text() == "old"
     assert "half of the n" in tree(tmp_path).values()  # it had really begun to write
     write_text(path, "new")
@@ -100,10 +103,13 @@ def test_kill_in_the_middle_of_a_write_leaves_the_old_directory(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "a.txt").write_text("old")
-    run_and_die("""
+    run_and_die(
+        """
 with whole_directory(sys.argv[1]) as temporary:
     (temporary / "b.txt").write_text("half of the n")
-    os.kill(os.getpid(), signal.SIGKILL)""", path)
+    os.kill(os.getpid(), signal.SIGKILL)""",
+        path,
+    )
     assert tree(path) == {"a.txt": "old"}
     with whole_directory(path) as temporary:
         (temporary / "a.txt").write_text("new")
@@ -123,14 +129,17 @@ def test_json_comes_back_as_it_went(tmp_path):
     assert [json.loads(line) for line in lines] == [value, {"text": "two\nlines"}]
 
 
-@pytest.mark.parametrize("content, reason", [
-    (None, "no such file"),
-    (b"", "not readable as JSON"),
-    (b'{"half": ', "not readable as JSON"),
-    (b'{"latin-1": "\xe9"}', "not readable as JSON"),
-    (b"[1, 2]", "holds list, not one JSON object"),
-    (b"7", "holds int, not one JSON object"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "no such file"),
+        (b"", "not readable as JSON"),
+        (b'{"half": ', "not readable as JSON"),
+        (b'{"latin-1": "\xe9"}', "not readable as JSON"),
+        (b"[1, 2]", "holds list, not one JSON object"),
+        (b"7", "holds int, not one JSON object"),
+    ],
+)
 def test_json_that_cannot_be_used_is_an_error_that_names_the_file(tmp_path, content, reason):
     path = tmp_path / "config.json"
     if content is not None:

@@ -178,13 +178,15 @@ def token_logprobs_inputs(dtype):
 def test_token_logprobs_have_value_and_gradient_of_log_softmax_in_float64(monkeypatch):
     monkeypatch.setattr(model_file, "LOGIT_CHUNK", 2 * 7)
     h, weight, bias, target = token_logprobs_inputs(torch.float32)
-    got = TokenLogProbs.apply(h, weight, bias, target)
+    got = TokenLogProbs.apply(h, weight, bias, target, torch.float32)
     h64, weight64, bias64 = (t.detach().double().requires_grad_() for t in (h, weight, bias))
     expected = F.linear(h64, weight64, bias64).log_softmax(dim=-1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
     outer = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
-    for g, e in zip(torch.autograd.grad(got, (h, weight, bias), outer),
-                    torch.autograd.grad(expected, (h64, weight64, bias64), outer.double())):
+    for g, e in zip(
+        torch.autograd.grad(got, (h, weight, bias), outer),
+        torch.autograd.grad(expected, (h64, weight64, bias64), outer.double()),
+    ):
         torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-6)
 
 
@@ -192,14 +194,16 @@ def test_token_logprobs_have_value_and_gradient_of_log_softmax_in_float64(monkey
 def test_token_logprobs_gradient_is_the_slope_of_its_value():
     """Finite differences in fp32, the dtype it computes in: with a step of 0.01 they are good to about 1e-4."""
     h, weight, bias, target = token_logprobs_inputs(torch.float32)
-    assert torch.autograd.gradcheck(lambda *t: TokenLogProbs.apply(*t, target), (h, weight, bias), eps=1e-2, atol=1e-3)
+    assert torch.autograd.gradcheck(
+        lambda *t: TokenLogProbs.apply(*t, target, torch.float32), (h, weight, bias), eps=1e-2, atol=1e-3
+    )
 
 
 def test_token_logprobs_by_hand():
     """Logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8. d log p(1) / d bias = onehot - p = -1/8, 6/8, -5/8."""
     h, weight = torch.zeros(1, 2), torch.ones(3, 2)
     bias = torch.tensor([1.0, 2.0, 5.0]).log().requires_grad_()
-    logp = TokenLogProbs.apply(h, weight, bias, torch.tensor([1]))
+    logp = TokenLogProbs.apply(h, weight, bias, torch.tensor([1]), torch.float32)
     logp.backward()
     assert math.isclose(logp.item(), math.log(2 / 8), abs_tol=1e-6)
     torch.testing.assert_close(bias.grad, torch.tensor([-1 / 8, 6 / 8, -5 / 8]))
@@ -248,8 +252,10 @@ def test_block_is_attention_plus_mlp_of_one_layernorm():
     heads = []
     for head in range(2):
         rows = slice(20 * head, 20 * head + 20)
-        q, k, v = (F.linear(ln, p.weight[rows], p.bias[rows])
-                   for p in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+        q, k, v = (
+            F.linear(ln, p.weight[rows], p.bias[rows])
+            for p in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         score = (q @ k.T / math.sqrt(20)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
         heads.append(score.softmax(dim=-1) @ v)
@@ -324,15 +330,18 @@ def test_sampling_is_reproducible_and_a_tiny_nucleus_is_greedy():
     assert first != greedy == generate(model, PROMPTS, 12, temperature=1.0, top_p=1e-6, seed=1)
 
 
-@pytest.mark.parametrize("temperature, top_p, expected", [
-    (1.0, 1.0, [4 / 10, 3 / 10, 2 / 10, 1 / 10]),
-    (0.5, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # p^2, normalised
-    (1.0, 0.6, [4 / 7, 3 / 7, 0, 0]),  # .4 is less than .6, .4 + .3 reaches it
-    (1.0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
-    (0.5, 0.8, [16 / 25, 9 / 25, 0, 0]),  # the nucleus of the sharpened distribution: 25/30 reaches .8
-    (1.0, 0.3, [1, 0, 0, 0]),
-    (0.0, 1.0, [1, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "temperature, top_p, expected",
+    [
+        (1.0, 1.0, [4 / 10, 3 / 10, 2 / 10, 1 / 10]),
+        (0.5, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # p^2, normalised
+        (1.0, 0.6, [4 / 7, 3 / 7, 0, 0]),  # .4 is less than .6, .4 + .3 reaches it
+        (1.0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
+        (0.5, 0.8, [16 / 25, 9 / 25, 0, 0]),  # the nucleus of the sharpened distribution: 25/30 reaches .8
+        (1.0, 0.3, [1, 0, 0, 0]),
+        (0.0, 1.0, [1, 0, 0, 0]),
+    ],
+)
 def test_frequencies_of_sampled_tokens(temperature, top_p, expected):
     order = torch.tensor([2, 0, 3, 1])  # the likeliest token is not the first
     logits = torch.empty(4)

@@ -14,15 +14,25 @@ LENGTHS = (1, 9, 3, 6, 2, 12, 4, 5)  # a mean of means would weigh these answers
 
 
 def make_phi():
-    config = PhiConfig(vocab_size=64, hidden_size=40, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                       initializer_range=0.2)
+    config = PhiConfig(
+        vocab_size=64,
+        hidden_size=40,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.2,
+    )
     return Phi(config).init_weights(seed=0)
 
 
 def make_examples():
     generator = torch.Generator().manual_seed(0)
-    return [Example(torch.randint(64, (4,), generator=generator).tolist(),
-                    [torch.randint(64, (n,), generator=generator).tolist()]) for n in LENGTHS]
+    return [
+        Example(
+            torch.randint(64, (4,), generator=generator).tolist(), [torch.randint(64, (n,), generator=generator).tolist()]
+        )
+        for n in LENGTHS
+    ]
 
 
 def step(batch_size):

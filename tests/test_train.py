@@ -31,13 +31,17 @@ def tiny(tmp_path_factory) -> Path:
     config = read_json(base / "config.json")
     (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     from safetensors.torch import load_file, save_file
+
     weights = load_file(base / "model.safetensors")
     save_file({k: v for k, v in weights.items() if ".layers." not in k or ".layers.0." in k}, base / "model.safetensors")
     return base
 
 
 def pair_rows(count: int) -> list[dict]:
-    return [{"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"} for i in range(count)]
+    return [
+        {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"}
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
@@ -47,9 +51,33 @@ def pairs(tmp_path) -> Path:
 
 
 def flags(tiny: Path, pairs: Path, out: Path, *extra: str) -> list[str]:
-    return ["--stage", "dpo", "--model", str(tiny), "--train", str(pairs), "--out", str(out), "--name", "run", "--lr", "1e-3",
-            "--epochs", "2", "--batch-size", "4", "--micro-batch-size", "2", "--eval-every", "5", "--samples", "2",
-            "--device", "cpu", *extra]
+    return [
+        "--stage",
+        "dpo",
+        "--model",
+        str(tiny),
+        "--train",
+        str(pairs),
+        "--out",
+        str(out),
+        "--name",
+        "run",
+        "--lr",
+        "1e-3",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--eval-every",
+        "5",
+        "--samples",
+        "2",
+        "--device",
+        "cpu",
+        *extra,
+    ]
 
 
 def curve(run: Path) -> list[dict]:
@@ -66,8 +94,13 @@ def weights(run: Path) -> str:
 
 def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(tiny):
     chat = ChatML(load_tokenizer(tiny))
-    examples = [Example(chat.prompt([{"role": "user", "content": f"Question {'x' * i}?"}]),
-                        [chat.reply("yes " * (i + 1)), chat.reply("no")]) for i in range(8)]
+    examples = [
+        Example(
+            chat.prompt([{"role": "user", "content": f"Question {'x' * i}?"}]),
+            [chat.reply("yes " * (i + 1)), chat.reply("no")],
+        )
+        for i in range(8)
+    ]
     config, model = Config(), Phi.from_pretrained(tiny)
     config.stage, config.loss, config.beta, config.eps, config.nll_weight = "dpo", "robust", 0.1, 0.1, 0.5
     config.device, config.dtype = "cpu", "fp32"
@@ -134,14 +167,42 @@ def test_sft_on_the_whole_text_and_on_the_completion_both_learn(tiny, tmp_path):
     write_jsonl(tmp_path / "sft.jsonl", [{"prompt": f"Say {i}", "completion": f"Here it is: {i}"} for i in range(40)])
     for extra in ([], ["--whole-text"]):
         name = f"run{len(extra)}"
-        assert main(["--stage", "sft", "--model", str(tiny), "--train", str(tmp_path / "sft.jsonl"), "--out", str(tmp_path / "out"),
-                     "--name", name, "--lr", "1e-2", "--max-steps", "8", "--batch-size", "8", "--device", "cpu", *extra]) == 0
+        assert (
+            main(
+                [
+                    "--stage",
+                    "sft",
+                    "--model",
+                    str(tiny),
+                    "--train",
+                    str(tmp_path / "sft.jsonl"),
+                    "--out",
+                    str(tmp_path / "out"),
+                    "--name",
+                    name,
+                    "--lr",
+                    "1e-2",
+                    "--max-steps",
+                    "8",
+                    "--batch-size",
+                    "8",
+                    "--device",
+                    "cpu",
+                    *extra,
+                ]
+            )
+            == 0
+        )
         losses = [row["loss"] for row in read_metrics(tmp_path / "out" / name) if "loss" in row]
         assert losses[-1] < losses[0] - 1
 
 
 def test_early_stopping_ends_a_run_that_does_not_improve(tiny, pairs, tmp_path):
-    main(flags(tiny, pairs, tmp_path, "--lr", "1e-12", "--epochs", "9", "--eval-every", "1", "--patience", "2", "--samples", "0"))
+    main(
+        flags(
+            tiny, pairs, tmp_path, "--lr", "1e-12", "--epochs", "9", "--eval-every", "1", "--patience", "2", "--samples", "0"
+        )
+    )
     assert max(row["step"] for row in read_metrics(tmp_path / "run")) <= 6
 
 
@@ -155,7 +216,9 @@ def test_killed_at_any_moment_and_resumed_equals_never_killed_bit_for_bit(tiny, 
     run = tmp_path / "killed" / "run"
     command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, pairs, run.parent, "--samples", "0")]
     for lines in (3, 9):  # killed after about so many logged lines: before the first checkpoint, and after it
-        process = subprocess.Popen(command + (["--resume"] if lines > 3 else []), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command + (["--resume"] if lines > 3 else []), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 60
         while process.poll() is None and len(read_metrics(run)) < lines and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -208,8 +271,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny, pairs,
     error = capsys.readouterr().err
     assert "is nan" in error or "is inf" in error or "is -inf" in error
     assert "pairs.jsonl:" in error
-    assert all(torch.isfinite(p).all() for s in steps_saved(tmp_path / "run")
-               for p in Phi.from_pretrained(tmp_path / "run" / "checkpoints" / f"step-{s}").parameters())
+    assert all(
+        torch.isfinite(p).all()
+        for s in steps_saved(tmp_path / "run")
+        for p in Phi.from_pretrained(tmp_path / "run" / "checkpoints" / f"step-{s}").parameters()
+    )
 
 
 def test_a_reference_that_is_not_the_starting_model_is_noticed_at_step_0(tiny, pairs, tmp_path, capsys):
@@ -222,24 +288,27 @@ def test_a_reference_that_is_not_the_starting_model_is_noticed_at_step_0(tiny, p
     assert "at step 0 the answers have drifted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    (["--train", "absent.jsonl"], "absent.jsonl"),
-    (["--loss", "sigmoid", "--eps", "0.1"], "no --eps"),
-    (["--loss", "robust"], "needs --eps"),
-    (["--eps", "0.5"], "[0, 0.5)"),
-    (["--dtype", "fp16"], "overflow"),
-    (["--attention", "flex"], "CUDA"),
-    (["--whole-text"], "does nothing in --stage dpo"),
-    (["--flip-rate", "0.1"], "demo"),
-    (["--demo-rows", "10"], "demo"),
-    (["--max-prompt-length", "4000"], "no room"),
-    (["--batch-size", "0"], "positive"),
-    (["--metric", "loss"], "robust loss"),
-    (["--model", "no/such/place"], "no such directory"),
-    (["--eval-share", "1.5"], "between 0 and 1"),
-    (["--resume"], "no run to resume"),
-    (["--max-length", "12", "--max-prompt-length", "11"], "no row is left"),
-])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--train", "absent.jsonl"], "absent.jsonl"),
+        (["--loss", "sigmoid", "--eps", "0.1"], "no --eps"),
+        (["--loss", "robust"], "needs --eps"),
+        (["--eps", "0.5"], "[0, 0.5)"),
+        (["--dtype", "fp16"], "overflow"),
+        (["--attention", "flex"], "CUDA"),
+        (["--whole-text"], "does nothing in --stage dpo"),
+        (["--flip-rate", "0.1"], "demo"),
+        (["--demo-rows", "10"], "demo"),
+        (["--max-prompt-length", "4000"], "no room"),
+        (["--batch-size", "0"], "positive"),
+        (["--metric", "loss"], "robust loss"),
+        (["--model", "no/such/place"], "no such directory"),
+        (["--eval-share", "1.5"], "between 0 and 1"),
+        (["--resume"], "no run to resume"),
+        (["--max-length", "12", "--max-prompt-length", "11"], "no row is left"),
+    ],
+)
 def test_a_mistake_on_the_command_line_ends_in_one_clear_line(tiny, pairs, tmp_path, capsys, extra, message):
     assert main(flags(tiny, pairs, tmp_path / "out", *extra)) == 2
     error = capsys.readouterr().err
@@ -259,7 +328,16 @@ def test_bad_rows_stop_the_run_or_are_left_out_and_counted(tiny, pairs, tmp_path
 def test_a_dry_run_shows_everything_and_writes_nothing(tiny, pairs, tmp_path, capsys):
     assert main(flags(tiny, pairs, tmp_path / "out", "--dry-run")) == 0
     printed = capsys.readouterr().out
-    for part in ("micro_batch_size", "40 rows, 40 kept", "[<|im_end|>]", "supervised", "predicted", "GiB free", "steps", "Nothing was trained"):
+    for part in (
+        "micro_batch_size",
+        "40 rows, 40 kept",
+        "[<|im_end|>]",
+        "supervised",
+        "predicted",
+        "GiB free",
+        "steps",
+        "Nothing was trained",
+    ):
         assert part in printed
     assert not (tmp_path / "out").exists()
 
@@ -292,7 +370,12 @@ def test_debiased_accuracy_inverts_the_flips():
 
 
 def test_no_traceback_for_a_missing_directory_from_the_shell(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--model", str(tmp_path / "nothing"), "--train", "x.jsonl"],
-                            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--model", str(tmp_path / "nothing"), "--train", "x.jsonl"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert result.returncode == 2 and "no such directory" in result.stderr and "Traceback" not in result.stderr
     assert pytest.raises(InputError, driver.find_parent, Config(model=str(tmp_path / "nothing")))

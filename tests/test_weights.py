@@ -77,8 +77,15 @@ def test_what_is_saved_is_loaded_bit_for_bit(saved):
 
 def test_names_and_shapes_are_those_of_the_hugging_face_checkpoint(saved):
     D, inner, V = 40, 24, 32
-    layer = {"input_layernorm": [D], "self_attn.q_proj": [D, D], "self_attn.k_proj": [D, D], "self_attn.v_proj": [D, D],
-             "self_attn.dense": [D, D], "mlp.fc1": [inner, D], "mlp.fc2": [D, inner]}
+    layer = {
+        "input_layernorm": [D],
+        "self_attn.q_proj": [D, D],
+        "self_attn.k_proj": [D, D],
+        "self_attn.v_proj": [D, D],
+        "self_attn.dense": [D, D],
+        "mlp.fc1": [inner, D],
+        "mlp.fc2": [D, inner],
+    }
     shapes = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
     shapes |= {"model.final_layernorm": [D], "lm_head": [V, D]}
     expected = {"model.embed_tokens.weight": [V, D]}  # no bias; everything else has one
@@ -128,8 +135,10 @@ def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path, monkeypat
     monkeypatch.setattr(weights, "SHARD_BYTES", 40)
     save_tensors(tmp_path, {"large": torch.ones(100), "small": torch.zeros(4), "larger": torch.ones(200)})
     assert [(path.name, name) for path, name in stored_tensors(tmp_path)] == [
-        ("model-00001-of-00003.safetensors", "large"), ("model-00002-of-00003.safetensors", "small"),
-        ("model-00003-of-00003.safetensors", "larger")]
+        ("model-00001-of-00003.safetensors", "large"),
+        ("model-00002-of-00003.safetensors", "small"),
+        ("model-00003-of-00003.safetensors", "larger"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------- faults in the weights
@@ -174,17 +183,20 @@ def test_pickle_is_not_read(saved):
 # -------------------------------------------------------------------------------------------- faults in the config
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"model_type": "llama"}, "model_type is 'llama', not 'phi'"),
-    ({"model_type": "phi3"}, "model_type is 'phi3', not 'phi'"),
-    ({"model_type": None}, "model_type is None"),
-    ({"qk_layernorm": True}, "qk_layernorm = True is not supported"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
-    ({"hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn' is not supported"),
-])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', not 'phi'"),
+        ({"model_type": "phi3"}, "model_type is 'phi3', not 'phi'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"qk_layernorm": True}, "qk_layernorm = True is not supported"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
+        ({"hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn' is not supported"),
+    ],
+)
 def test_config_that_is_not_computed_here_is_refused_by_file_and_field(saved, changes, reason):
     edit_config(saved, **changes)
     assert load_error(saved).startswith(f"{saved}/config.json: {reason}")
@@ -232,16 +244,33 @@ def test_a_file_is_no_model_and_a_directory_has_no_revision(saved, tmp_path, mon
 def older_form(model):
     """Config and tensors as microsoft/phi-2 had them until January 2024: other names; q, k and v in one matrix."""
     c = model.config
-    config = {"model_type": "phi-msft", "vocab_size": c.vocab_size, "n_embd": c.hidden_size,
-              "n_inner": c.intermediate_size, "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
-              "n_head_kv": None, "rotary_dim": c.rotary_size, "n_positions": 2048, "layer_norm_epsilon": 1e-5,
-              "activation_function": "gelu_new", "resid_pdrop": 0.1}
-    old_names = {"model.embed_tokens": "transformer.embd.wte", "model.final_layernorm": "lm_head.ln",
-                 "lm_head": "lm_head.linear"}
+    config = {
+        "model_type": "phi-msft",
+        "vocab_size": c.vocab_size,
+        "n_embd": c.hidden_size,
+        "n_inner": c.intermediate_size,
+        "n_layer": c.num_hidden_layers,
+        "n_head": c.num_attention_heads,
+        "n_head_kv": None,
+        "rotary_dim": c.rotary_size,
+        "n_positions": 2048,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.1,
+    }
+    old_names = {
+        "model.embed_tokens": "transformer.embd.wte",
+        "model.final_layernorm": "lm_head.ln",
+        "lm_head": "lm_head.linear",
+    }
     for i in range(c.num_hidden_layers):
         new, old = f"model.layers.{i}", f"transformer.h.{i}"
-        old_names |= {f"{new}.input_layernorm": f"{old}.ln", f"{new}.self_attn.dense": f"{old}.mixer.out_proj",
-                      f"{new}.mlp.fc1": f"{old}.mlp.fc1", f"{new}.mlp.fc2": f"{old}.mlp.fc2"}
+        old_names |= {
+            f"{new}.input_layernorm": f"{old}.ln",
+            f"{new}.self_attn.dense": f"{old}.mixer.out_proj",
+            f"{new}.mlp.fc1": f"{old}.mlp.fc1",
+            f"{new}.mlp.fc2": f"{old}.mlp.fc2",
+        }
     current, tensors = model.state_dict(), {}
     for kind in ("weight", "bias"):
         for i in range(c.num_hidden_layers):
@@ -277,7 +306,8 @@ def test_fused_projection_by_hand():
     assert [(name, t.flatten().tolist()) for name, t in parts] == [
         ("model.layers.7.self_attn.q_proj.weight", [0, 1]),
         ("model.layers.7.self_attn.k_proj.weight", [2, 3]),
-        ("model.layers.7.self_attn.v_proj.weight", [4, 5])]
+        ("model.layers.7.self_attn.v_proj.weight", [4, 5]),
+    ]
 
 
 def test_current_names_stay_as_they_are():
@@ -309,8 +339,7 @@ def hub(repositories):
             elif what == "revision":
                 self.answer(200, json.dumps({"id": name, "sha": SHA, "siblings": []}).encode())
             elif what == "tree":
-                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": SHA}
-                         for p in found.iterdir()]
+                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": SHA} for p in found.iterdir()]
                 self.answer(200, json.dumps(files).encode())
             else:
                 body = (found / file).read_bytes()
@@ -357,10 +386,16 @@ for name in sys.argv[1:]:
         results[name] = str(error)
 print(json.dumps(results))"""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)),
-                    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-B", "-c", script, *names], cwd=ROOT, env=environment,
-                             capture_output=True, text=True, timeout=120)
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, "-B", "-c", script, *names], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 

@@ -14,13 +14,22 @@ def trl_trainer(directory, policy, reference, use_cpu=True, **settings) -> DPOTr
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]")
     rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "a"}] * 8)
-    config = DPOConfig(output_dir=str(directory), use_cpu=use_cpu, report_to="none", bf16=False, gradient_checkpointing=False,
-                       max_length=None, disable_tqdm=True, **settings)
+    config = DPOConfig(
+        output_dir=str(directory),
+        use_cpu=use_cpu,
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        disable_tqdm=True,
+        **settings,
+    )
     return DPOTrainer(policy, ref_model=reference, args=config, train_dataset=rows, processing_class=tokenizer)
 
 
 def trl_batch(examples) -> dict:
     """Our examples as TRL's collator lays them out: all chosen rows, then all rejected ones, each with its own prompt."""
     collator = DataCollatorForPreference(pad_token_id=0)
-    return collator([{"prompt_ids": e.prompt, "chosen_ids": e.completions[0], "rejected_ids": e.completions[1]}
-                     for e in examples])
+    return collator(
+        [{"prompt_ids": e.prompt, "chosen_ids": e.completions[0], "rejected_ids": e.completions[1]} for e in examples]
+    )

@@ -18,8 +18,15 @@ VOCABULARY = 300
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """(their policy, their reference, our policy, our reference): the policy is the reference after a small push."""
-    config = transformers.PhiConfig(hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3,
-                                    vocab_size=VOCABULARY, partial_rotary_factor=0.5, resid_pdrop=0.1)
+    config = transformers.PhiConfig(
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        vocab_size=VOCABULARY,
+        partial_rotary_factor=0.5,
+        resid_pdrop=0.1,
+    )
     torch.manual_seed(0)
     reference = transformers.PhiForCausalLM(config)
     for p in reference.parameters():
@@ -67,8 +74,10 @@ def their_step(directory, policy, reference, examples, **settings):
     return loss.item(), metrics, {name: p.grad for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize(("loss", "beta", "eps"), [
-    ("sigmoid", 0.1, None), ("sigmoid", 0.5, None), ("robust", 0.1, 0.1), ("robust", 0.3, 0.25), ("hinge", 0.1, None)])
+@pytest.mark.parametrize(
+    ("loss", "beta", "eps"),
+    [("sigmoid", 0.1, None), ("sigmoid", 0.5, None), ("robust", 0.1, 0.1), ("robust", 0.3, 0.25), ("hinge", 0.1, None)],
+)
 def test_a_whole_step_has_trl_s_loss_gradients_and_metrics(models, tmp_path, loss, beta, eps):
     their_policy, their_reference, policy, reference = models
     examples = pairs(UNEQUAL)
@@ -81,7 +90,14 @@ def test_a_whole_step_has_trl_s_loss_gradients_and_metrics(models, tmp_path, los
     assert largest > 1e-3
     for name, expected in their_gradients.items():
         assert (gradients[name] - expected).norm() <= 1e-5 * largest, name
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
@@ -96,12 +112,13 @@ def test_ipo_is_trl_s_once_its_mean_over_tokens_is_undone(models, tmp_path):
 
 
 def test_conservative_is_the_label_smoothed_mean_of_trl_s_sigmoid(models, tmp_path):
-    """TRL 1.x has no conservative loss; (1-eps) L(z) + eps L(-z) is its sigmoid loss on the pairs and on the swapped pairs."""
+    """TRL 1.x has no conservative loss; (1-eps) L(z) + eps L(-z) is its sigmoid loss on pairs and swapped pairs."""
     their_policy, their_reference, policy, reference = models
     examples, eps = pairs(UNEQUAL), 0.2
     swapped = [Example(e.prompt, e.completions[::-1]) for e in examples]
-    plain, flipped = (their_step(tmp_path, their_policy, their_reference, e, loss_type="sigmoid", beta=0.1)[0]
-                      for e in (examples, swapped))
+    plain, flipped = (
+        their_step(tmp_path, their_policy, their_reference, e, loss_type="sigmoid", beta=0.1)[0] for e in (examples, swapped)
+    )
     our_loss, _, _ = our_step(policy, reference, examples, "conservative", 0.1, eps)
     assert our_loss == pytest.approx((1 - eps) * plain + eps * flipped, rel=1e-5)
 

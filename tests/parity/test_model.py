@@ -23,8 +23,9 @@ def peer(seed=0, **config) -> transformers.PhiForCausalLM:
     theta = config.pop("rope_theta", 10000.0)
     factor = config.pop("partial_rotary_factor")
     rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": factor}
-    config = transformers.PhiConfig(**config, intermediate_size=200, num_hidden_layers=3, vocab_size=VOCABULARY,
-                                    resid_pdrop=0.1, rope_parameters=rope)
+    config = transformers.PhiConfig(
+        **config, intermediate_size=200, num_hidden_layers=3, vocab_size=VOCABULARY, resid_pdrop=0.1, rope_parameters=rope
+    )
     torch.manual_seed(seed)
     model = transformers.PhiForCausalLM(config).eval()
     for p in model.parameters():
@@ -96,18 +97,38 @@ def test_the_older_fused_names_and_config_load(tmp_path):
     theirs = peer(**CONFIGS["Phi-2's heads (80 wide, 32 turned)"])
     old = {}
     for name, tensor in theirs.state_dict().items():
-        name = (name.replace("model.embed_tokens.", "transformer.embd.wte.").replace("model.layers.", "transformer.h.")
-                .replace("model.final_layernorm.", "lm_head.ln.").replace(".input_layernorm.", ".ln.")
-                .replace(".self_attn.dense.", ".mixer.out_proj."))
-        old["lm_head.linear." + name.removeprefix("lm_head.") if name in ("lm_head.weight", "lm_head.bias") else name] = tensor
+        name = (
+            name.replace("model.embed_tokens.", "transformer.embd.wte.")
+            .replace("model.layers.", "transformer.h.")
+            .replace("model.final_layernorm.", "lm_head.ln.")
+            .replace(".input_layernorm.", ".ln.")
+            .replace(".self_attn.dense.", ".mixer.out_proj.")
+        )
+        old["lm_head.linear." + name.removeprefix("lm_head.") if name in ("lm_head.weight", "lm_head.bias") else name] = (
+            tensor
+        )
     for layer in range(3):
         for kind in ("weight", "bias"):
             parts = [old.pop(f"transformer.h.{layer}.self_attn.{x}_proj.{kind}") for x in "qkv"]
             old[f"transformer.h.{layer}.mixer.Wqkv.{kind}"] = torch.cat(parts)
     save_file(old, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "phi-msft", "n_embd": 160, "n_layer": 3, "n_head": 2, "n_head_kv": None, "rotary_dim": 32, "n_inner": 200,
-        "n_positions": 2048, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "vocab_size": VOCABULARY}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "phi-msft",
+                "n_embd": 160,
+                "n_layer": 3,
+                "n_head": 2,
+                "n_head_kv": None,
+                "rotary_dim": 32,
+                "n_inner": 200,
+                "n_positions": 2048,
+                "layer_norm_epsilon": 1e-5,
+                "activation_function": "gelu_new",
+                "vocab_size": VOCABULARY,
+            }
+        )
+    )
     ids = tokens(2, 20)
     assert relative_error(Phi.from_pretrained(tmp_path)(ids), theirs(ids).logits) <= 1e-5
 
@@ -120,8 +141,9 @@ def test_greedy_tokens_of_20_prompts_in_one_batch_are_identical(pair, stop):
     width = max(lengths)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = theirs.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0,
-                          eos_token_id=list(stop) or None)[:, width:].tolist()
+    out = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=list(stop) or None
+    )[:, width:].tolist()
     expected = [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in out]
     assert generate(ours, prompts, max_new_tokens=24, stop_tokens=stop) == expected
 
