@@ -14,6 +14,7 @@ Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, V v
 """
 
 import functools
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -212,30 +213,32 @@ class KVCache:
 
     keys: Tensor  # [layers, B, K, T, h]
     values: Tensor  # [layers, B, K, T, h]
+    slot: slice | tuple[Tensor, Tensor]  # where the next tokens go: the same slots in every row, or (rows, slots), both [B]
+    used: int  # slots that hold something once they are stored
 
-    def store(self, layer: int, k: Tensor, v: Tensor, position: Tensor, used: int) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, K, t, h] at `position` [B, t]; returns this layer's first `used` slots [B, K, used, h]."""
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, K, t, h] to the slots; returns this layer's first `used` slots [B, K, used, h]."""
         keys, values = self.keys[layer], self.values[layer]
-        if k.shape[2] > 1:  # the prompts: every row starts at slot 0
-            keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
-        else:  # one token a row, each at its own slot
-            row = torch.arange(k.shape[0], device=k.device)
-            keys[row, :, position[:, 0]], values[row, :, position[:, 0]] = k[:, :, 0], v[:, :, 0]
-        return keys[:, :, :used], values[:, :, :used]
+        if isinstance(self.slot, slice):
+            keys[:, :, self.slot], values[:, :, self.slot] = k, v
+        else:
+            rows, slots = self.slot
+            keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, : self.used], values[:, :, : self.used]
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b. For the few rows of a decoding step on the CPU the product is cut into slices of W that run as one
-    batched multiplication: MKL's matrix-vector product leaves most of the memory bandwidth unused (2 to 5 times)."""
+    """y = x W^T + b. For the few rows of a decoding step on the CPU, W is cut into slices of about 512 KB that run as one
+    batched product: MKL's own product of a large matrix and a few rows leaves most of the memory bandwidth unused."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        slices, weight = 8, self.weight
-        rows = x.numel() // x.shape[-1]
-        if rows > 16 or x.is_cuda or weight.dtype != torch.float32 or len(weight) % slices or torch.is_grad_enabled():
+        weight, rows = self.weight, x.numel() // x.shape[-1]
+        slices = math.gcd(len(weight), 2 ** int(math.log2(max(1, weight.numel() // 2**17))))
+        if slices == 1 or rows > 16 or x.is_cuda or weight.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(x)
-        columns = x.reshape(rows, -1).T.expand(slices, -1, -1)  # [8, I, rows]
+        columns = x.reshape(rows, -1).T.expand(slices, -1, -1)  # [slices, I, rows]
         y = torch.baddbmm(self.bias.view(slices, -1, 1), weight.view(slices, -1, weight.shape[1]), columns)
-        return y.view(-1, rows).T.reshape(*x.shape[:-1], -1)  # [8, O/8, rows] -> [..., O]
+        return y.view(-1, rows).T.reshape(*x.shape[:-1], -1)  # [slices, O/slices, rows] -> [..., O]
 
 
 class Attention(nn.Module):
@@ -256,7 +259,7 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H or K, T, h]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = rotate(torch.cat((q, k), dim=1), *rotary).split((q.shape[1], k.shape[1]), dim=1)  # both at once
         if store is not None:
             k, v = store(k, v)
         grouped = q.shape[1] != k.shape[1]
@@ -336,9 +339,7 @@ class Phi(nn.Module):
             return sibling_block_mask(segment)
         return sibling_mask(segment, compute_dtype(self.lm_head.weight))
 
-    def hidden(
-        self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None, used: int = 0
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None) -> Tensor:
         """Outputs of the last LayerNorm [B, T, D] for tokens [B, T] at `position` [B, T] (default 0 .. T-1)."""
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -348,7 +349,7 @@ class Phi(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
-                store = functools.partial(cache.store, i, position=position, used=used) if cache else None
+                store = functools.partial(cache.store, i) if cache else None
                 x = block(x, rotary, mask, store)
         return self.model.final_layernorm(x)
 
@@ -507,13 +508,15 @@ def generate(
     length = torch.tensor([len(p) for p in prompts], device=device)  # [B]
     B, T = len(prompts), int(length.max())
     shape = (config.num_hidden_layers, B, config.num_key_value_heads, T + max_new_tokens, config.head_size)
-    cache = KVCache(*(torch.zeros(shape, dtype=compute_dtype(weight), device=device) for _ in range(2)))
+    keys, values = (torch.zeros(shape, dtype=compute_dtype(weight), device=device) for _ in range(2))
+    cache = KVCache(keys, values, slot=slice(0, T), used=T)
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
 
     padded = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # [B, T]
-    hidden = model.hidden(padded, cache=cache, used=T)  # causal: a token never sees the padding to its right
-    hidden = hidden[torch.arange(B, device=device), length - 1]  # [B, D]
+    hidden = model.hidden(padded, cache=cache)  # causal: a token never sees the padding to its right
+    rows = torch.arange(B, device=device)
+    hidden = hidden[rows, length - 1]  # [B, D]
     ragged = bool((length != T).any())
     done = torch.zeros(B, dtype=torch.bool, device=device)
     new_tokens = []
@@ -523,11 +526,12 @@ def generate(
         done |= torch.isin(token, stops)
         if step == max_new_tokens - 1 or done.all():
             break
-        used = T + step + 1
-        mask = None
+        position, mask = length + step, None  # [B]
+        cache.slot, cache.used = slice(T + step, T + step + 1), T + step + 1
         if ragged:
-            visible = torch.arange(used, device=device) <= (length + step)[:, None]  # [B, used]
+            cache.slot = (rows, position)
+            visible = torch.arange(cache.used, device=device) <= position[:, None]  # [B, used]
             mask = visible[:, None, None]  # [B, 1, 1, used]
-        hidden = model.hidden(token[:, None], (length + step)[:, None], mask, cache, used)[:, 0]  # [B, D]
-    rows = torch.stack(new_tokens, dim=1).tolist()  # [B, new]
-    return [row[: next((i for i, t in enumerate(row) if t in stop_tokens), len(row))] for row in rows]
+        hidden = model.hidden(token[:, None], position[:, None], mask, cache)[:, 0]  # [B, D]
+    answers = torch.stack(new_tokens, dim=1).tolist()  # [B, new]
+    return [ids[: next((i for i, t in enumerate(ids) if t in stop_tokens), len(ids))] for ids in answers]
