@@ -153,26 +153,28 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def rotary_angles(position: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_angles(position: Tensor, size: int, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/size), i = 0 .. size/2-1 (RoFormer, Su et al. 2021, eq. 15), built in fp32.
 
-    position [B, T] -> two tensors [B, 1, T, size], the angles repeated once for the half-split rotation.
+    position [B, T] -> two tensors [B, 1, T, h], laid out for `rotate`: cos, cos, 1 ... 1 and -sin, sin, 0 ... 0, so that the
+    dimensions of a head from `size` on stay as they are.
     """
     frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float32, device=position.device) / size)  # [size/2]
     angle = position[:, None, :, None].float() * frequency  # [B, 1, T, size/2]
-    angle = torch.cat((angle, angle), dim=-1)  # [B, 1, T, size]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin, rest = angle.cos(), angle.sin(), (0, head_size - size)
+    cos = F.pad(torch.cat((cos, cos), dim=-1), rest, value=1.0)  # [B, 1, T, h]
+    sin = F.pad(torch.cat((-sin, sin), dim=-1), rest, value=0.0)  # [B, 1, T, h]
+    return cos.to(dtype), sin.to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first `size` dimensions of each head, in pairs (i, i + size/2), by its position's angles; leaves the rest.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+    """Turns the first `size` dimensions of each head, in pairs (i, i + size/2), by its position's angles; leaves the rest:
+    (left, right) -> (left cos - right sin, right cos + left sin).
 
-    x [B, H, T, h], cos and sin [B, 1, T, size] -> [B, H, T, h]
+    x [B, H, T, h], cos and sin [B, 1, T, h] of `rotary_angles` -> [B, H, T, h]
     """
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    left, right = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1)
+    left, right, rest = x.split((size // 2, size // 2, x.shape[-1] - size), dim=-1)
+    return torch.addcmul(x * cos, torch.cat((right, left, rest), dim=-1), sin)
 
 
 def sibling_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
@@ -247,7 +249,7 @@ class Attention(nn.Module):
     def __init__(self, config: PhiConfig):
         super().__init__()
         D, h = config.hidden_size, config.head_size
-        self.head_size = h
+        self.head_size, self.rotary_size = h, config.rotary_size
         self.q_proj = Linear(D, config.num_attention_heads * h)
         self.k_proj = Linear(D, config.num_key_value_heads * h)
         self.v_proj = Linear(D, config.num_key_value_heads * h)
@@ -256,10 +258,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask, store=None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. `mask`: None for causal, an additive Tensor, or a BlockMask. `store`: see KVCache."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H or K, T, h]
+            proj(x).view(*x.shape[:2], -1, self.head_size).transpose(1, 2)  # [B, H or K, T, h]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(torch.cat((q, k), dim=1), *rotary).split((q.shape[1], k.shape[1]), dim=1)  # both at once
+        q, k = rotate(torch.cat((q, k), dim=1), *rotary, self.rotary_size).split((q.shape[1], k.shape[1]), dim=1)
         if store is not None:
             k, v = store(k, v)
         grouped = q.shape[1] != k.shape[1]
@@ -344,7 +346,7 @@ class Phi(nn.Module):
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
-        rotary = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, x.dtype)
+        rotary = rotary_angles(position, self.config.rotary_size, self.config.head_size, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)

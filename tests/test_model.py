@@ -215,16 +215,17 @@ def test_token_logprobs_by_hand():
 def test_rotation_by_hand():
     """size 4, base 10,000: pair (0, 2) turns by 1 radian a place, pair (1, 3) by 1/100; the fifth dimension stays."""
     x = torch.tensor([1.0, 1.0, 0.0, 0.0, 7.0]).view(1, 1, 1, 5)
-    y = rotate(x, *rotary_angles(torch.tensor([[100]]), size=4, theta=10_000.0, dtype=torch.float32))
+    y = rotate(x, *rotary_angles(torch.tensor([[100]]), 4, 5, 10_000.0, torch.float32), size=4)
     expected = [math.cos(100), math.cos(1), math.sin(100), math.sin(1), 7.0]
     torch.testing.assert_close(y.flatten(), torch.tensor(expected), rtol=0, atol=1e-5)
-    quarter = rotate(torch.tensor([3.0, 4.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+    sin = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)
+    quarter = rotate(torch.tensor([3.0, 4.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), sin, size=2)
     assert quarter.flatten().tolist() == [-4.0, 3.0]  # a quarter turn of the vector (3, 4)
 
 
 def test_position_zero_is_not_turned_and_no_length_changes():
     x = torch.randn(1, 2, 6, 20, generator=torch.Generator().manual_seed(0))
-    y = rotate(x, *rotary_angles(torch.arange(6)[None], size=8, theta=10_000.0, dtype=torch.float32))
+    y = rotate(x, *rotary_angles(torch.arange(6)[None], 8, 20, 10_000.0, torch.float32), size=8)
     assert torch.equal(y[:, :, 0], x[:, :, 0]) and torch.equal(y[..., 8:], x[..., 8:])
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
 
@@ -234,7 +235,7 @@ def test_score_of_two_tokens_depends_on_their_distance_only():
     q, k = (torch.randn(1, 1, 1, 20, generator=generator) for _ in range(2))
 
     def turned(x, position):
-        return rotate(x, *rotary_angles(torch.tensor([[position]]), 8, 10_000.0, torch.float32)).flatten()
+        return rotate(x, *rotary_angles(torch.tensor([[position]]), 8, 20, 10_000.0, torch.float32), size=8).flatten()
 
     scores = {(m, n): turned(q, m) @ turned(k, n) for m in (3, 50, 1000) for n in (m, m - 1, m - 3)}
     for distance in (0, 1, 3):
@@ -248,7 +249,7 @@ def test_block_is_attention_plus_mlp_of_one_layernorm():
     phi, tokens = make_phi(num_hidden_layers=1), torch.tensor([[3, 1, 4, 1, 5]])
     block, x = phi.model.layers[0], phi.model.embed_tokens(tokens)[0]  # [T, D]
     ln = F.layer_norm(x, (40,), block.input_layernorm.weight, block.input_layernorm.bias, eps=1e-5)
-    cos, sin = (t[0, 0] for t in rotary_angles(torch.arange(5)[None], 8, 10_000.0, torch.float32))  # [T, 8]
+    cos, sin = (t[0, 0] for t in rotary_angles(torch.arange(5)[None], 8, 20, 10_000.0, torch.float32))  # [T, 20]
     heads = []
     for head in range(2):
         rows = slice(20 * head, 20 * head + 20)
@@ -256,7 +257,7 @@ def test_block_is_attention_plus_mlp_of_one_layernorm():
             F.linear(ln, p.weight[rows], p.bias[rows])
             for p in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin, 8), rotate(k, cos, sin, 8)
         score = (q @ k.T / math.sqrt(20)).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
         heads.append(score.softmax(dim=-1) @ v)
     attention = F.linear(torch.cat(heads, dim=-1), block.self_attn.dense.weight, block.self_attn.dense.bias)
