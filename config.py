@@ -121,7 +121,7 @@ RECIPES = {
         warmup_steps=10,
         batch_size=16,
         micro_batch_size=16,
-        eval_every=100,
+        eval_every=50,
         samples=1000,
     ),
     ("phi", "sft"): PHI | dict(warmup_steps=20, epochs=1, eval_every=200, samples=3),

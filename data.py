@@ -21,7 +21,7 @@ import hashlib
 import json
 import random
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -308,6 +308,7 @@ class Example:
     completions: list[list[int]]
     where: str = ""
     extra: dict = field(default_factory=dict)
+    question: str = ""  # the last message as text, to be shown
 
     def __len__(self) -> int:
         """Tokens that the example takes in a batch row: the prompt once, then every completion."""
@@ -337,14 +338,14 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
             continue
         ledger.kept += 1
         ledger.trimmed += trimmed
-        examples.append(Example(prompt, completions, row.where, row.extra))
+        examples.append(Example(prompt, completions, row.where, row.extra, row.messages[-1]["content"]))
     return examples
 
 
 def supervise_everything(example: Example) -> Example:
     """The same text with the loss on all of it: everything behind the first token becomes the completion."""
     (completion,) = example.completions
-    return Example(example.prompt[:1], [example.prompt[1:] + completion], example.where, example.extra)
+    return replace(example, prompt=example.prompt[:1], completions=[example.prompt[1:] + completion])
 
 
 def epoch_order(examples: list[Example], batch_size: int, seed: int, epoch: int, pool: int = 32) -> list[list[int]]:

@@ -181,10 +181,9 @@ def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
         table(before["metrics"], after["metrics"]),
     ]
     for example, old, new in list(zip(inputs.eval, before["answers"], after["answers"], strict=False))[:3]:
-        question = inputs.chat.decode([i for i in example.prompt if i not in inputs.chat.control_ids])
         lines += [
             "",
-            " ".join(question.split()),
+            " ".join(example.question.split()),
             f"  before: {' '.join(old.split())[:300]}",
             f"  after:  {' '.join(new.split())[:300]}",
         ]
@@ -205,31 +204,39 @@ def training_figure(run: Path, config: Config) -> None:
 
     rows = read_metrics(run)
 
-    def draw(axis, name: str, label: str, **style) -> None:
+    def training(axis, name: str, label: str, colour: str) -> None:
+        """A metric of every step, faint, and its mean over 20 steps."""
         points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
+        steps, values = zip(*points, strict=True)
+        means = [sum(part) / len(part) for part in (values[max(0, i - 19) : i + 1] for i in range(len(values)))]
+        axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+        axis.plot(steps, means, color=colour, alpha=0.8, linewidth=1.2, label=f"{label}, training (mean of 20 steps)")
 
-    thin, dots = {"alpha": 0.5, "linewidth": 1}, {"marker": "o", "markersize": 4}
-    panels = 3 if config.stage == "dpo" else 1
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.6), squeeze=False)
-    axes = axes[0]
-    draw(axes[0], "loss", f"{config.loss or 'loss'}, training", **thin)
-    draw(axes[0], "eval_loss", f"{config.loss or 'loss'}, held out", **dots)
-    if config.stage == "dpo":
-        draw(axes[0], "eval_dpo_loss", "DPO (eps = 0), held out", **dots)
-        draw(axes[1], "rewards/accuracies", "training", **thin)
-        draw(axes[1], "eval_rewards/accuracies", "held out", **dots)
-        draw(axes[1], "eval_debiased_accuracy", "held out, debiased", **dots)
-        axes[1].set(ylabel="reward accuracy", ylim=(0, 1.05))
-        draw(axes[2], "eval_rewards/chosen", "chosen, held out", **dots)
-        draw(axes[2], "eval_rewards/rejected", "rejected, held out", **dots)
-        axes[2].set(ylabel="reward: beta * log-ratio to the reference")
-    axes[0].set(ylabel="loss (nats per pair)" if config.stage == "dpo" else "loss (nats per token)")
-    for axis in axes:
+    def held_out(axis, name: str, label: str, colour: str) -> None:
+        steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
+        axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
+
+    dpo = config.stage == "dpo"
+    figure, axes = plt.subplots(1, 3 if dpo else 1, figsize=(14 if dpo else 5, 3.8), squeeze=False)
+    loss, *others = axes[0]
+    training(loss, "loss", "loss", "C0")
+    held_out(loss, "eval_loss", "loss", "C0")
+    loss.set(ylabel="nats per pair" if dpo else "nats per token")
+    if dpo:
+        accuracy, rewards = others
+        held_out(loss, "eval_dpo_loss", "DPO loss (eps = 0)", "C2")
+        training(accuracy, "rewards/accuracies", "raw", "C0")
+        held_out(accuracy, "eval_rewards/accuracies", "raw", "C0")
+        held_out(accuracy, "eval_debiased_accuracy", "debiased", "C2")
+        accuracy.set(ylabel="reward accuracy", ylim=(0, 1.05))
+        for name, colour in (("chosen", "C2"), ("rejected", "C3")):
+            training(rewards, f"rewards/{name}", name, colour)
+            held_out(rewards, f"eval_rewards/{name}", name, colour)
+        rewards.set(ylabel="reward: beta * log-ratio to the reference (nats)")
+    for axis in axes[0]:
         axis.set(xlabel="optimizer step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     (run / "figures").mkdir(exist_ok=True)
     figure.savefig(run / "figures" / "training.png", dpi=120)
