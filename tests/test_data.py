@@ -339,8 +339,8 @@ def test_encode_counts_every_row_never_cuts_a_completion_and_shares_the_prompt()
     assert (ledger.kept, ledger.trimmed) == (2, 1)
     assert ledger.dropped == {"completion does not fit": 1, "prompt does not fit": 1}
     completions = [[*b"good", END], [*b"bad", END]]
-    assert first == Example(user_turn(b"abcde") + REPLY_HEADER, completions, "f:1", {"id": 1})
-    assert second == Example(user_turn(b"defgh") + REPLY_HEADER, completions, "f:2", {})
+    assert first == Example(user_turn(b"abcde") + REPLY_HEADER, completions, "f:1", {"id": 1}, question="abcde")
+    assert second == Example(user_turn(b"defgh") + REPLY_HEADER, completions, "f:2", {}, question="abcdefgh")
 
 
 def test_longest_completion_decides_whether_a_row_fits():
