@@ -38,18 +38,25 @@ def describe_inputs(inputs: Inputs) -> str:
     return "\n".join(lines)
 
 
+ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
+
+
 def coloured(example: Example, chat: ChatML, colour: bool) -> str:
-    """An example token by token: control tokens inverse, prompt grey, supervised tokens underlined in green and red."""
+    """An example token by token: the prompt coloured by role, supervised tokens underlined in green and red, control tokens
+    inverse. Without colour, every token stands in brackets."""
 
     def paint(ids: list[int], code: str) -> str:
         if not colour:
             return "".join(f"[{chat.decode([i])}]" for i in ids)
-        parts = (f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
-        return "".join(parts)
+        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
 
+    starts = [i for i, token in enumerate(example.prompt) if token == chat.start] + [len(example.prompt)]
+    turns = [example.prompt[i:j] for i, j in zip([0, *starts], starts)]
+    roles = [chat.decode(turn[1:]).partition("\n")[0] for turn in turns]
+    painted = [paint(turn, ROLE_COLOURS.get(role, "90")) for turn, role in zip(turns, roles)]
     names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
-    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", paint(example.prompt, "90")]
-    for name, ids, code in zip(names, example.completions, ("32;4", "31;4"), strict=False):
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", "".join(painted)]
+    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
         lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
     return "\n".join(lines)
 
@@ -126,8 +133,8 @@ def show_memory(config: Config, inputs: Inputs, shape: tuple[int, int], predicte
     need, have = sum(parts.values()), available_memory(config.device)
     print(f"\nMemory ({parameters:,} parameters)")
     for name, size in parts.items():
-        print(f"  {name:24} {size / 2**30:8.2f} GiB")
-    print(f"  {'sum':24} {need / 2**30:8.2f} GiB of {have / 2**30:.2f} GiB free on {config.device}")
+        print(f"  {name:24} {size / 2**20:10,.1f} MiB")
+    print(f"  {'sum':24} {need / 2**20:10,.1f} MiB of {have / 2**20:,.0f} MiB free on {config.device}")
     if need > have:
         print("  It will not fit. --gradient-checkpointing and a smaller --micro-batch-size or --max-length need less.")
     return need <= have
