@@ -176,8 +176,6 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise InputError("--eval needs --train: the demo's own questions are split by --eval-share")
     if config.eval and "eval_share" in given:
         raise InputError("--eval-share does nothing beside --eval; leave one of them out")
-    if config.resume and (config.overwrite or config.dry_run):
-        raise InputError("--resume continues a run: it goes with neither --overwrite nor --dry-run")
     if config.revision and demo:
         raise InputError("--revision is for hub models; the demo has none")
 
@@ -185,8 +183,7 @@ def resolve(config: Config, given: set[str]) -> Config:
     if config.loss is not None and config.eps is None:
         recipe["eps"] = None  # the recipe's eps belongs to the recipe's loss
     values = {k: recipe.get(k) if v is None else v for k, v in asdict(config).items()}
-    model = config.model.rstrip("/").rpartition("/")[2] or "model"
-    values["name"] = config.name or f"{model}-{config.stage}"
+    values["name"] = config.name or default_name(config)
     values["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     values["dtype"] = config.dtype or ("bf16" if values["device"].startswith("cuda") else "fp32")
     values["save_every"] = config.save_every or values["eval_every"]
@@ -244,10 +241,12 @@ def _check(config: Config) -> None:
         check_loss(config.loss, config.beta, config.eps)
 
 
-def command(config: Config, given: set[str], *extra: str) -> str:
-    """The command line that names this run again, with `extra` flags."""
-    words = ["python", "train.py"]
-    for name in ("stage", "model", "name", "out", "device"):
-        if name in given or name in ("stage", "name"):
-            words += [f"--{name}", str(getattr(config, name))]
-    return shlex.join([*words, *extra])
+def default_name(config: Config) -> str:
+    model = config.model.rstrip("/").rpartition("/")[2] or "model"
+    return f"{model}-{config.stage}"
+
+
+def resume_command(config: Config) -> str:
+    """The command line that continues this run; everything else is read from its run.json."""
+    where = [] if config.out == Config.out else ["--out", config.out]
+    return shlex.join(["python", "train.py", "--stage", config.stage, "--name", config.name, *where, "--resume"])

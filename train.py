@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ from checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
-from config import LOWER_IS_BETTER, Config, command, parse, resolve
+from config import LOWER_IS_BETTER, Config, default_name, parse, resolve, resume_command
 from data import Example, collate, epoch_order
 from eval import all_logprobs, answer_summary, autocast, completion_lengths, evaluate, preference_summary, sample_answers
 from files import InputError, read_json, write_json
@@ -162,6 +162,17 @@ def evaluation(
     return metrics
 
 
+def note_best(state: dict, step: int, value: float, metric: str) -> bool:
+    """Updates the counters after an evaluation; returns whether it was the best so far."""
+    best = state["best_value"]
+    better = best is None or (value < best if metric in LOWER_IS_BETTER else value > best)
+    if better:
+        state |= {"best_step": step, "best_value": value, "evaluations_since_best": 0}
+    else:
+        state["evaluations_since_best"] += 1
+    return better
+
+
 def train(
     config: Config, run: Path, model: Phi, inputs: Inputs, tables: tuple[Tensor | None, Tensor | None], start: int
 ) -> tuple[int | None, dict]:
@@ -223,23 +234,17 @@ def train(
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
-            save = step % config.save_every == 0 or step == total or bool(stopped)
+            save = step % config.save_every == 0 or step == total
             if step % config.eval_every == 0 or step == total:
                 metrics = evaluation(model, inputs, eval_reference, objective, config)
                 log(run, board, {"step": step, **metrics})
-                value = metrics[f"eval_{config.metric}"]
-                better = state["best_value"] is None or (
-                    value < state["best_value"] if config.metric in LOWER_IS_BETTER else value > state["best_value"]
-                )
-                state["evaluations_since_best"] = 0 if better else state["evaluations_since_best"] + 1
-                if better:
-                    state["best_step"], state["best_value"] = step, value
-                save |= better
-            if save:
+                save |= note_best(state, step, metrics[f"eval_{config.metric}"], config.metric)
+            stop = stopped[0] if stopped else None
+            if save or stop:
                 save_checkpoint(run, step, model, inputs.chat, optimizer, state)
                 prune(run, config.keep, state["best_step"])
-            if stopped:
-                return stopped[0], state
+            if stop:
+                return stop, state
             if config.patience and state["evaluations_since_best"] >= config.patience:
                 tqdm.write(f"Stopping early: no better {config.metric} in {config.patience} evaluations.")
                 break
@@ -260,11 +265,16 @@ def check_first_step(metrics: dict[str, float], grad_norm: float, config: Config
 # ---------------------------------------------------------------------------------------------------------- the stages
 
 
-def stored_config(run: Path, config: Config, given: set[str]) -> Config:
-    """The settings that the run was started with; InputError if a flag now says something else."""
+def settle(config: Config, given: set[str]) -> Config:
+    """The settings of a run: the flags and, for the rest, the recipe; with --resume those that the run was started with."""
+    if not config.resume:
+        return resolve(config, given)
+    if config.overwrite or config.dry_run:
+        raise InputError("--resume continues a run: it goes with neither --overwrite nor --dry-run")
+    run = Path(config.out) / (config.name or default_name(config))
     if not (run / "run.json").exists():
         raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
-    stored = Config(**{**read_json(run / "run.json")["config"], "resume": True, "overwrite": False})
+    stored = Config(**read_json(run / "run.json")["config"])
     for name in sorted(given - {"resume", "out", "device"}):
         old, new = getattr(stored, name), getattr(config, name)
         if old != new:
@@ -272,8 +282,7 @@ def stored_config(run: Path, config: Config, given: set[str]) -> Config:
                 f"{run} was started with {name} = {old}, now --{name.replace('_', '-')} {new}: a resumed run keeps "
                 "its settings. Leave the flag out, or start another run with another --name."
             )
-    stored.out, stored.device = config.out, config.device
-    return stored
+    return replace(stored, resume=True, overwrite=False, out=config.out, device=config.device or stored.device)
 
 
 def demo_sft(config: Config) -> Path | None:
@@ -290,7 +299,7 @@ def demo_sft(config: Config) -> Path | None:
     print(f"There is no SFT model for the demo yet: {'resuming' if begun else 'running'} --stage sft first, in {path}.")
     given = {"stage", "name", "out", "seed", "device"}
     stage = Config(stage="sft", name=name, out=config.out, seed=config.seed, device=config.device, resume=begun)
-    if run_stage(resolve(stage, given), given):
+    if run_stage(settle(stage, given)):
         raise InputError("the SFT stage was stopped; run the same command again to continue it")
     return path
 
@@ -302,7 +311,7 @@ def find_parent(config: Config) -> Path | None:
     return demo_sft(config) if config.stage == "dpo" else None
 
 
-def run_stage(config: Config, given: set[str]) -> int:
+def run_stage(config: Config) -> int:
     """Runs one stage from its inputs to its report; returns the exit status."""
     run = Path(config.out) / config.name
     if config.dry_run:
@@ -310,8 +319,6 @@ def run_stage(config: Config, given: set[str]) -> int:
             inputs = load_inputs(config, Path(scratch), find_parent(config))
             report.dry_run(config, inputs, make_objective(config), step_gradients)
         return 0
-    if config.resume:
-        config = stored_config(run, config, given)
     if (run / "results.json").exists() and config.resume:
         print(f"{run} is finished; nothing to resume.")
         return 0
@@ -328,7 +335,7 @@ def run_stage(config: Config, given: set[str]) -> int:
     tables = reference_tables(config, model, inputs) if config.stage == "dpo" else (None, None)
     stopped, state = train(config, run, model, inputs, tables, start)
     if stopped:
-        print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {command(config, given, '--resume')}")
+        print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {resume_command(config)}")
         return 128 + stopped
     publish(run, state["best_step"])
     del model
@@ -361,7 +368,7 @@ def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor |
 def main(argv: list[str] | None = None) -> int:
     try:
         config, given = parse(argv)
-        return run_stage(resolve(config, given), given)
+        return run_stage(settle(config, given))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
