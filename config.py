@@ -196,6 +196,12 @@ def resolve(config: Config, given: set[str]) -> Config:
 def _check(config: Config) -> None:
     if config.dtype == "fp16":
         raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise InputError(f"--device {config.device}: give cpu, cuda, or cuda:1 for the second GPU") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {config.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
     if config.attention == "flex" and not config.device.startswith("cuda"):
         raise InputError("--attention flex trains on CUDA only; leave it out to use scaled-dot-product attention")
     if config.metric not in METRICS[config.stage]:

@@ -369,8 +369,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, given = parse(argv)
         return run_stage(settle(config, given))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {str(error).splitlines()[0]}\nA smaller --micro-batch-size or --max-length, or "
+            "--gradient-checkpointing, needs less; --dry-run estimates how much.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(

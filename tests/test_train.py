@@ -303,6 +303,8 @@ def test_a_reference_that_is_not_the_starting_model_is_noticed_at_step_0(tiny, p
         (["--eps", "0.5"], "[0, 0.5)"),
         (["--dtype", "fp16"], "overflow"),
         (["--attention", "flex"], "CUDA"),
+        (["--device", "cuda:99"], "CUDA devices"),
+        (["--device", "gpu"], "give cpu, cuda"),
         (["--whole-text"], "does nothing in --stage dpo"),
         (["--flip-rate", "0.1"], "demo"),
         (["--demo-rows", "10"], "demo"),
