@@ -303,8 +303,9 @@ def main() -> int:
             phi = Phi(PhiConfig(**SHAPE)).init_weights(seed=0)
             phi.save_pretrained(directory)
             with torch.no_grad():  # a reference that differs a little, so that no margin is 0
+                noise = torch.Generator().manual_seed(1)
                 for p in phi.parameters():
-                    p += 0.01 * torch.randn_like(p)
+                    p += 0.01 * torch.randn(p.shape, generator=noise)
             phi.save_pretrained(Path(directory) / "reference")
             del phi
             for name in flags.only:

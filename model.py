@@ -469,7 +469,9 @@ def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
     compute = compute_dtype(weight)
     with torch.autocast(weight.device.type, enabled=False):
         logprobs = TokenLogProbs.apply(predicting, weight, bias, batch.target, compute)  # [M]
-        return torch.zeros(len(batch.lengths), device=logprobs.device).index_add(0, batch.owner, logprobs)  # [N]
+        # Hundreds of tokens sum to -1000 nats and more, where fp32 has steps of 1e-4: the running sum is kept in fp64.
+        sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logprobs.device)
+        return sums.index_add(0, batch.owner, logprobs.double()).float()  # [N]
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
