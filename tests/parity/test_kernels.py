@@ -1,0 +1,70 @@
+"""The Triton kernels beside plain PyTorch, on a GPU or, slowly, in Triton's interpreter."""
+
+import pytest
+import torch
+
+import kernels
+from levels import levels
+from quant import dequantize, dequantize_int8, quantize_4bit, quantize_int8, quantize_layer, scales, use_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter, which is NumPy, has no bf16 products.
+MATMUL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def error(y, expected):
+    return ((y.float() - expected).norm() / expected.norm()).item()
+
+
+def product(q, x):
+    return kernels.blockwise_product(x, q.packed, levels(q.code, x.device), scales(q), q.low, q.block)
+
+
+@pytest.mark.parametrize("code", ["nf4", "fp4", "int4", "int4-asym"])
+@pytest.mark.parametrize("double", [False, True], ids=["", "double"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("shape", [(70, 96), (33, 640)], ids=str)  # not whole tiles
+def test_4bit_products(code, double, rows, shape):
+    if double and code == "int4-asym":
+        pytest.skip("int4-asym has no double quantization")
+    q = quantize_4bit(normal(*shape), code, block=32, double=double)
+    x = normal(rows, shape[1], seed=1)
+    assert error(product(q, x), x @ dequantize(q).T) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
+def test_products_in_the_dtype_of_their_input(rows, dtype):
+    w, x = normal(40, 128), normal(rows, 128, seed=1, dtype=dtype)
+    q, (codes, scale) = quantize_4bit(w), quantize_int8(w)
+    for y, rounded in (
+        (product(q, x), dequantize(q)),
+        (kernels.int8_product(x, codes, scale), dequantize_int8(codes, scale)),
+    ):
+        assert y.dtype == dtype and error(y, x.float() @ rounded.T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 70])
+@pytest.mark.parametrize("shape", [(70, 96), (33, 640)], ids=str)
+def test_int8_products(rows, shape):
+    codes, scale = quantize_int8(normal(*shape))
+    x = normal(rows, shape[1], seed=1)
+    assert error(kernels.int8_product(x, codes, scale), x @ dequantize_int8(codes, scale).T) < 1e-6
+
+
+@pytest.mark.parametrize("to", ["nf4", "int4-asym", "int8", "nf3"])
+def test_layers_with_triton_equal_plain_ones(to):
+    """nf3 has no kernel: the layer computes it in plain PyTorch."""
+    w, bias, x = normal(48, 128), normal(48, seed=1), normal(2, 5, 128, seed=2).requires_grad_()
+    layer = quantize_layer(w, bias, to)
+    expected = layer(x)
+    assert use_kernels(layer, "cuda", compiled=False) is None and layer.kernel == "triton"
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    weights = normal(2, 5, 48, seed=3)
+    torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)))

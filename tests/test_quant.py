@@ -1,0 +1,441 @@
+"""Number formats: by hand, by their error bounds, by identities; and the layers that hold them."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import quant
+from files import InputError
+from levels import CODES, bits, levels, pack, unpack
+from quant import (
+    FORMATS,
+    Int8Linear,
+    Linear4bit,
+    dequantize,
+    dequantize_int8,
+    fake_quantize,
+    llm_int8,
+    quantize_4bit,
+    quantize_blockwise,
+    quantize_int8,
+    quantize_layer,
+    quantize_model,
+    round_to,
+    scales,
+    train_quantized,
+    use_kernels,
+)
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_rmse(w, rounded):
+    return ((w - rounded).norm() / w.norm()).item()
+
+
+# --------------------------------------------------------------------------------------------------------- worked by hand
+
+
+def test_the_row_of_the_docstring():
+    w = torch.tensor([0.5, -1.0, 0.1, 0.75, -0.3, 0.0, 2.0, -0.05])
+    q = quantize_4bit(w, "nf4", block=8)
+    assert q.absmax.tolist() == [2.0]
+    assert unpack(q.packed, 4).tolist() == [10, 2, 8, 11, 5, 7, 15, 7]
+    assert bytes(q.packed[:, 0].tolist()) == b"\xa2\x8b\x57\xf7"
+    expected = [0.4922, -1.0501, 0.1592, 0.6758, -0.3695, 0.0, 2.0, 0.0]
+    torch.testing.assert_close(dequantize(q), torch.tensor(expected), atol=5e-5, rtol=0)
+
+
+def test_int8_by_hand():
+    w = torch.tensor([[1.27, -0.5, 0.004], [0.0, 0.0, 0.0], [-2.54, 2.54, 1.0]])
+    codes, scale = quantize_int8(w)
+    assert codes.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 127, 50]]
+    torch.testing.assert_close(scale, torch.tensor([1.27, 0.0, 2.54]))
+    torch.testing.assert_close(dequantize_int8(codes, scale)[0], torch.tensor([1.27, -0.5, 0.0]))
+    codes, scale = quantize_int8(w, per="column")
+    assert codes[:, 0].tolist() == [64, 0, -127] and scale.shape == (3,)  # 127 * 1.27 / 2.54 = 63.5, rounded to even
+    codes, scale = quantize_int8(w, per="tensor")
+    assert scale.shape == () and codes.abs().max() == 127
+
+
+def test_int4_by_hand():
+    w = torch.tensor([0.7, -0.7, 0.34, 0.36, -0.04, 0.0])
+    assert unpack(quantize_4bit(w, "int4", 6).packed, 4)[:6].tolist() == [14, 0, 10, 11, 7, 7]  # k + 7
+    asymmetric = quantize_4bit(torch.tensor([1.0, 2.5, 1.04, 1.9]), "int4-asym", 4)  # steps of 0.1 from 1.0
+    assert unpack(asymmetric.packed, 4).tolist() == [0, 15, 0, 9]
+    torch.testing.assert_close(dequantize(asymmetric), torch.tensor([1.0, 2.5, 1.0, 1.9]))
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_nf4_is_the_table_of_the_paper():
+    paper = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+        -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+        0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"""
+    assert torch.equal(levels("nf4"), torch.tensor([float(value) for value in paper.split()]))
+
+
+@pytest.mark.parametrize("code", ["nf2", "nf3", "nf4"])
+def test_normal_floats_hold_zero_and_both_ends(code):
+    table = levels(code)
+    assert len(table) == 2 ** bits(code) and torch.equal(table, table.sort().values)
+    assert table[0] == -1 and table[-1] == 1 and (table == 0).sum() == 1
+
+
+def test_every_nf4_code_is_used_about_equally_often_by_normal_weights():
+    """With one scale for all (no absmax per block), each inner code has about 1/16 of the mass: equal quantiles."""
+    w = normal(400_000).clamp(-1.848, 1.848)  # 1.848 = Phi^-1(0.9677083), where the table's ends lie
+    codes = unpack(quantize_4bit(w, "nf4", block=400_000).packed, 4)
+    share = torch.bincount(codes, minlength=16) / len(codes)
+    assert share[1:15].min() > 0.055 and share[1:15].max() < 0.075
+
+
+def test_fp4_is_e2m1():
+    """Exponent e and mantissa m stand for 2^(e - 2) (1 + m/2) and, at e = 0, m/16; bitsandbytes numbers e 0, 3, 2, 1."""
+    magnitudes = [0, 0.0625, 8, 12, 4, 6, 2, 3]
+    assert torch.equal(levels("fp4"), torch.tensor(magnitudes + [-v for v in magnitudes]) / 12)
+
+
+def test_the_dynamic_map():
+    table = levels("dynamic8")
+    assert len(table) == 256 and torch.equal(table, table.sort().values)
+    assert table[-1] == 1 and (table == 0).sum() == 1 and table[table > 0].min() < 1e-6
+    for decade in range(7):  # 1, 2, 4 ... 64 levels a decade
+        inside = (table > 10.0 ** (decade - 7)) & (table < 10.0 ** (decade - 6))
+        assert inside.sum() == 2**decade
+
+
+# ---------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_packing_by_hand():
+    assert pack(torch.tensor([1, 15, 3], dtype=torch.uint8), 4, fill=7).tolist() == [0x1F, 0x37]
+    assert pack(torch.tensor([0, 1, 2, 3], dtype=torch.uint8), 2, fill=0).tolist() == [0b00011011]
+    octal = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8)
+    assert pack(octal, 3, fill=0).tolist() == list(0o12345670.to_bytes(3, "big"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 1000])
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+def test_unpack_undoes_pack(width, n):
+    codes = torch.randint(2**width, (n,), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+    packed = pack(codes, width, fill=0)
+    assert packed.dtype == torch.uint8 and len(packed) * 8 < n * width + 24
+    assert torch.equal(unpack(packed, width)[:n].to(torch.uint8), codes)
+
+
+# ----------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("block", [1, 3, 64, 1000])
+def test_no_value_is_further_away_than_half_the_widest_gap(code, block):
+    w = normal(10, 333) * torch.logspace(-4, 4, 10)[:, None]
+    q = quantize_blockwise(w, code, block)
+    gap = levels(code).sort().values.diff().max()
+    low = torch.zeros(1) if q.low is None else q.low
+    bound = ((scales(q) - low) * gap / 2).repeat_interleave(block)[: w.numel()]
+    assert ((w - dequantize(q)).flatten().abs() <= bound * (1 + 1e-5) + 1e-30).all()
+
+
+@pytest.mark.parametrize("per", ["row", "column", "tensor"])
+def test_no_int8_value_is_further_away_than_half_a_step(per):
+    w = normal(40, 50) * torch.logspace(-3, 3, 40)[:, None]
+    codes, scale = quantize_int8(w, per)
+    step = (scale[:, None] if per == "row" else scale) / 127
+    assert ((w - dequantize_int8(codes, scale, per)).abs() <= step / 2 * (1 + 1e-5)).all()
+
+
+def gaussian_rmse(code, block):
+    """sqrt E[(w - w~)^2] for w ~ N(0, 1), by integration. The largest of `block` values lies at a with density
+    f(a) = n F(a)^(n-1) p(a), F and p those of |w|; it is hit exactly, and the others are normal within [-a, a]."""
+    a = torch.linspace(0.5, 6, 1101).double()
+    p = 2 * torch.exp(-(a**2) / 2) / math.sqrt(2 * math.pi)
+    mass = torch.erf(a / math.sqrt(2))
+    density = block * mass ** (block - 1) * p
+    table = levels(code).double().sort().values
+    t = torch.linspace(-1, 1, 8001).double()
+    off = t - table[torch.bucketize(t, (table[1:] + table[:-1]) / 2)]  # w / s - w~ / s
+    w = a[:, None] * t
+    inner = torch.trapezoid(torch.exp(-(w**2) / 2) / math.sqrt(2 * math.pi) * (a[:, None] * off) ** 2, w, dim=1) / mass
+    return math.sqrt(torch.trapezoid(density * inner * (block - 1) / block, a))
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("nf4", 0.092), ("fp4", 0.122), ("int4", 0.108), ("nf3", 0.197), ("nf2", 0.564)]
+)
+def test_the_error_of_normal_weights_is_as_integrated(code, expected):
+    w = normal(20_000, 64)
+    measured = relative_rmse(w, round_to(w, code, block=64))
+    assert measured == pytest.approx(gaussian_rmse(code, 64), rel=0.01)
+    assert measured == pytest.approx(expected, rel=0.02)
+
+
+def test_the_error_of_normal_weights_in_evenly_spaced_levels():
+    """Uniform within a step: step / sqrt(12), with E[s^2] or E[(high - low)^2] of the blocks."""
+    w = normal(20_000, 64)
+    absmax, spread = w.abs().amax(1), w.amax(1) - w.amin(1)
+    assert absmax.square().mean().sqrt() == pytest.approx(2.62, abs=0.02)
+    assert spread.square().mean().sqrt() == pytest.approx(4.73, abs=0.02)
+    for code, predicted in (("int4", 2.62 / 7 / math.sqrt(12)), ("int4-asym", 4.73 / 15 / math.sqrt(12))):
+        assert relative_rmse(w, round_to(w, code, block=64)) == pytest.approx(predicted, rel=0.02)
+    w = normal(500, 2560)
+    predicted = w.abs().amax(1).square().mean().sqrt().item() / 127 / math.sqrt(12)
+    assert relative_rmse(w, round_to(w, "int8")) == pytest.approx(predicted, rel=0.02) == pytest.approx(0.0084, rel=0.02)
+
+
+def test_shorter_blocks_are_more_exact():
+    w = normal(100, 4096)
+    errors = [relative_rmse(w, round_to(w, "nf4", block=block)) for block in (4096, 256, 64, 16, 4)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_double_quantization_costs_a_quarter_of_the_scales_and_hardly_any_error():
+    w = normal(512, 512)
+    once, twice = quantize_4bit(w, "nf4"), quantize_4bit(w, "nf4", double=True)
+    assert torch.equal(once.packed, twice.packed) and twice.offset == once.absmax.mean()
+    assert 8 * once.nbytes / w.numel() == 4.5
+    assert 8 * twice.nbytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / 64 / 256, abs=1e-3)  # QLoRA: 0.373 bits saved
+    bound = (once.absmax - once.absmax.mean()).abs().amax() * levels("dynamic8").diff().max() / 2
+    assert ((scales(twice) - once.absmax).abs() <= bound * 1.0001).all()
+    assert relative_rmse(w, dequantize(twice)) < 1.01 * relative_rmse(w, dequantize(once))
+
+
+# ------------------------------------------------------------------------------------------------------------- odd input
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1,), (65,), (3, 43), (2, 3, 5)])
+def test_any_size_and_dtype_comes_back_in_its_shape_and_dtype(code, dtype, shape):
+    w = normal(*shape, seed=sum(shape)).to(dtype)
+    rounded = dequantize(quantize_blockwise(w, code, block=64))
+    assert rounded.shape == w.shape and rounded.dtype == dtype
+    assert relative_rmse(w.float(), rounded.float()) < (0.7 if code == "nf2" else 0.3)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_zeros_and_one_element_tails_are_exact(code):
+    w = torch.zeros(130)
+    assert torch.equal(dequantize(quantize_blockwise(w, code, 64)), w)
+    w[129], w[5] = -3.7, 1e-42  # a subnormal number's reciprocal is infinite
+    rounded = dequantize(quantize_blockwise(w, code, 1))
+    assert torch.equal(rounded[128:], w[128:]) or code == "nf2" or code == "dynamic8"
+    assert rounded.isfinite().all() and (rounded - w).abs().max() <= 3.7 * 0.0071
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_not_finite_is_an_error_that_names_the_layer(to, bad):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    model[1][0].weight.data[3, 4] = bad
+    with pytest.raises(InputError, match=r"1\.0\.weight holds NaN or infinity"):
+        quantize_model(model, to)
+
+
+def test_wrong_arguments_are_errors():
+    w = normal(8, 8)
+    for wrong in (
+        lambda: quantize_4bit(w, "nf5"),
+        lambda: quantize_4bit(w, "nf2"),
+        lambda: quantize_4bit(w, block=0),
+        lambda: quantize_4bit(w[:0]),
+        lambda: quantize_4bit(w, "int4-asym", double=True),
+    ):
+        with pytest.raises(InputError):
+            wrong()
+
+
+# ------------------------------------------------------------------------------------------------------------- LLM.int8()
+
+
+def test_llm_int8_is_exact_for_integers():
+    """x and W already on their int8 grids (each row holds +-127): nothing is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (5, 32), generator=generator).float() / 127 * 4
+    w = torch.randint(-127, 128, (7, 32), generator=generator).float()
+    x[:, 0], w[:, 0] = 4.0, 127.0
+    torch.testing.assert_close(llm_int8(x, *quantize_int8(w), threshold=6.0), x @ w.T, rtol=1e-5, atol=1e-3)
+
+
+def test_outliers_over_the_batch_and_per_token():
+    """Two tokens, the first with an outlier in feature 0. Kept apart, it does not coarsen the scale of the others; over the
+    batch the second token's feature 0 is kept exact as well, so its result depends on its neighbour."""
+    x, w = normal(2, 64), normal(16, 64, seed=1, scale=0.1)
+    x[0, 0] = 60.0
+    codes, scale = quantize_int8(w)
+    exact = x @ dequantize_int8(codes, scale).T
+    error = lambda y: relative_rmse(exact[0], y[0])  # noqa: E731
+    batch, token = (llm_int8(x, codes, scale, 6.0, outliers) for outliers in ("batch", "token"))
+    assert error(batch) < 0.02 and error(token) < 0.02
+    assert error(llm_int8(x, codes, scale, threshold=1e9)) > 5 * error(batch)  # without the decomposition
+    alone = llm_int8(x[1:], codes, scale, 6.0)
+    assert torch.equal(token[1:], alone) and not torch.equal(batch[1:], alone)
+
+
+# ------------------------------------------------------------------------------------------------------------------- QAT
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fake_quantize_is_the_rounded_value_with_the_gradient_of_the_identity(to, dtype):
+    w = normal(6, 96).to(dtype).requires_grad_()
+    rounded = fake_quantize(w, to, block=32)
+    assert torch.equal(rounded, round_to(w.detach(), to, block=32)) and not torch.equal(rounded, w)
+    weights = normal(6, 96, seed=1).to(dtype)
+    (rounded * weights).sum().backward()
+    assert torch.equal(w.grad, weights)
+
+
+@pytest.mark.parametrize("per", ["row", "column", "tensor"])
+def test_fake_quantize_int8_in_every_direction_and_doubled_nf4(per):
+    w = normal(6, 96)
+    assert torch.equal(fake_quantize(w, "int8", per=per), dequantize_int8(*quantize_int8(w, per), per))
+    assert torch.equal(fake_quantize(w, "nf4", double=True), dequantize(quantize_4bit(w, double=True)))
+
+
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "dynamic8"])  # which has a level 1 but none at -1
+def test_quantizing_what_is_quantized_changes_nothing(to):
+    for seed in range(20):
+        once = round_to(normal(16, 200, seed=seed), to, block=48)
+        assert torch.equal(round_to(once, to, block=48), once)
+
+
+def test_a_fake_quantized_model_equals_its_quantized_one_and_learns():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    fake = train_quantized(copy.deepcopy(model), "nf3", block=32)
+    assert list(fake.state_dict()) == list(model.state_dict())
+    x = normal(10, 32)
+    torch.testing.assert_close(fake(x), quantize_model(copy.deepcopy(model), "nf3", block=32)(x))
+    fake(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in fake.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- layers
+
+
+def layer(to, dtype=torch.float32, out=24, into=96, **options):
+    plain = nn.Linear(into, out)
+    plain.weight.data, plain.bias.data = normal(out, into).to(dtype), normal(out, seed=1).to(dtype)
+    return plain, quantize_layer(plain.weight, plain.bias, to, **options)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_layer_multiplies_with_its_rounded_weights_in_the_dtype_of_its_input(to, dtype):
+    plain, quantized = layer(to)
+    x = normal(2, 5, 96, seed=2).to(dtype)
+    expected = F.linear(x.float(), round_to(plain.weight, to), plain.bias)
+    y = quantized(x)
+    assert y.dtype == dtype and y.shape == (2, 5, 24)
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert relative_rmse(expected, y.float()) < tolerance
+
+
+@pytest.mark.parametrize("to", ["nf4", "int4-asym", "nf3"])
+def test_layers_whose_blocks_cross_rows(to):
+    plain, quantized = layer(to, out=7, into=33)
+    x = normal(3, 33)
+    torch.testing.assert_close(quantized(x), F.linear(x, round_to(plain.weight, to), plain.bias))
+
+
+@pytest.mark.parametrize(
+    ("to", "options"), [("nf4", {}), ("nf4", {"double": True}), ("int8", {}), ("int8", {"threshold": 6.0})]
+)
+def test_the_gradient_of_the_input_is_that_of_the_rounded_weights(to, options):
+    plain, quantized = layer(to, **options)
+    x = normal(5, 96, seed=2).requires_grad_()
+    weights = normal(5, 24, seed=3)
+    (quantized(x) * weights).sum().backward()
+    torch.testing.assert_close(x.grad, weights @ quantized.dense())
+    torch.testing.assert_close(quantized.bias.grad, weights.sum(0))
+    assert [name for name, _ in quantized.named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize(("to", "options"), [("nf4", {}), ("nf4", {"double": True}), ("int4-asym", {}), ("int8", {})])
+def test_moving_copying_and_state_dict(to, options):
+    _, quantized = layer(to, **options)
+    x = normal(4, 96, seed=2)
+    y = quantized(x)
+    assert torch.equal(copy.deepcopy(quantized)(x), y)
+    _, other = layer(to, **options)
+    other.weight.zero_()
+    other.load_state_dict(quantized.state_dict())
+    assert torch.equal(other(x), y)
+    moved = copy.deepcopy(quantized).to(torch.bfloat16)  # the scales stay fp32
+    assert moved.bias.dtype == torch.bfloat16 and torch.equal(moved.dense(), quantized.dense())
+
+
+def test_under_autocast_a_layer_computes_in_autocasts_dtype():
+    _, quantized = layer("nf4")
+    x = normal(4, 96, seed=2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = quantized(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_quantize_model_leaves_the_output_layer_unless_asked():
+    model = nn.ModuleDict({"a": nn.Linear(64, 64, bias=False), "lm_head": nn.Linear(64, 8)})
+    assert isinstance(quantize_model(copy.deepcopy(model), "nf4")["a"], Linear4bit)
+    assert type(quantize_model(copy.deepcopy(model), "nf4")["lm_head"]) is nn.Linear
+    assert isinstance(quantize_model(copy.deepcopy(model), "int8", skip=())["lm_head"], Int8Linear)
+
+
+# --------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    missing = quant.compile_missing()
+    if missing:
+        pytest.skip(missing)
+
+
+def test_compiled_quantizers_give_the_same_codes(compiler):
+    w = normal(300, 130)
+    for code in ("nf4", "fp4", "int4-asym"):
+        eager, compiled = quantize_blockwise(w, code, 64), quantize_blockwise(w, code, 64, compiled=True)
+        assert torch.equal(eager.packed, compiled.packed) and torch.equal(eager.absmax, compiled.absmax)
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_compiled_products_are_the_eager_ones(compiler, to):
+    _, quantized = layer(to, into=128)
+    x = normal(1, 128, seed=2)
+    y = quantized(x)
+    assert use_kernels(quantized, "cpu", compiled=True) is None and quantized.kernel == "compiled"
+    torch.testing.assert_close(quantized(x), y)
+
+
+def test_without_a_compiler_the_eager_path_runs_and_one_line_says_so(tmp_path):
+    code = (
+        "import torch, quant; layer = quant.quantize_layer(torch.ones(8, 64), None, 'nf4'); "
+        "print(quant.use_kernels(layer, 'cpu', compiled=True)); print(layer(torch.ones(1, 64)).sum().item())"
+    )
+    env = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    line, result = done.stdout.strip().splitlines()
+    assert line.startswith("torch.compile does not work here") and line.endswith("plain PyTorch.")
+    assert float(result) == 8 * 64
+
+
+def test_without_triton_the_eager_path_runs_and_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels", None)  # what an import of a missing module finds
+    _, quantized = layer("nf4")
+    assert use_kernels(quantized, "cuda", compiled=False).startswith("Triton is missing")
+    assert quantized.kernel == "eager"
