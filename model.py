@@ -25,8 +25,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from coded import checkpoint_config, coded_layers, layer_from_tensors, layer_tensors
 from data import Batch
 from files import InputError, read_json, write_json
+from quant import FrozenLinear, compute_dtype
 from weights import modern_tensors, resolve, save_tensors, stored_tensors
 
 LOGIT_CHUNK = 2**24  # logits alive at a time in `completion_logprobs`: 64 MB in fp32
@@ -145,12 +147,6 @@ def _modern_fields(old: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------ network
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type that matrix products run in: autocast's where it is on, else the weights' own."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def rotary_angles(position: Tensor, size: int, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -339,7 +335,7 @@ class Phi(nn.Module):
         """The attention mask of the shared-prompt layout, segment [B, T], for this model's kind of attention."""
         if self.attention == "flex":
             return sibling_block_mask(segment)
-        return sibling_mask(segment, compute_dtype(self.lm_head.weight))
+        return sibling_mask(segment, compute_dtype(self.model.final_layernorm.weight))
 
     def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None) -> Tensor:
         """Outputs of the last LayerNorm [B, T, D] for tokens [B, T] at `position` [B, T] (default 0 .. T-1)."""
@@ -368,9 +364,15 @@ class Phi(nn.Module):
         with torch.device("meta"):
             model = cls(PhiConfig.from_dict(read_json(directory / "config.json"), f"{directory}/config.json"))
         missing = {name: p.shape for name, p in model.named_parameters()}
-        for shard, name in stored_tensors(directory):
+        stored = list(stored_tensors(directory))
+        coded = {layer: {} for layer in coded_layers([name for _, name in stored])}  # the tensors of quantized layers
+        for shard, name in stored:
+            layer = next((layer for layer in _prefixes(name) if layer in coded), None)
             # Opened anew for every tensor: closing the file gives back the pages it was mapped to.
             with safe_open(shard, framework="pt") as file:
+                if layer and name != f"{layer}.bias":
+                    coded[layer][name.removeprefix(f"{layer}.")] = file.get_tensor(name).to(device, copy=True)
+                    continue
                 for new_name, tensor in modern_tensors(name, file.get_tensor(name)):
                     expected = missing.pop(new_name, None)
                     if expected is None:
@@ -384,16 +386,43 @@ class Phi(nn.Module):
                         raise InputError(f"{shard}: tensor {name!r} holds {tensor.dtype}, not floating-point weights")
                     weight = tensor.to(device=device, dtype=dtype, copy=True)
                     setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
+        for layer, tensors in coded.items():
+            if missing.pop(f"{layer}.weight", None) is None or f"{layer}.bias" in missing:
+                raise InputError(
+                    f"{directory}: {layer} is stored quantized, but the config has no such layer, or it has no bias"
+                )
+            plain = model.get_submodule(layer)
+            try:
+                frozen = layer_from_tensors(tensors, plain, model.config.other.get("quantization_config", {}))
+            except InputError as error:
+                raise InputError(f"{directory}: {layer}: {error}") from None
+            model.set_submodule(layer, frozen)
         if missing:
             raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {next(iter(missing))!r}")
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors (in shards with an index past 5 GB), each whole or not at all."""
-        directory = Path(directory)
-        save_tensors(directory, self.state_dict())
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        write_json(directory / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
+        directory, dtype = Path(directory), self.model.final_layernorm.weight.dtype
+        tensors = self.state_dict()
+        config = {**self.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+        config.pop("quantization_config", None)
+        coded = {name: layer for name, layer in self.named_modules() if isinstance(layer, FrozenLinear)}
+        for name, layer in coded.items():
+            for part in layer.state_dict():
+                del tensors[f"{name}.{part}"]
+            tensors |= {f"{name}.{part}": tensor for part, tensor in layer_tensors(layer).items()}
+        if coded:
+            plain = [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
+            config["quantization_config"] = checkpoint_config(next(iter(coded.values())), plain, dtype)
+        save_tensors(directory, tensors)
+        write_json(directory / "config.json", config)
+
+
+def _prefixes(name: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b"]: the modules that a tensor may belong to."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 # -------------------------------------------------------------------------------------------------- log-probabilities
@@ -465,8 +494,9 @@ def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
     mask = model.mask(batch.segment) if branches else None  # one completion a row: plain causal attention is the same
     hidden = model.hidden(batch.tokens, batch.position, mask)  # [B, T, D]
     predicting = hidden.flatten(0, 1)[batch.source]  # [M, D]
-    weight, bias = model.lm_head.weight, model.lm_head.bias
-    compute = compute_dtype(weight)
+    head = model.lm_head
+    weight, bias = head.dense() if isinstance(head, FrozenLinear) else head.weight, head.bias
+    compute = compute_dtype(model.model.final_layernorm.weight)
     with torch.autocast(weight.device.type, enabled=False):
         logprobs = TokenLogProbs.apply(predicting, weight, bias, batch.target, compute)  # [M]
         # Hundreds of tokens sum to -1000 nats and more, where fp32 has steps of 1e-4: the running sum is kept in fp64.
@@ -507,7 +537,7 @@ def generate(
     """
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise ValueError("generate needs at least one prompt, no empty one, and max_new_tokens >= 1")
-    weight, config = model.lm_head.weight, model.config
+    weight, config = model.model.final_layernorm.weight, model.config
     device = weight.device
     length = torch.tensor([len(p) for p in prompts], device=device)  # [B]
     B, T = len(prompts), int(length.max())

@@ -1,0 +1,209 @@
+"""Quantized checkpoints: what is written is read back, whatever made it, and damage is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import quantize_checkpoint
+from data import Example, collate
+from files import InputError
+from model import Phi, PhiConfig, completion_logprobs, generate
+from quant import FrozenLinear, Int8Linear, Linear4bit, quantize_model
+from train import main
+from weights import INDEX
+
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=96)
+FORMATS = [
+    ("int8", {}),
+    ("int8", {"threshold": 6.0}),
+    ("nf4", {}),
+    ("nf4", {"double": True}),
+    ("fp4", {"block": 128}),
+    ("int4", {}),
+    ("int4-asym", {"block": 32}),
+    ("nf3", {}),
+    ("nf2", {"block": 256}),
+    ("dynamic8", {}),
+]
+IDS = torch.arange(40).view(2, 20)
+
+
+def phi():
+    model = Phi(PhiConfig(**TINY, partial_rotary_factor=0.5)).init_weights(0)
+    for p in model.parameters():  # biases too, and large enough that rounding shows
+        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+@pytest.fixture
+def full(tmp_path):
+    phi().save_pretrained(tmp_path / "full")
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize(("to", "options"), FORMATS, ids=str)
+@torch.no_grad()
+def test_a_converted_checkpoint_is_the_quantized_model(full, tmp_path, to, options):
+    expected = quantize_model(Phi.from_pretrained(full), to, **options)(IDS)
+    quantize_checkpoint(full, tmp_path / "q", to, ("lm_head",), **options)
+    model = Phi.from_pretrained(tmp_path / "q")
+    assert torch.equal(model(IDS), expected) and not torch.equal(expected, phi()(IDS))
+    layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
+    assert len(layers) == 12 and type(model.lm_head.weight) is torch.nn.Parameter
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(Phi.from_pretrained(tmp_path / "again")(IDS), expected)
+    first, again = (json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("q", "again"))
+    assert first == again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_what_is_not_quantized_takes_the_dtype_that_is_asked_for(full, tmp_path, dtype):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    model = Phi.from_pretrained(tmp_path / "q", dtype=dtype)
+    assert model(IDS).dtype == dtype and model.model.layers[0].mlp.fc1.absmax.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_the_output_layer_is_quantized_when_asked(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "int8", ())
+    model = Phi.from_pretrained(tmp_path / "q")
+    assert isinstance(model.lm_head, Int8Linear)
+    assert torch.equal(model(IDS), quantize_model(Phi.from_pretrained(full), "int8", skip=())(IDS))
+    batch = collate([Example([5, 6, 7], [[8, 9], [10]])])  # log-probabilities go through the rounded output layer too
+    logits = model(torch.tensor([[5, 6, 7, 8, 9]])).log_softmax(-1)[0]
+    expected = logits[2, 8] + logits[3, 9]
+    torch.testing.assert_close(completion_logprobs(model, batch)[0], expected)
+    assert len(generate(model, [[5, 6, 7]], 4)[0]) == 4
+
+
+@torch.no_grad()
+def test_shards_stay_shards(full, tmp_path):
+    tensors, weight_map = load_file(full / "model.safetensors"), {}
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):  # a layer's weight and bias in different files
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, full / file)
+        weight_map |= dict.fromkeys(part, file)
+    (full / "model.safetensors").unlink()
+    (full / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) == 2
+    assert torch.equal(Phi.from_pretrained(tmp_path / "q")(IDS), quantize_model(phi(), "nf4")(IDS))
+
+
+def test_the_old_fused_names_are_converted(tmp_path, full):
+    """phi-msft checkpoints: Wqkv is cut into q, k and v, each with blocks of its own."""
+    old = {}
+    for name, tensor in load_file(full / "model.safetensors").items():
+        for new_part, old_part in (
+            ("model.embed_tokens.", "transformer.embd.wte."),
+            ("model.final_layernorm.", "lm_head.ln."),
+            ("model.layers.", "transformer.h."),
+            (".input_layernorm.", ".ln."),
+            (".self_attn.dense.", ".mixer.out_proj."),
+        ):
+            name = name.replace(new_part, old_part)
+        old["lm_head.linear." + name.removeprefix("lm_head.") if name in ("lm_head.weight", "lm_head.bias") else name] = (
+            tensor
+        )
+    for i in range(2):
+        for kind in ("weight", "bias"):
+            parts = [old.pop(f"transformer.h.{i}.self_attn.{p}_proj.{kind}") for p in "qkv"]
+            old[f"transformer.h.{i}.mixer.Wqkv.{kind}"] = torch.cat(parts)
+    save_file(old, full / "model.safetensors")
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    with torch.no_grad():
+        assert torch.equal(Phi.from_pretrained(tmp_path / "q")(IDS), quantize_model(phi(), "nf4")(IDS))
+
+
+# ----------------------------------------------------------------------------------------------------------------- damage
+
+
+def damage(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+LAYER = "model.layers.0.mlp.fc1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight.absmax"), "incomplete or damaged"),
+        (lambda t: t.pop(f"{LAYER}.weight"), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:-8].clone()}), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.absmax": t[f"{LAYER}.weight.absmax"][1:].clone()}), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.quant_map": torch.zeros(16)}), "not the table"),
+        (lambda t: t.pop(f"{LAYER}.bias"), "no bias"),
+        (lambda t: t.update({"model.layers.7.mlp.fc1.SCB": torch.zeros(3)}), "no such layer"),
+        (lambda t: t.update({f"{LAYER}.weight.extra": torch.zeros(3)}), "weight.extra"),
+    ],
+)
+def test_damage_is_named(full, tmp_path, change, message):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    damage(tmp_path / "q", change)
+    with pytest.raises(InputError, match=message):
+        Phi.from_pretrained(tmp_path / "q")
+
+
+def test_a_layer_of_another_shape_is_an_error(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "int8", ("lm_head",))
+    damage(tmp_path / "q", lambda t: t.update({f"{LAYER}.weight": torch.zeros(128, 32, dtype=torch.int8)}))
+    with pytest.raises(InputError, match=r"holds a matrix of \[128, 32\], the config needs \[128, 64\]"):
+        Phi.from_pretrained(tmp_path / "q")
+
+
+def test_nan_in_a_checkpoint_names_file_and_tensor_and_leaves_nothing_that_loads(full, tmp_path):
+    damage(full, lambda t: t[f"{LAYER}.weight"].view(-1)[5:6].fill_(float("nan")))
+    with pytest.raises(InputError, match=r"model\.safetensors: model\.layers\.0\.mlp\.fc1\.weight holds NaN"):
+        quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    with pytest.raises(InputError):
+        Phi.from_pretrained(tmp_path / "q")
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+
+def run(*flags):
+    return main([str(flag) for flag in flags])
+
+
+def test_the_quantize_stage(full, tmp_path, capsys):
+    where = ("--model", full, "--out", tmp_path)
+    assert run("--stage", "quantize", "--to", "nf4", "--double", *where) == 0
+    out = capsys.readouterr().out
+    assert "65,536 weights at" in out and "relative error" in out
+    model = Phi.from_pretrained(tmp_path / "full-nf4-double")
+    assert isinstance(model.model.layers[1].self_attn.dense, Linear4bit)
+    assert run("--stage", "quantize", "--to", "nf4", "--double", *where) == 2  # never over an earlier run
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("--stage", "quantize", "--to", "int8", "--model", tmp_path / "full-nf4-double", "--out", tmp_path) == 2
+    assert "quantized already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("quantize",), "--to FORMAT is missing"),
+        (("quantize", "--to", "int8", "--double"), "--block and --double are for the blockwise formats"),
+        (("quantize", "--to", "nf4", "--threshold", 6), "--threshold is for --to int8"),
+        (("quantize", "--to", "int4-asym", "--double"), "int4-asym has two"),
+        (("quantize", "--to", "nf4", "--block", 0), "--block 0: must be positive"),
+        (("quantize", "--to", "nf4", "--lr", 1), "--lr does nothing in --stage quantize"),
+        (("dpo", "--to", "nf4"), "--to does nothing in --stage dpo"),
+        (("qat",), "--to FORMAT is missing"),
+        (("qat", "--to", "dynamic8"), "no level at -1"),
+        (("qat", "--to", "nf4", "--beta", 0.1), "--beta does nothing in --stage qat --objective sft"),
+        (("eval",), "--precisions is missing"),
+        (("eval", "--precisions", "nf5"), "no 'nf5'"),
+    ],
+)
+def test_flags_that_make_no_sense_are_errors(flags, message, tmp_path, capsys):
+    assert run("--stage", *flags, "--out", tmp_path) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
