@@ -13,27 +13,51 @@ import torch
 
 from dpo import LOSSES, check_loss
 from files import InputError
+from quant import FORMATS
 
-STAGES = ("sft", "dpo")
+TRAINING = ("sft", "dpo", "qat")
+STAGES = (*TRAINING, "quantize", "eval")
+OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
+PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card
 # What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
 METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", "dpo_loss")}
 LOWER_IS_BETTER = ("loss", "dpo_loss")
 
 
-def flag(default: object, help: str, stages: tuple[str, ...] = STAGES, choices: tuple[str, ...] | None = None):
+def flag(default: object, help: str, stages: tuple[str, ...] = TRAINING, choices: tuple[str, ...] | None = None):
+    """`stages`: where the flag does something. "sft" and "dpo" stand for qat with that objective too."""
     return field(default=default, metadata={"help": help, "stages": stages, "choices": choices})
 
 
 @dataclass
 class Config:
-    stage: str = flag("dpo", "what to do", choices=STAGES)
-    model: str = flag("demo", "demo, a directory, or a hub name such as microsoft/phi-2")
-    revision: str | None = flag(None, "branch, tag or commit of a hub model")
-    name: str | None = flag(None, "name of the run: it lives in OUT/NAME (default: model and stage)")
-    out: str = flag("out", "directory of all runs")
+    stage: str = flag("dpo", "what to do", STAGES, STAGES)
+    model: str = flag("demo", "demo, a directory, or a hub name such as microsoft/phi-2", STAGES)
+    revision: str | None = flag(None, "branch, tag or commit of a hub model", STAGES)
+    name: str | None = flag(None, "name of the run: it lives in OUT/NAME (default: model and stage)", STAGES)
+    out: str = flag("out", "directory of all runs", STAGES)
     resume: bool = flag(False, "continue the run of this name from its last checkpoint, with its own settings")
-    overwrite: bool = flag(False, "delete an earlier run of this name first")
+    overwrite: bool = flag(False, "delete an earlier run of this name first", STAGES)
     dry_run: bool = flag(False, "show config, data, batches, memory and time; train nothing")
+
+    to: str | None = flag(None, "number format of the weights", ("quantize", "qat"), FORMATS)
+    block: int | None = flag(None, "values that share a scale, but for int8 (default 64)", ("quantize", "qat"))
+    double: bool = flag(False, "quantize the scales too", ("quantize",))
+    threshold: float | None = flag(
+        None,
+        "int8: round activations too but for outliers from here on, as LLM.int8() does at 6 (default: weights only)",
+        ("quantize",),
+    )
+    output_layer: bool = flag(False, "quantize the output layer too", ("quantize",))
+    compile: bool = flag(False, "fuse the quantizers and quantized layers with torch.compile", ("quantize", "qat", "eval"))
+    objective: str | None = flag(None, "what to minimize (default sft)", ("qat",), OBJECTIVES)
+    precisions: str | None = flag(None, "report card: formats to compare, such as fp32,int8,nf4-double", ("eval",))
+    data: str | None = flag(None, "JSONL file to measure on (default: what the model's own run held out)", ("eval",))
+    reference_model: str | None = flag(
+        None,
+        "directory of the model that rewards are measured from (default: the one that --model was tuned from)",
+        ("eval",),
+    )
 
     train: str | None = flag(None, "JSONL file to train on (the demo makes its own)")
     eval: str | None = flag(None, "JSONL file to evaluate on (default: a share of --train, split by question)")
@@ -72,8 +96,8 @@ class Config:
     dtype: str | None = flag(
         None, "compute type; weights are fp32 (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
     )
-    device: str | None = flag(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    seed: int = flag(0, "of the data's split and order, the demo's questions and weights, and of sampling")
+    device: str | None = flag(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)", STAGES)
+    seed: int = flag(0, "of the data's split and order, the demo's questions and weights, and of sampling", STAGES)
 
     eval_every: int | None = flag(None, "steps between evaluations")
     save_every: int | None = flag(None, "steps between checkpoints (default: eval_every)")
@@ -124,6 +148,8 @@ RECIPES = {
         eval_every=50,
         samples=1000,
     ),
+    ("demo", "qat"): dict(demo_rows=4_000, eval_share=0.2, epochs=2, lr=5e-4, eval_every=200),  # on top of ("demo", "sft")
+    ("phi", "qat"): {},
     ("phi", "sft"): PHI | dict(warmup_steps=20, epochs=1, eval_every=200, samples=3),
     ("phi", "dpo"): PHI | dict(loss="robust", beta=0.3, eps=0.1, warmup_steps=5, epochs=3, eval_every=500, samples=16),
 }
@@ -163,9 +189,32 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
 
 def resolve(config: Config, given: set[str]) -> Config:
     """Fills every unset field and checks every value; InputError says what is wrong and what to type."""
+    stage, demo = config.stage, config.model == "demo"
+    objective = stage if stage in OBJECTIVES else config.objective or "sft" if stage == "qat" else None
     for f in fields(Config):
-        if f.name in given and config.stage not in f.metadata["stages"]:
-            raise InputError(f"--{f.name.replace('_', '-')} does nothing in --stage {config.stage}; leave it out")
+        if f.name in given and not {stage, objective} & set(f.metadata["stages"]):
+            where = f"--stage qat --objective {objective}" if stage == "qat" else f"--stage {stage}"
+            raise InputError(f"--{f.name.replace('_', '-')} does nothing in {where}; leave it out")
+    if config.revision and demo:
+        raise InputError("--revision is for hub models; the demo has none")
+    values = asdict(config)
+    values["name"] = config.name or default_name(config)
+    values["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(values["device"])
+    if stage in TRAINING:
+        values |= _training_values(config, given, objective)
+        values["dtype"] = config.dtype or ("bf16" if values["device"].startswith("cuda") else "fp32")
+        _check_training(Config(**values))
+    if stage in ("quantize", "qat"):
+        _check_format(config, given)
+        values["block"] = config.block or 64
+    if stage == "eval":
+        _check_card(config)
+    return Config(**values)
+
+
+def _training_values(config: Config, given: set[str], objective: str) -> dict:
+    """What the recipe of the model and objective says for the fields that were not given."""
     demo = config.model == "demo"
     for name in ("demo_rows", "flip_rate"):
         if name in given and (not demo or config.train):
@@ -176,37 +225,59 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise InputError("--eval needs --train: the demo's own questions are split by --eval-share")
     if config.eval and "eval_share" in given:
         raise InputError("--eval-share does nothing beside --eval; leave one of them out")
-    if config.revision and demo:
-        raise InputError("--revision is for hub models; the demo has none")
-
-    recipe = dict(RECIPES["demo" if demo else "phi", config.stage])
+    kind = "demo" if demo else "phi"
+    recipe = RECIPES[kind, objective] | (RECIPES[kind, "qat"] if config.stage == "qat" and objective == "sft" else {})
     if config.loss is not None and config.eps is None:
-        recipe["eps"] = None  # the recipe's eps belongs to the recipe's loss
-    values = {k: recipe.get(k) if v is None else v for k, v in asdict(config).items()}
-    values["name"] = config.name or default_name(config)
-    values["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    values["dtype"] = config.dtype or ("bf16" if values["device"].startswith("cuda") else "fp32")
-    values["save_every"] = config.save_every or values["eval_every"]
-    values["metric"] = config.metric or METRICS[config.stage][0]
-    config = Config(**values)
-    _check(config)
-    return config
+        recipe = recipe | {"eps": None}  # the recipe's eps belongs to the recipe's loss
+    values = {name: recipe[name] for name in recipe if getattr(config, name) is None}
+    values["objective"] = objective
+    values["save_every"] = config.save_every or config.eval_every or recipe["eval_every"]
+    values["metric"] = config.metric or METRICS[objective][0]
+    return values
 
 
-def _check(config: Config) -> None:
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: give cpu, cuda, or cuda:1 for the second GPU") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+
+
+def _check_format(config: Config, given: set[str]) -> None:
+    if config.to is None:
+        raise InputError(f"--to FORMAT is missing; choose one of {', '.join(FORMATS)}")
+    if config.to == "int8" and ("block" in given or config.double):
+        raise InputError("--to int8 has a scale a row; --block and --double are for the blockwise formats, leave them out")
+    if config.to != "int8" and config.threshold is not None:
+        raise InputError(f"--threshold is for --to int8; with {config.to} only the weights are rounded, leave it out")
+    if config.to == "int4-asym" and config.double:
+        raise InputError("--double is for formats with one scale a block; int4-asym has two, leave it out")
+    if config.to == "dynamic8" and config.stage == "qat":
+        raise InputError("--to dynamic8 has no level at -1, so rounding twice is not rounding once; train another format")
+    if config.block is not None and config.block < 1:
+        raise InputError(f"--block {config.block}: must be positive")
+    if config.threshold is not None and not 0 < config.threshold < float("inf"):
+        raise InputError(f"--threshold {config.threshold}: must be positive; the paper's is 6")
+
+
+def _check_card(config: Config) -> None:
+    if not config.precisions:
+        raise InputError(f"--precisions is missing: a list such as fp32,int8,nf4 out of {', '.join(PRECISIONS)}")
+    unknown = [name for name in config.precisions.split(",") if name not in PRECISIONS]
+    if unknown:
+        raise InputError(f"--precisions: no {unknown[0]!r}; choose from {', '.join(PRECISIONS)}")
+
+
+def _check_training(config: Config) -> None:
     if config.dtype == "fp16":
         raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise InputError(f"--device {config.device}: give cpu, cuda, or cuda:1 for the second GPU") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {config.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
     if config.attention == "flex" and not config.device.startswith("cuda"):
         raise InputError("--attention flex trains on CUDA only; leave it out to use scaled-dot-product attention")
-    if config.metric not in METRICS[config.stage]:
+    if config.metric not in METRICS[config.objective]:
         raise InputError(
-            f"--metric {config.metric}: choose one of {', '.join(METRICS[config.stage])}. (A robust loss ranks "
+            f"--metric {config.metric}: choose one of {', '.join(METRICS[config.objective])}. (A robust loss ranks "
             "diverging runs first, so it is not offered.)"
         )
     positive = [
@@ -243,13 +314,15 @@ def _check(config: Config) -> None:
         )
     if config.flip_rate is not None and not 0 <= config.flip_rate < 0.5:
         raise InputError(f"--flip-rate {config.flip_rate}: must lie in [0, 0.5)")
-    if config.stage == "dpo":
+    if config.objective == "dpo":
         check_loss(config.loss, config.beta, config.eps)
 
 
 def default_name(config: Config) -> str:
     model = config.model.rstrip("/").rpartition("/")[2] or "model"
-    return f"{model}-{config.stage}"
+    if config.stage == "quantize":
+        return f"{model}-{config.to}" + ("-double" if config.double else "")
+    return f"{model}-{config.stage}" + (f"-{config.to}" if config.to else "")
 
 
 def resume_command(config: Config) -> str:

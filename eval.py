@@ -14,7 +14,7 @@ from tqdm import tqdm
 import demo
 from data import ChatML, Example, collate
 from dpo import debiased_accuracy
-from model import Phi, completion_logprobs, generate
+from model import LOGIT_CHUNK, Phi, completion_logprobs, generate
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
@@ -33,6 +33,36 @@ def all_logprobs(model: Phi, examples: Sequence[Example], batch_size: int, devic
         with autocast(device, dtype):
             table[part] = completion_logprobs(model, batch).view(len(part), -1).cpu()
     return table
+
+
+@torch.no_grad()
+def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: int, device: str) -> dict[str, float]:
+    """How far `other` is from `full`, over all predicted tokens of the examples' completions, each a mean over tokens:
+
+    kl      KL(full || other) = sum_v p_v (log p_v - log p'_v), in nats
+    top 1   share of tokens whose likeliest successor is the same
+    loss    -log p'(the token that follows), in nats
+    """
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
+        batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
+        mask = None if int(batch.segment.max()) <= 1 else batch.segment
+        states = [
+            model.hidden(batch.tokens, batch.position, None if mask is None else model.mask(mask)).flatten(0, 1)[
+                batch.source
+            ]
+            for model in (full, other)
+        ]  # two of [M, D]
+        chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
+        for h, h_other, target in zip(*(state.split(chunk) for state in states), batch.target.split(chunk), strict=True):
+            p, q = full.lm_head(h).float().log_softmax(-1), other.lm_head(h_other).float().log_softmax(-1)  # [m, V]
+            kl = (p.exp() * (p - q)).sum()
+            agree = (p.argmax(-1) == q.argmax(-1)).sum()
+            sums += torch.stack((kl, agree, -q.gather(1, target[:, None]).sum())).double().cpu()
+        count += len(batch.target)
+    kl, agree, loss = (sums / count).tolist()
+    return {"kl": kl, "top 1": agree, "loss": loss}
 
 
 def completion_lengths(examples: Sequence[Example]) -> Tensor:

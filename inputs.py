@@ -27,7 +27,8 @@ from eval import all_logprobs
 from files import InputError, write_jsonl
 from model import Phi, PhiConfig
 
-SFT_QUESTIONS = 30_000  # the first of the demo's list of questions are for SFT
+# Where each stage's questions stand in the demo's one list of distinct questions: none is asked in two stages.
+QUESTIONS = {"sft": (0, 26_000), "qat": (26_000, 30_000), "dpo": (30_000, demo.MOST_QUESTIONS)}
 RIGHT_SHARE = 0.4  # of the demo's SFT answers; answers sampled after SFT then have the right method about half the time
 
 
@@ -43,12 +44,11 @@ class Inputs:
 
 
 def demo_rows(config: Config, kind: str) -> list[dict]:
-    """The demo's rows of `kind` "sft" or "pairs". Both come from one list of distinct questions, the pairs behind all that
-    SFT may use, so that no question of the one stands in the other."""
-    offset, room = (0, SFT_QUESTIONS) if kind == "sft" else (SFT_QUESTIONS, demo.MOST_QUESTIONS - SFT_QUESTIONS)
-    if config.demo_rows > room:
-        raise InputError(f"--demo-rows {config.demo_rows}: the demo has {room:,} questions for this stage")
-    questions = demo.make_questions(offset + config.demo_rows, config.seed)[offset:]
+    """The demo's rows of `kind` "sft" or "pairs", from the questions that are set aside for the stage."""
+    start, end = QUESTIONS["qat" if config.stage == "qat" and kind == "sft" else config.objective]
+    if config.demo_rows > end - start:
+        raise InputError(f"--demo-rows {config.demo_rows}: the demo has {end - start:,} questions for this stage")
+    questions = demo.make_questions(start + config.demo_rows, config.seed)[start:]
     if kind == "sft":
         return demo.make_sft_rows(questions, right_share=RIGHT_SHARE, seed=config.seed)
     return demo.make_pair_rows(questions, config.flip_rate, config.seed)
@@ -72,7 +72,7 @@ def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
     The demo's own rows are written to the run's directory first and then read like any other file. If `parent` is None,
     the demo's random tiny Phi is made there too.
     """
-    kind = "pairs" if config.stage == "dpo" else "sft"
+    kind = "pairs" if config.objective == "dpo" else "sft"
     path = config.train
     if path is None:
         path = run / "data" / f"{kind}.jsonl"

@@ -84,7 +84,7 @@ def memory_estimate(
         * (blocks * phi.hidden_size + per_token if config.gradient_checkpointing else blocks * per_token)
     )
     logits = 2 * 4 * min(LOGIT_CHUNK, predicted * phi.vocab_size)
-    reference = 4 * parameters if config.reference == "live" and config.stage == "dpo" else 0
+    reference = 4 * parameters if config.reference == "live" and config.objective == "dpo" else 0
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
@@ -146,7 +146,7 @@ def show_time(
     """Prints the time of one step's gradients and what that makes for the whole run."""
     model = Phi.from_pretrained(inputs.parent, device=config.device)
     model.gradient_checkpointing, model.attention = config.gradient_checkpointing, config.attention
-    reference = torch.zeros(len(examples), 2) if config.stage == "dpo" else None
+    reference = torch.zeros(len(examples), 2) if config.objective == "dpo" else None
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         step_gradients(model, examples, reference, objective, config)
@@ -162,14 +162,16 @@ def _duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------------- after training
 
 
-def table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Metrics of the two models side by side. Rewards are measured from the model before, so it has none of its own."""
-    rows = [("", "before", "after")]
-    for name, value in after.items():
-        old = "-" if "reward" in name or name in ("debiased accuracy", "ties") else _number(name, before[name])
-        rows.append((name, old, _number(name, value)))
+def table(measured: dict[str, dict[str, float]]) -> str:
+    """Metrics of several models side by side, {heading: metrics}. Rewards are measured from the model "before", so it has
+    none of its own."""
+    rows = [("", *measured)]
+    for name in measured["after"]:
+        own = "reward" in name or name in ("debiased accuracy", "ties")
+        cells = ["-" if own and which == "before" else _number(name, m[name]) for which, m in measured.items()]
+        rows.append((name, *cells))
     width = max(len(row[0]) for row in rows)
-    return "\n".join(f"  {name:{width}}  {old:>8}  {new:>8}" for name, old, new in rows)
+    return "\n".join(f"  {name:{width}}" + "".join(f"  {cell:>8}" for cell in cells) for name, *cells in rows)
 
 
 def _number(name: str, value: float) -> str:
@@ -180,13 +182,21 @@ def _number(name: str, value: float) -> str:
 
 def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
     """The end of a run as text: table, three questions with the answers before and after, files, and what to do next."""
-    before, after = results["before"], results["after"]
+    measured = {which: results[which]["metrics"] for which in ("before", "rounded", "after") if which in results}
     lines = [
         "",
         f"{len(inputs.eval):,} held-out examples, best step {results['best_step']} "
         f"(by {config.metric}: {results['best_value']:.4f})",
-        table(before["metrics"], after["metrics"]),
+        table(measured),
     ]
+    if config.stage == "qat" and config.objective == "sft":
+        full, rounded, after = (measured[which]["loss per token"] for which in ("before", "rounded", "after"))
+        share = f" ({100 * (rounded - after) / (rounded - full):.0f}% won back)" if rounded - full > 0.01 else ""
+        lines.append(
+            f"  Rounding to {config.to} changes the loss by {rounded - full:+.4f} nats per token; after training through "
+            f"the rounding {after - full:+.4f} are left{share}."
+        )
+    before, after = results["before"], results["after"]
     for example, old, new in list(zip(inputs.eval, before["answers"], after["answers"], strict=False))[:3]:
         lines += [
             "",
@@ -197,9 +207,24 @@ def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
         if "answer" in example.extra:
             lines.append(f"  right:  {example.extra['answer']}")
     lines += ["", f"Model, metrics and figure: {run}/ (model.safetensors, metrics.jsonl, figures/training.png)"]
-    if config.model == "demo" and config.stage == "dpo":
+    if config.model == "demo" and config.objective == "dpo":
         lines.append(f"The same on Phi-2:\n  {PHI2_COMMAND}")
     return "\n".join(lines)
+
+
+def quantized_summary(config: Config, run: Path, done: dict) -> str:
+    """What --stage quantize did: sizes, bits per weight, time, and the layers that lost most."""
+    worst = sorted(done["errors"].items(), key=lambda item: -item[1])[:3]
+    mean = sum(done["errors"].values()) / len(done["errors"])
+    return "\n".join(
+        [
+            f"{done['bytes before'] / 1e6:,.1f} MB -> {done['bytes after'] / 1e6:,.1f} MB, in {done['seconds']:.1f} s; "
+            f"{done['weights']:,} weights at {8 * done['bytes of weights'] / done['weights']:.2f} bits",
+            f"relative error |w - w~| / |w|: mean {mean:.4f}, largest "
+            + ", ".join(f"{error:.4f} ({name})" for name, error in worst),
+            f"Written to {run}/; load it as any other model: its config.json says how it is stored.",
+        ]
+    )
 
 
 def training_figure(run: Path, config: Config) -> None:
@@ -223,7 +248,7 @@ def training_figure(run: Path, config: Config) -> None:
         steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
         axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
 
-    dpo = config.stage == "dpo"
+    dpo = config.objective == "dpo"
     figure, axes = plt.subplots(1, 3 if dpo else 1, figsize=(14 if dpo else 5, 3.8), squeeze=False)
     loss, *others = axes[0]
     training(loss, "loss", "loss", "C0")

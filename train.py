@@ -5,6 +5,9 @@
     python train.py --stage sft --model microsoft/phi-2 --train sft.jsonl    supervised tuning first
     python train.py --stage dpo ... --dry-run                                look before you train
     python train.py --stage dpo --name NAME --resume                         go on after a kill
+    python train.py --stage quantize --model DIR --to nf4                    a quarter of the size
+    python train.py --stage qat --to nf4 --model DIR --train sft.jsonl       tune the rounded weights
+    python train.py --stage eval --model DIR --precisions fp32,int8,nf4      what a number format costs and brings
 
 Every flag is a field of config.Config. There is one training loop (`train`); it knows nothing of losses, which sft.py and
 dpo.py make from log-probabilities, and those know nothing of optimizers, devices or files.
@@ -27,23 +30,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import card
 import dpo
 import report
 import sft
-from checkpoint import (
-    load_optimizer,
-    open_run,
-    prune,
-    publish,
-    save_checkpoint,
-    truncate_metrics,
-)
+from checkpoint import load_optimizer, open_run, prune, publish, save_checkpoint, save_model, truncate_metrics
 from config import LOWER_IS_BETTER, Config, default_name, parse, resolve, resume_command
+from convert import quantize_checkpoint
 from data import Example, collate, epoch_order
 from eval import all_logprobs, answer_summary, autocast, completion_lengths, evaluate, preference_summary, sample_answers
 from files import InputError, read_json, write_json
 from inputs import Inputs, load_inputs, reference_tables
 from model import Phi, completion_logprobs
+from quant import SKIP, FrozenLinear, compile_missing, linear_layers, round_to, train_quantized
 from weights import resolve as resolve_model
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -51,7 +50,7 @@ from weights import resolve as resolve_model
 
 def make_objective(config: Config) -> Callable:
     """(log-probabilities [N], lengths [N], reference [N] or None) -> (summed loss, {name: [sum, count]})."""
-    if config.stage == "sft":
+    if config.objective == "sft":
         return lambda logprobs, lengths, reference: sft.objective(logprobs, lengths)
     return lambda logprobs, lengths, reference: dpo.objective(
         logprobs, reference, lengths, config.loss, config.beta, config.eps, config.nll_weight
@@ -96,7 +95,7 @@ def step_gradients(
     reference, or None. InputError names the rows of a micro-batch whose loss is not finite.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    units = sum(len(c) for e in examples for c in e.completions) if config.stage == "sft" else len(examples)
+    units = sum(len(c) for e in examples for c in e.completions) if config.objective == "sft" else len(examples)
     sums: dict[str, Tensor] = {}
     for start in range(0, len(order), config.micro_batch_size):
         part = order[start : start + config.micro_batch_size]
@@ -157,7 +156,7 @@ def evaluation(
 ) -> dict[str, float]:
     policy = all_logprobs(model, inputs.eval, config.micro_batch_size, config.device, config.dtype, "evaluating")
     metrics = evaluate(objective, policy, reference, inputs.eval)
-    if config.stage == "dpo":
+    if config.objective == "dpo":
         metrics["eval_debiased_accuracy"] = dpo.debiased_accuracy(metrics["eval_rewards/accuracies"], config.eps)
     return metrics
 
@@ -183,8 +182,10 @@ def train(
     from torch.utils.tensorboard import SummaryWriter
 
     reference, eval_reference = tables
-    if config.reference == "live" and config.stage == "dpo":
+    if config.reference == "live" and config.objective == "dpo":
         reference = live_reference(model, config)
+    if config.stage == "qat":
+        train_quantized(model, config.to, config.block, compiles(config))
     objective = make_objective(config)
     model.gradient_checkpointing, model.attention = config.gradient_checkpointing, config.attention
     state = {"best_step": None, "best_value": None, "evaluations_since_best": 0}
@@ -229,7 +230,7 @@ def train(
             speed = tokens / (time.perf_counter() - began)
             log(run, board, {"step": step, **metrics, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed})
             shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
-            if config.stage == "dpo":
+            if config.objective == "dpo":
                 shown["accuracy"] = f"{metrics['rewards/accuracies']:.2f}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
@@ -254,7 +255,7 @@ def train(
 
 def check_first_step(metrics: dict[str, float], grad_norm: float, config: Config) -> None:
     """Before anything was learned: DPO's margin is 0 and its loss ln 2, and there is a gradient to follow."""
-    if config.stage == "dpo":
+    if config.objective == "dpo" and config.stage != "qat":  # rounding moves the margin before anything is learned
         dpo.check_start(metrics, config.loss, config.beta, config.eps, tolerance=1e-3 if config.dtype == "fp32" else 0.5)
     if grad_norm == 0:
         raise InputError(
@@ -286,7 +287,7 @@ def settle(config: Config, given: set[str]) -> Config:
 
 
 def demo_sft(config: Config) -> Path | None:
-    """The demo's SFT model for DPO to start from, trained now if it is not there (None in a dry run)."""
+    """The demo's SFT model, which its other stages start from; trained now if it is not there (None in a dry run)."""
     name = f"demo-sft-seed{config.seed}"
     path = Path(config.out) / name
     if (path / "results.json").exists():
@@ -305,14 +306,18 @@ def demo_sft(config: Config) -> Path | None:
 
 
 def find_parent(config: Config) -> Path | None:
-    """Directory of the model to tune; None for the demo's random tiny Phi, which is made where it is needed."""
+    """Directory of the model to start from; None for the demo's random tiny Phi, which is made where it is needed."""
     if config.model != "demo":
         return resolve_model(config.model, config.revision)
-    return demo_sft(config) if config.stage == "dpo" else None
+    return None if config.stage == "sft" else demo_sft(config)
 
 
 def run_stage(config: Config) -> int:
     """Runs one stage from its inputs to its report; returns the exit status."""
+    if config.stage == "quantize":
+        return quantize_stage(config)
+    if config.stage == "eval":
+        return eval_stage(config)
     run = Path(config.out) / config.name
     if config.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -323,16 +328,15 @@ def run_stage(config: Config) -> int:
         print(f"{run} is finished; nothing to resume.")
         return 0
     parent = find_parent(config)
-    start = open_run(run, config.overwrite, config.resume)
-    if not config.resume:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(run / "run.json", {"config": asdict(config), "versions": versions})
+    start = begin_run(config)
     inputs = load_inputs(config, run, parent)
     write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
     print(report.describe_inputs(inputs))
 
     model = Phi.from_pretrained(inputs.parent, device=config.device)
-    tables = reference_tables(config, model, inputs) if config.stage == "dpo" else (None, None)
+    if any(isinstance(layer, FrozenLinear) for layer in model.modules()):
+        raise InputError(f"{inputs.parent} is quantized, and codes cannot be tuned; start from the model it was made of")
+    tables = reference_tables(config, model, inputs) if config.objective == "dpo" else (None, None)
     stopped, state = train(config, run, model, inputs, tables, start)
     if stopped:
         print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {resume_command(config)}")
@@ -340,19 +344,49 @@ def run_stage(config: Config) -> int:
     publish(run, state["best_step"])
     del model
 
-    before, after = (measure(config, directory, inputs, tables[1]) for directory in (inputs.parent, run))
-    results = {"before": before, "after": after, **state, "parent": str(inputs.parent)}
+    measured = {"before": measure(config, inputs.parent, inputs, tables[1])}
+    if config.stage == "qat":
+        round_published(config, run, inputs)
+        measured["rounded"] = measure(config, inputs.parent, inputs, tables[1], rounded=True)
+    measured["after"] = measure(config, run, inputs, tables[1])
+    results = {**measured, **state, "parent": str(inputs.parent)}
     report.training_figure(run, config)
     write_json(run / "results.json", results)
     print(report.summary(config, run, inputs, results))
     return 0
 
 
-def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor | None) -> dict:
-    """What the final table says of one model: metrics on the evaluation side, and answers sampled to its first prompts."""
+def begin_run(config: Config) -> int:
+    """Makes the run's directory and writes run.json; returns the step to go on from."""
+    run = Path(config.out) / config.name
+    start = open_run(run, config.overwrite, config.resume)
+    if not config.resume:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        write_json(run / "run.json", {"config": asdict(config), "versions": versions})
+    return start
+
+
+@torch.no_grad()
+def round_published(config: Config, run: Path, inputs: Inputs) -> None:
+    """Rounds the weights of a finished QAT run to its format, so that quantizing them later changes nothing any more."""
+    model = Phi.from_pretrained(run)
+    round_model(model, config)
+    save_model(run, model, inputs.chat)
+
+
+def round_model(model: Phi, config: Config) -> None:
+    for _, layer in linear_layers(model, SKIP):
+        layer.weight.data = round_to(layer.weight.data, config.to, config.block)
+
+
+def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor | None, rounded: bool = False) -> dict:
+    """What the final table says of one model: metrics on the evaluation side, and answers sampled to its first prompts.
+    `rounded`: with its weights rounded to the format of `--to` first."""
     model = Phi.from_pretrained(directory, device=config.device)
+    if rounded:
+        round_model(model, config)
     policy = all_logprobs(model, inputs.eval, config.micro_batch_size, config.device, config.dtype, "evaluating")
-    if config.stage == "dpo":
+    if config.objective == "dpo":
         metrics = preference_summary(policy, reference, inputs.eval, config.eps)
     else:
         metrics = {"loss per token": -policy.sum().item() / completion_lengths(inputs.eval).sum().item()}
@@ -363,6 +397,36 @@ def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor |
         answers = sample_answers(model, inputs.chat, asked, min(room, 256), 1.0, config.seed)
         metrics |= answer_summary(answers, asked, inputs.chat)
     return {"metrics": metrics, "answers": answers}
+
+
+def compiles(config: Config) -> bool:
+    """Whether --compile was asked for and works here; if it does not, one line says so."""
+    missing = compile_missing() if config.compile else None
+    if missing:
+        print(missing)
+    return config.compile and not missing
+
+
+def quantize_stage(config: Config) -> int:
+    """--stage quantize: a checkpoint in, a quantized one out."""
+    source, run = find_parent(config), Path(config.out) / config.name
+    begin_run(config)
+    options = {"threshold": config.threshold} if config.to == "int8" else {"block": config.block, "double": config.double}
+    if config.to != "int8":
+        options["compiled"] = compiles(config)
+    skip = () if config.output_layer else SKIP
+    done = quantize_checkpoint(source, run, config.to, skip, config.device, **options)
+    write_json(run / "results.json", {**done, "parent": str(source)})
+    print(report.quantized_summary(config, run, done))
+    return 0
+
+
+def eval_stage(config: Config) -> int:
+    """--stage eval --precisions ...: the same model in several number formats, side by side."""
+    source, run = find_parent(config), Path(config.out) / config.name
+    begin_run(config)
+    card.report_card(config, source, run, compiles(config))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

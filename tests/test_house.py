@@ -7,13 +7,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # a file imports only from floors below its own
-    ["files"],
+    ["files", "kernels", "levels"],
     ["data", "demo", "quant", "teacher", "weights"],
+    ["coded", "sources"],
     ["model"],
-    ["sft", "dpo", "checkpoint"],
+    ["sft", "dpo", "checkpoint", "convert"],
     ["config", "eval", "chat"],
     ["inputs"],
-    ["report"],
+    ["report", "card"],
     ["train", "bench"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

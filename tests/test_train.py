@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import train as driver
 from checkpoint import fingerprint, read_metrics, steps_saved
 from config import Config, parse, resolve
 from data import ChatML, Example, load_tokenizer
+from eval import divergence
 from files import InputError, read_json, write_jsonl
 from inputs import demo_base
 from model import Phi
+from quant import Linear4bit, quantize_model
 from train import learning_rate, main, make_objective, step_gradients
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +106,7 @@ def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(ti
         for i in range(8)
     ]
     config, model = Config(), Phi.from_pretrained(tiny)
-    config.stage, config.loss, config.beta, config.eps, config.nll_weight = "dpo", "robust", 0.1, 0.1, 0.5
+    config.objective, config.loss, config.beta, config.eps, config.nll_weight = "dpo", "robust", 0.1, 0.1, 0.5
     config.device, config.dtype = "cpu", "fp32"
     reference, results = torch.randn(8, 2) - 20, {}
     for size in (1, 8):
@@ -387,3 +390,105 @@ def test_no_traceback_for_a_missing_directory_from_the_shell(tmp_path):
     )
     assert result.returncode == 2 and "no such directory" in result.stderr and "Traceback" not in result.stderr
     assert pytest.raises(InputError, driver.find_parent, Config(model=str(tmp_path / "nothing")))
+
+
+# ------------------------------------------------------------------------------------------------------------------- QAT
+
+
+def qat_flags(tiny, pairs, out, objective, *extra):
+    changed = {"--stage": "qat", "--model": str(tiny)}
+    usual = flags(tiny, pairs, out, "--objective", objective, "--to", "nf2", "--block", "32", *extra)
+    return [changed.get(before, flag) for before, flag in zip(["", *usual], usual)]
+
+
+@pytest.fixture
+def sft_rows(tmp_path) -> Path:
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    return tmp_path / "sft.jsonl"
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_quantizing_the_result_of_qat_changes_nothing(tiny, pairs, sft_rows, tmp_path, objective, capsys):
+    out, rows = tmp_path / "out", pairs if objective == "dpo" else sft_rows
+    assert main(qat_flags(tiny, rows, out, objective)) == 0
+    table = capsys.readouterr().out
+    assert "before" in table and "rounded" in table and "after" in table
+    assert main(["--stage", "quantize", "--model", str(out / "run"), "--out", str(out), "--to", "nf2", "--block", "32"]) == 0
+    ids = torch.arange(60).view(3, 20)
+    trained, quantized = Phi.from_pretrained(out / "run"), Phi.from_pretrained(out / "run-nf2")
+    assert isinstance(quantized.model.layers[0].mlp.fc1, Linear4bit)
+    assert torch.equal(quantized.model.layers[0].mlp.fc1.dense(), trained.model.layers[0].mlp.fc1.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(ids), trained(ids))
+    # Training went through the rounding: the last evaluation of the loop is that of the rounded weights.
+    results, last = read_json(out / "run" / "results.json"), read_metrics(out / "run")[-1]
+    if objective == "sft" and results["best_step"] == last["step"]:
+        assert results["after"]["metrics"]["loss per token"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert results["after"]["metrics"] != results["rounded"]["metrics"]
+
+
+def test_qat_resumes_bit_for_bit(tiny, sft_rows, tmp_path):
+    assert main(qat_flags(tiny, sft_rows, tmp_path / "a", "sft")) == 0
+    assert main(qat_flags(tiny, sft_rows, tmp_path / "b", "sft", "--max-steps", "16", "--save-every", "5")) == 0
+    for stale in ("results.json",):
+        (tmp_path / "b" / "run" / stale).unlink()
+    shutil.rmtree(tmp_path / "b" / "run" / "checkpoints" / f"step-{steps_saved(tmp_path / 'b' / 'run')[-1]}")
+    command = ["--stage", "qat", "--name", "run", "--out", str(tmp_path / "b"), "--resume"]
+    assert main(command) == 0
+    assert weights(tmp_path / "a" / "run") == weights(tmp_path / "b" / "run")
+
+
+def test_a_quantized_model_is_not_tuned(tiny, pairs, tmp_path, capsys):
+    assert main(["--stage", "quantize", "--model", str(tiny), "--to", "nf4", "--out", str(tmp_path), "--name", "q"]) == 0
+    assert main(flags(tmp_path / "q", pairs, tmp_path / "out")) == 2
+    assert "is quantized, and codes cannot be tuned" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ the precision report card
+
+
+def test_the_report_card(tiny, pairs, tmp_path, capsys):
+    assert main(flags(tiny, pairs, tmp_path)) == 0
+    card = [
+        "--stage",
+        "eval",
+        "--model",
+        str(tmp_path / "run"),
+        "--out",
+        str(tmp_path),
+        "--precisions",
+        "fp32,bf16,int8,nf4-double,nf2",
+    ]
+    assert main([*card, "--name", "own"]) == 0
+    rows = {row["format"]: row for row in read_json(tmp_path / "own" / "eval.json")["rows"]}
+    assert rows["fp32"]["KL"] == 0 and rows["fp32"]["top 1"] == 1 and rows["fp32"]["quantize s"] is None
+    assert rows["nf2"]["KL"] > 10 * rows["nf4-double"]["KL"] > 10 * rows["int8"]["KL"] > 0
+    widths = [rows[name]["bits per weight"] for name in ("fp32", "bf16", "int8", "nf4-double", "nf2")]
+    assert widths[:2] == [32, 16] and 8 < widths[2] < 9 and 4.1 < widths[3] < 4.6 and widths[4] == 2.5
+    sizes = [rows[name]["disk"] for name in ("fp32", "int8", "nf2")]
+    assert sizes == sorted(sizes, reverse=True)
+    # The first row is the model as its own run measured it.
+    assert (
+        rows["fp32"]["reward accuracy"]
+        == read_json(tmp_path / "run" / "results.json")["after"]["metrics"]["reward accuracy"]
+    )
+    assert (tmp_path / "own" / "figures" / "precisions.png").exists()
+    assert "| format |" in (tmp_path / "own" / "precisions.md").read_text().replace(" " * 4, "")
+    # On a file, from a model without a parent: no reward accuracy; with one, there is.
+    assert (
+        main(["--stage", "eval", "--model", str(tiny), "--precisions", "int8", "--data", str(pairs), "--out", str(tmp_path)])
+        == 0
+    )
+    assert " - " in capsys.readouterr().out
+    assert main([*card, "--name", "given", "--data", str(pairs), "--reference-model", str(tiny)]) == 0
+
+
+def test_perplexity_and_kl_by_hand(tiny):
+    """Of one predicted token, from the logits of a plain forward pass."""
+    full, other = Phi.from_pretrained(tiny), quantize_model(Phi.from_pretrained(tiny), "nf2")
+    example = Example([5, 6, 7], [[8]])
+    with torch.no_grad():
+        p, q = (model(torch.tensor([[5, 6, 7]])).log_softmax(-1)[0, -1] for model in (full, other))
+    expected = {"kl": (p.exp() * (p - q)).sum().item(), "top 1": float(p.argmax() == q.argmax()), "loss": -q[8].item()}
+    assert divergence(full, other, [example] * 3, batch_size=2, device="cpu") == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,208 @@
+"""The precision report card: one model in several number formats, what each costs in bytes and time and in quality.
+
+    python train.py --stage eval --model out/demo-dpo --precisions fp32,bf16,int8,nf4,nf4-double,fp4,int4
+
+Every format is made here from the same full-precision weights, and compared with them on the same held-out rows. Layers
+that are not quantized (embeddings, LayerNorms, output layer) stay fp32 in every row but bf16, so that a row differs from
+the first one by its format alone.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import Config
+from data import ChatML, Example, Ledger, encode, load_tokenizer, read_rows
+from eval import all_logprobs, divergence
+from files import InputError, read_json, write_json, write_text
+from inputs import load_inputs
+from model import Phi, generate
+from quant import FrozenLinear, quantize_model, use_kernels
+
+NEW_TOKENS = 64  # per answer when the speed of decoding is measured
+BATCH = 16  # examples per forward pass
+
+
+def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None:
+    """Measures every format of `config.precisions`, prints the table, and writes eval.json, precisions.md and a figure."""
+    if "quantization_config" in read_json(source / "config.json"):
+        raise InputError(f"{source} is quantized; the card needs the full-precision model that it was made of")
+    chat, examples, where = held_out(config, source)
+    full = Phi.from_pretrained(source, device=config.device)
+    reference = reference_table(config, source, examples)
+    rows = []
+    for name in config.precisions.split(","):
+        print(f"{name} ...", flush=True)
+        rows.append(measure_format(name, config, source, full, examples, reference, compiled))
+    note = (
+        f"{source}, {len(examples):,} examples of {where}; decoding {NEW_TOKENS} tokens on {config.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}" + (", --compile" if compiled else "")
+    )
+    write_json(run / "eval.json", {"note": note, "rows": rows})
+    write_text(run / "precisions.md", f"{markdown(rows)}\n\n{note}\n")
+    figure(rows, run / "figures" / "precisions.png")
+    print(f"\n{markdown(rows)}\n\n{note}\nWritten to {run}/: eval.json, precisions.md, figures/precisions.png")
+
+
+def held_out(config: Config, source: Path) -> tuple[ChatML, list[Example], str]:
+    """The rows to measure on: those of --data, or what the run in `source` held out of its own data."""
+    if config.data is None:
+        if not (source / "run.json").exists():
+            raise InputError(
+                f"--data FILE.jsonl is missing: {source} is not a run of this program with held-out rows of its own"
+            )
+        trained = Config(**read_json(source / "run.json")["config"])
+        inputs = load_inputs(trained, source, source)
+        return inputs.chat, inputs.eval, f"the rows that {source} held out"
+    ledger, chat = Ledger(), ChatML(load_tokenizer(source))
+    with open(config.data, encoding="utf-8") as file:
+        first = next((line for line in file if line.strip()), "")
+    rows = read_rows(config.data, "pairs" if '"chosen"' in first else "sft", "stop", ledger)
+    room = read_json(source / "config.json").get("max_position_embeddings", 2048)
+    examples = encode(rows, chat, room, room // 2, ledger)
+    if not examples:
+        raise InputError(f"{config.data}: no row fits into {room} tokens")
+    return chat, examples, config.data
+
+
+def reference_table(config: Config, source: Path, examples: list[Example]) -> Tensor | None:
+    """Log-probabilities [E, 2] of the pairs under the model that rewards are measured from; None without pairs or model."""
+    parent = config.reference_model
+    if parent is None and (source / "results.json").exists():
+        recorded = json.loads((source / "results.json").read_text(encoding="utf-8")).get("parent")
+        parent = recorded if recorded and Path(recorded).is_dir() else None
+    if len(examples[0].completions) != 2:
+        if config.reference_model:
+            raise InputError("--reference-model is for preference pairs; these rows have one completion each, leave it out")
+        return None
+    if parent is None:
+        return None
+    model = Phi.from_pretrained(parent, device=config.device)
+    return all_logprobs(model, examples, BATCH, config.device, "fp32", "reference")
+
+
+def in_format(name: str, model: Phi, compiled: bool) -> Phi:
+    """The model in the format of a row: "nf4", "nf4-double", "llm.int8", "bf16", ... Changes the model that is given."""
+    if name in ("fp32", "bf16"):
+        return model.to(torch.float32 if name == "fp32" else torch.bfloat16)
+    if name == "llm.int8":
+        return quantize_model(model, "int8", threshold=6.0)
+    if name == "int8":
+        return quantize_model(model, "int8")
+    return quantize_model(model, name.removesuffix("-double"), double=name.endswith("-double"), compiled=compiled)
+
+
+def measure_format(
+    name: str,
+    config: Config,
+    source: Path,
+    full: Phi,
+    examples: list[Example],
+    reference: Tensor | None,
+    compiled: bool,
+) -> dict:
+    model = Phi.from_pretrained(source, device=config.device)
+    began = time.perf_counter()
+    model = in_format(name, model, compiled)
+    seconds = time.perf_counter() - began
+    line = use_kernels(model, config.device, compiled)
+    if line:
+        print(line)
+    row = {"format": name, **sizes(model), "quantize s": None if name in ("fp32", "bf16") else seconds}
+    likely = [replace(e, completions=e.completions[:1]) for e in examples]  # of a pair, the chosen answer
+    measured = divergence(full, model, likely, BATCH, config.device)
+    row |= {"perplexity": torch.tensor(measured["loss"]).exp().item(), "KL": measured["kl"], "top 1": measured["top 1"]}
+    row |= reward_accuracy(model, examples, reference, config.device)
+    prompts = [e.prompt for e in examples[:16]]
+    return row | {f"tokens/s, batch {n}": decode_speed(model, (prompts * n)[:n]) for n in (1, 16)}
+
+
+def sizes(model: Phi) -> dict[str, float]:
+    """Bytes of the safetensors files and in memory, and bits per weight of the linear layers (scales included)."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        disk = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b is not None)]
+    stored = weights = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, FrozenLinear):
+            stored += sum(b.nbytes for b in layer.buffers() if b is not None)
+            weights += layer.in_features * layer.out_features
+        elif isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            stored, weights = stored + layer.weight.nbytes, weights + layer.weight.numel()
+    return {"disk": disk, "memory": sum(t.nbytes for t in tensors), "bits per weight": 8 * stored / weights}
+
+
+def reward_accuracy(model: Phi, examples: list[Example], reference: Tensor | None, device: str) -> dict[str, float | None]:
+    """Share of pairs whose right answer has the higher reward; on clean labels if the rows tell which were flipped."""
+    if reference is None:
+        return {"reward accuracy": None}
+    policy = all_logprobs(model, examples, BATCH, device, "fp32", "rewards")
+    margin = (policy - reference).diff(dim=1)[:, 0].neg()  # [E]
+    truth = torch.tensor([-1.0 if e.extra.get("flipped") else 1.0 for e in examples])
+    return {"reward accuracy": (margin * truth > 0).float().mean().item()}
+
+
+def decode_speed(model: Phi, prompts: list[list[int]], repeats: int = 3) -> float:
+    """New tokens per second of greedy decoding, the median of `repeats` after one run that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        generate(model, prompts, NEW_TOKENS)  # ends with the tokens on the CPU, so a GPU's work is done
+        seconds.append(time.perf_counter() - began)
+    return len(prompts) * NEW_TOKENS / statistics.median(seconds[1:])
+
+
+COLUMNS = {  # heading: (key, how a value is shown)
+    "format": ("format", str),
+    "disk, MB": ("disk", lambda v: f"{v / 1e6:,.2f}"),
+    "memory, MB": ("memory", lambda v: f"{v / 1e6:,.2f}"),
+    "bits per weight": ("bits per weight", lambda v: f"{v:.2f}"),
+    "quantize, s": ("quantize s", lambda v: f"{v:.2f}"),
+    "perplexity": ("perplexity", lambda v: f"{v:.4f}"),
+    "KL, nats": ("KL", lambda v: f"{v:.2g}"),
+    "same top 1": ("top 1", lambda v: f"{100 * v:.2f}%"),
+    "reward accuracy": ("reward accuracy", lambda v: f"{100 * v:.1f}%"),
+    "tokens/s, 1": ("tokens/s, batch 1", lambda v: f"{v:,.0f}"),
+    "tokens/s, 16": ("tokens/s, batch 16", lambda v: f"{v:,.0f}"),
+}
+
+
+def markdown(rows: list[dict]) -> str:
+    """The card as a table, columns of equal width."""
+    cells = [list(COLUMNS)]
+    cells += [["-" if row[key] is None else show(row[key]) for key, show in COLUMNS.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Quality against size: KL divergence to full precision, and perplexity, over the size on disk."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(exist_ok=True)
+    picture, (kl, perplexity) = plt.subplots(1, 2, figsize=(11, 4))
+    for i, row in enumerate(rows):
+        look = dict(marker="os^vDPX*<>hdp8"[i % 14], color=f"C{i % 10}", linestyle="none", markersize=8, alpha=0.8)
+        perplexity.plot(row["disk"] / 1e6, row["perplexity"], label=row["format"], **look)
+        if row["KL"] > 1e-9:  # full precision itself has no place on a logarithmic axis
+            kl.plot(row["disk"] / 1e6, row["KL"], **look)
+    kl.set(ylabel="KL to full precision (nats per token)", yscale="log")
+    perplexity.set(ylabel="perplexity of held-out answers")
+    for axis in (kl, perplexity):
+        axis.set(xlabel="size on disk (MB)")
+        axis.grid(alpha=0.3)
+    picture.legend(loc="outside right upper", fontsize=8)
+    picture.tight_layout(rect=(0, 0, 0.88, 1))
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
