@@ -66,7 +66,7 @@ def from_tensors(tensors: dict[str, Tensor]) -> Quantized:
     if nested is not None and not known:
         raise InputError("its scales are quantized otherwise than in blocks of 256 with the dynamic map")
     n = math.prod(shape)
-    if tensors or packed.nbytes != packed_bytes(n, bits(code)) or len(absmax) != math.ceil(n / block):
+    if tensors or block < 1 or packed.nbytes != packed_bytes(n, bits(code)) or len(absmax) != math.ceil(n / block):
         found = f"{packed.nbytes} bytes of codes, {len(absmax)} scales" + (f", {sorted(tensors)}" if tensors else "")
         raise InputError(f"its quantized weight is incomplete or damaged: {found} for {n} values in blocks of {block}")
     packed = packed.contiguous().view(torch.uint8).reshape(-1, 1)

@@ -15,6 +15,7 @@ Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, V v
 
 import functools
 import math
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from coded import checkpoint_config, coded_layers, layer_from_tensors, layer_tensors
 from data import Batch
 from files import InputError, read_json, write_json
-from quant import FrozenLinear, compute_dtype
+from quant import FrozenLinear, compute_dtype, use_kernels
 from weights import modern_tensors, resolve, save_tensors, stored_tensors
 
 LOGIT_CHUNK = 2**24  # logits alive at a time in `completion_logprobs`: 64 MB in fp32
@@ -399,6 +400,10 @@ class Phi(nn.Module):
             model.set_submodule(layer, frozen)
         if missing:
             raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {next(iter(missing))!r}")
+        if coded and str(device).startswith("cuda"):
+            line = use_kernels(model, device, compiled=False)
+            if line:
+                warnings.warn(line, stacklevel=2)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
