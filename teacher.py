@@ -1,0 +1,398 @@
+"""The ChatGPT side: rejected answers, explanations, topics, judgements, from any server that speaks OpenAI's protocol.
+
+    rejected      an answer to put below the right one: to the bare question, or arguing for a wrong option
+    explanation   of a right answer that is known
+    topic         one of a list, or "Unknown"
+    judgement     which of two answers is better: "A", "B" or "tie"
+
+Each job is one prompt and one parser. An answer is appended to the journal, under the hash of its request, before it is
+used: a second run asks only what is missing, and a kill loses at most the calls in flight. OPENAI_API_KEY and
+OPENAI_BASE_URL come from the environment alone; the key is written nowhere.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from files import InputError, read_json, write_json
+
+ATTEMPTS = 8  # per request
+FIRST_WAIT = 0.5  # seconds, doubled after each attempt up to a minute
+USELESS = 3  # answers that make no sense, after which a request is given up for good
+TIMEOUT = 120.0  # seconds for one answer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to the teacher and how its answer is read; `parse` raises ValueError for an answer of no use."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, text)
+    parse: Callable[[str], str]
+    max_tokens: int = 600
+    choices: tuple[str, ...] = ()  # the only answers that make sense: structured output, where the server has it
+
+    def body(self, model: str, structured: bool = True, limit: str = "max_tokens") -> dict:
+        """The JSON of the request. `limit`: newer models take "max_completion_tokens"."""
+        body = {
+            "model": model,
+            "messages": [{"role": role, "content": text} for role, text in self.messages],
+            limit: self.max_tokens,
+        }
+        if self.choices and structured:
+            schema = {
+                "type": "object",
+                "properties": {"answer": {"type": "string", "enum": list(self.choices)}},
+                "required": ["answer"],
+                "additionalProperties": False,
+            }
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": True, "schema": schema},
+            }
+        return body
+
+    def key(self, model: str) -> str:
+        return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()[:32]
+
+
+# ----------------------------------------------------------------------------------------------------------- the four jobs
+
+
+def _text(answer: str) -> str:
+    if not answer.strip():
+        raise ValueError("an empty answer")
+    return answer.strip()
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    """Reads {"answer": choice}, or the bare choice from a server without structured output."""
+
+    def parse(answer: str) -> str:
+        try:
+            value = json.loads(answer)["answer"]
+        except (ValueError, KeyError, TypeError):
+            value = answer
+        found = [choice for choice in choices if str(value).strip().strip('."').casefold() == choice.casefold()]
+        if not found:
+            raise ValueError(f"{answer[:60]!r} is none of {', '.join(choices)}")
+        return found[0]
+
+    return parse
+
+
+def _options(choices: list[str]) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
+
+
+def explanation(question: str, choices: list[str], answer: str) -> Request:
+    """Why `answer` is right, in steps."""
+    options = f"\n\nOptions:\n{_options(choices)}" if choices else ""
+    task = (
+        "Explain step by step how to arrive at the given answer, then state it. Do not say that it was given, and do not "
+        "name options by their letters."
+    )
+    return Request((("system", task), ("user", f"{question}{options}\n\nAnswer: {answer}")), _text)
+
+
+def rejected(question: str, choices: list[str], wrong: str | None) -> Request:
+    """An answer that is worse than the right one. A wrong option is argued for in the words of `explanation`, so that style
+    does not tell the two apart; without options, it is what the teacher answers to the bare question."""
+    if wrong is None:
+        return Request((("user", question),), _text)
+    return explanation(question, choices, wrong)
+
+
+def topic(question: str, topics: tuple[str, ...]) -> Request:
+    choices = (*topics, "Unknown")
+    task = f"To which topic does the question belong? Answer with one of: {', '.join(choices)}."
+    return Request((("system", task), ("user", question)), _one_of(choices), max_tokens=30, choices=choices)
+
+
+def judgement(question: str, a: str, b: str) -> Request:
+    choices = ("A", "B", "tie")
+    task = "Which answer to the question is better? Judge correctness first, then clarity. Answer with A, B or tie."
+    text = f"Question:\n{question}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}"
+    return Request((("system", task), ("user", text)), _one_of(choices), max_tokens=30, choices=choices)
+
+
+# ------------------------------------------------------------------------------------------------------ journal and prices
+
+
+@dataclass
+class Journal:
+    """A JSONL file of {"key", "answer", "tokens": [in, out]}: everything that was paid for. `answer` None: refused; key "":
+    paid for and of no use, so the request is still open."""
+
+    path: Path
+    answers: dict[str, str | None] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    @classmethod
+    def open(cls, path: Path) -> "Journal":
+        """Reads the journal; a last line that a kill cut short is removed."""
+        journal = cls(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                with open(path, "r+b") as file:
+                    file.truncate(len(whole))
+            for number, line in enumerate(whole.splitlines(), start=1):
+                try:
+                    journal._take(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{path}:{number}: not a line of a teacher's journal ({error!r})") from None
+        return journal
+
+    def _take(self, entry: dict) -> None:
+        self.answers[entry["key"]] = entry["answer"]
+        self.tokens = [had + new for had, new in zip(self.tokens, entry["tokens"], strict=True)]
+
+    def add(self, key: str, answer: str | None, tokens: list[int]) -> None:
+        entry = {"key": key, "answer": answer, "tokens": tokens}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._take(entry)
+
+
+@dataclass
+class Teacher:
+    """How to ask: the model's name, calls at a time, price per million tokens in and out, and what may be spent in all."""
+
+    model: str
+    concurrency: int = 8
+    price: tuple[float, float] = (0.0, 0.0)
+    budget: float | None = None
+
+    def cost(self, tokens: list[int]) -> float:
+        return sum(count * price / 1e6 for count, price in zip(tokens, self.price))
+
+    def at_most(self, request: Request) -> list[int]:
+        """Tokens in (about a token for 3 bytes of text) and out, estimated from above."""
+        return [sum(len(text.encode()) // 3 + 8 for _, text in request.messages), request.max_tokens]
+
+
+class Stop(Exception):
+    """Asking on is pointless or unwanted: a wrong key, an empty account, the budget. The message is for the user."""
+
+
+def missing(requests: list[Request], journal: Journal, teacher: Teacher) -> dict[str, Request]:
+    """The requests that the journal does not answer, each once."""
+    keyed = {request.key(teacher.model): request for request in requests}
+    return {key: request for key, request in keyed.items() if key not in journal.answers}
+
+
+def estimate(requests: list[Request], journal: Journal, teacher: Teacher, share: float = 1.0) -> str:
+    """What asking would take, for --dry-run."""
+    todo = missing(requests, journal, teacher).values()
+    tokens = [sum(part) for part in zip(*map(teacher.at_most, todo))] or [0, 0]
+    answered, cost = len(requests) - len(todo), share * teacher.cost(tokens)
+    return (
+        f"{len(requests):,} requests, {answered:,} answered in the journal or asked twice; {len(todo):,} calls of "
+        f"{teacher.model}: at most about {tokens[0]:,} tokens in and {tokens[1]:,} out, {cost:,.2f}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- asking
+
+
+def client():
+    """The SDK's client. Its own retries are off: they would retry an empty account, and count no money."""
+    import openai
+
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
+    return openai.AsyncOpenAI(max_retries=0, timeout=TIMEOUT)
+
+
+def ask_all(requests: list[Request], journal: Journal, teacher: Teacher, label: str) -> list[str | None]:
+    """The parsed answer to every request, None where the teacher refused or gave nothing of use in all attempts.
+
+    InputError stops all: a wrong key, an empty account, an unknown model, or the budget. What was answered until then is in
+    the journal.
+    """
+    todo = missing(requests, journal, teacher)
+    if todo:
+        try:
+            asyncio.run(_ask_missing(todo, journal, teacher, label))
+        except Stop as stop:
+            raise InputError(
+                f"{stop} ({len(missing(requests, journal, teacher)):,} of {len(requests):,} answers are missing; "
+                "the same command asks only for those)"
+            ) from None
+    return [_parsed(request, journal.answers.get(request.key(teacher.model))) for request in requests]
+
+
+def _parsed(request: Request, answer: str | None) -> str | None:
+    return None if answer is None else request.parse(answer)
+
+
+async def _ask_missing(todo: dict[str, Request], journal: Journal, teacher: Teacher, label: str) -> None:
+    queue, in_flight, halted = iter(todo.items()), [], []
+    with tqdm(total=len(todo), desc=label, unit="call", mininterval=1) as bar:
+        async with client() as api:
+
+            async def worker() -> None:
+                for key, request in queue:
+                    if halted:
+                        return
+                    try:
+                        bound = await _reserve(request, journal, teacher, in_flight)
+                        try:
+                            answer, tokens, final = await _ask(api, request, teacher.model)
+                        finally:
+                            in_flight.remove(bound)
+                    except Stop:
+                        halted.append(True)
+                        raise
+                    if final or any(tokens):
+                        journal.add(key if final else "", answer, tokens)
+                    bar.update()
+                    bar.set_postfix(cost=f"{teacher.cost(journal.tokens):.4f}", refresh=False)
+
+            workers = [asyncio.create_task(worker()) for _ in range(teacher.concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:  # at a Stop, calls in flight are paid for: let them end and be written down
+                await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _reserve(request: Request, journal: Journal, teacher: Teacher, in_flight: list[float]) -> float:
+    """The most that a request may cost, added to `in_flight` once the budget has room for it; waits for calls in flight to
+    turn out cheaper than that. Stop if nothing is in flight and there is still no room."""
+    bound = teacher.cost(teacher.at_most(request))
+    while teacher.budget is not None and teacher.cost(journal.tokens) + sum(in_flight) + bound > teacher.budget:
+        if not in_flight:
+            spent = teacher.cost(journal.tokens)
+            raise Stop(f"the budget of {teacher.budget} would be passed: {spent:.4f} are spent, a call may cost {bound:.4f}")
+        await asyncio.sleep(0.01)
+    in_flight.append(bound)
+    return bound
+
+
+async def _ask(api, request: Request, model: str) -> tuple[str | None, list[int], bool]:
+    """(answer, tokens paid, whether that is final). Answer None and final: refused, or of no use several times."""
+    import openai
+
+    structured, limit, paid, useless, last = True, "max_tokens", [0, 0], 0, None
+    for attempt in range(ATTEMPTS):
+        wait = min(60.0, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
+        try:
+            response = await api.chat.completions.create(**request.body(model, structured, limit))
+            message, usage = response.choices[0].message, response.usage
+            paid = [had + new for had, new in zip(paid, (usage.prompt_tokens, usage.completion_tokens))]
+            try:
+                request.parse(message.content or "")
+                return message.content, paid, True
+            except ValueError as error:
+                useless, last = useless + 1, error
+            if useless == USELESS or getattr(message, "refusal", None):
+                return None, paid, True
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise Stop(f"the teacher's server refuses: {error.status_code} {_reason(error)}") from None
+        except openai.BadRequestError as error:
+            if structured and request.choices and "response_format" in str(error):
+                structured = False  # an older server
+                continue
+            if limit == "max_tokens" and "max_completion_tokens" in str(error):
+                limit = "max_completion_tokens"  # a newer model
+                continue
+            if getattr(error, "code", None) in ("context_length_exceeded", "content_filter", "content_policy_violation"):
+                return None, paid, True  # this request alone
+            raise Stop(f"the teacher's server does not understand the request: {_reason(error)}") from None
+        except openai.RateLimitError as error:
+            if getattr(error, "code", None) == "insufficient_quota":
+                raise Stop(f"the teacher's account is empty: {_reason(error)}") from None
+            wait = max(wait, _retry_after(error))
+        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError) as error:
+            last = error  # a server's error, a cut connection, a time-out, or a body that is not the protocol's
+        await asyncio.sleep(wait)
+    tqdm.write(f"  no answer in {ATTEMPTS} attempts ({type(last).__name__}); the next run asks again")
+    return None, paid, False
+
+
+def _reason(error) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or type(error).__name__)[:200]
+
+
+def _retry_after(error) -> float:
+    try:
+        return min(60.0, float(error.response.headers.get("retry-after", 0)))
+    except ValueError:
+        return 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ Batch API
+
+
+def ask_in_batch(
+    requests: list[Request], journal: Journal, teacher: Teacher, poll_seconds: float = 30.0
+) -> list[str | None]:
+    """As `ask_all`, through the Batch API: half the price, an answer within a day. Its id is kept beside the journal, so a
+    run that was stopped while waiting goes on waiting for the same batch."""
+    todo, state = missing(requests, journal, teacher), journal.path.with_suffix(".batch.json")
+    if todo or state.exists():
+        asyncio.run(_batch(todo, journal, teacher, state, poll_seconds))
+    return [_parsed(request, journal.answers.get(request.key(teacher.model))) for request in requests]
+
+
+async def _batch(todo: dict[str, Request], journal: Journal, teacher: Teacher, state: Path, poll_seconds: float) -> None:
+    import openai
+
+    async with client() as api:
+        try:
+            if not state.exists():
+                bound = sum(teacher.cost(teacher.at_most(request)) for request in todo.values()) / 2
+                if teacher.budget is not None and teacher.cost(journal.tokens) / 2 + bound > teacher.budget:
+                    raise InputError(f"the batch may cost {bound:.4f}, which passes the budget of {teacher.budget}")
+                url = "/v1/chat/completions"
+                lines = [
+                    json.dumps({"custom_id": key, "method": "POST", "url": url, "body": request.body(teacher.model)})
+                    for key, request in todo.items()
+                ]
+                file = await api.files.create(file=("requests.jsonl", "\n".join(lines).encode()), purpose="batch")
+                made = await api.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+                write_json(state, {"id": made.id})
+            batch = await api.batches.retrieve(read_json(state)["id"])
+            while batch.status not in ("completed", "failed", "expired", "cancelled"):
+                done = batch.request_counts.completed if batch.request_counts else 0
+                print(
+                    f"batch {batch.id}: {batch.status}, {done:,} done; Ctrl-C is safe, the same command waits on", flush=True
+                )
+                await asyncio.sleep(poll_seconds)
+                batch = await api.batches.retrieve(batch.id)
+            if batch.output_file_id:
+                content = await api.files.content(batch.output_file_id)
+                _collect(content.text, todo, journal)
+        except openai.APIError as error:
+            raise InputError(f"the Batch API: {_reason(error)}; the same command goes on") from None
+    state.unlink()
+    if batch.status != "completed":
+        raise InputError(f"batch {batch.id} ended as {batch.status}; the same command asks for what is missing")
+
+
+def _collect(text: str, todo: dict[str, Request], journal: Journal) -> None:
+    """Writes the batch's answers to the journal; those of no use are left out and asked for again by the next run."""
+    for line in filter(None, text.splitlines()):
+        result = json.loads(line)
+        key, response = result["custom_id"], result.get("response") or {}
+        if response.get("status_code") != 200 or key in journal.answers or key not in todo:
+            continue
+        message, usage = response["body"]["choices"][0]["message"], response["body"]["usage"]
+        tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
+        try:
+            todo[key].parse(message.get("content") or "")
+        except ValueError:
+            if message.get("refusal"):
+                journal.add(key, None, tokens)
+            continue
+        journal.add(key, message["content"], tokens)

@@ -1,0 +1,153 @@
+"""A local HTTP server that speaks OpenAI's protocol, chat completions and batches, and fails as real ones do."""
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FAULTS = ("429", "500", "cut", "not json", "empty", "slow")
+
+
+class Server(ThreadingHTTPServer):
+    """`fault(body, attempt)` names what to do to a request's nth attempt, or None. `answered` counts good answers."""
+
+    def __init__(self, answer, fault=lambda body, attempt: None, key="sk-test", structured=True):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.fault, self.key, self.structured = answer, fault, key, structured
+        self.attempts, self.answered, self.bodies = Counter(), Counter(), []
+        self.files, self.batches, self.lock = {}, {}, threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that was killed
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, body, headers=()):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def error(self, status, message, code=None, headers=()):
+        self.reply(status, {"error": {"message": message, "type": "error", "code": code}}, headers)
+
+    def allowed(self):
+        if self.headers.get("Authorization") == f"Bearer {self.server.key}":
+            return True
+        self.error(401, "Incorrect API key provided", "invalid_api_key")
+        return False
+
+    def completion(self, body):
+        message = {"role": "assistant", "content": self.server.answer(body), "refusal": None}
+        if message["content"] == "REFUSE":
+            message = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+        words = sum(len(m["content"].split()) for m in body["messages"])
+        usage = {"prompt_tokens": words, "completion_tokens": 10, "total_tokens": words + 10}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        return {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    def do_POST(self):
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if not self.allowed():
+            return
+        if self.path == "/v1/chat/completions":
+            self.chat(json.loads(data))
+        elif self.path == "/v1/files":
+            message = BytesParser().parsebytes(
+                b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + data
+            )
+            part = next(p for p in message.get_payload() if p.get_filename())
+            self.server.files["file-in"] = part.get_payload(decode=True).decode()
+            self.reply(
+                200, {"id": "file-in", "object": "file", "bytes": 1, "created_at": 1, "filename": "x", "purpose": "batch"}
+            )
+        elif self.path == "/v1/batches":
+            self.server.batches["batch-1"] = {"polls": 0, "created": len(self.server.batches) + 1}
+            self.reply(200, self.batch())
+
+    def do_GET(self):
+        if not self.allowed():
+            return
+        if self.path == "/v1/batches/batch-1":
+            self.server.batches["batch-1"]["polls"] += 1
+            self.reply(200, self.batch())
+        elif self.path == "/v1/files/file-out/content":
+            lines = []
+            for line in self.server.files["file-in"].splitlines():
+                request = json.loads(line)
+                response = {"status_code": 200, "request_id": "r", "body": self.completion(request["body"])}
+                lines.append(json.dumps({"id": "b", "custom_id": request["custom_id"], "response": response, "error": None}))
+            self.reply(200, "\n".join(lines).encode())
+
+    def batch(self):
+        done = self.server.batches["batch-1"]["polls"] > 2
+        return {
+            "id": "batch-1",
+            "object": "batch",
+            "endpoint": "/v1/chat/completions",
+            "input_file_id": "file-in",
+            "completion_window": "24h",
+            "status": "completed" if done else "in_progress",
+            "created_at": 1,
+            "output_file_id": "file-out" if done else None,
+            "request_counts": {"total": 1, "completed": 1 if done else 0, "failed": 0},
+        }
+
+    def chat(self, body):
+        name = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
+        with self.server.lock:
+            self.server.attempts[name] += 1
+            self.server.bodies.append(body)
+            fault = self.server.fault(body, self.server.attempts[name])
+        if "response_format" in body and not self.server.structured:
+            return self.error(400, "Unsupported parameter: 'response_format'")
+        if fault == "newer model" and "max_tokens" in body:
+            return self.error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        if fault == "too long":
+            return self.error(400, "Maximum context length exceeded", "context_length_exceeded")
+        if fault == "400":
+            return self.error(400, "Unknown parameter")
+        if fault == "429":
+            return self.error(429, "Rate limit reached", "rate_limit_exceeded", [("Retry-After", "0.01")])
+        if fault == "quota":
+            return self.error(429, "You exceeded your current quota", "insufficient_quota")
+        if fault == "403":
+            return self.error(403, "Country not supported")
+        if fault == "500":
+            return self.error(500, "The server had an error")
+        if fault == "cut":
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"id":')
+            self.close_connection = True
+            return self.connection.close()
+        if fault == "not json":
+            return self.reply(200, b"{'id': oops")
+        if fault == "slow":
+            time.sleep(0.6)
+        response = self.completion(body)
+        if fault == "empty":
+            response["choices"][0]["message"]["content"] = ""
+        with self.server.lock:
+            self.server.answered[name] += fault != "empty"
+        self.reply(200, response)
