@@ -17,6 +17,7 @@ and gradients are those of two separate rows, but the prompt goes through the ne
 Letters: B rows of a batch, T tokens of its longest row, N completions in the batch, M predicted tokens.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from files import InputError
 
+LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 
@@ -218,11 +220,35 @@ def parse_sft(row: dict) -> tuple[list[dict], list[str], dict]:
     return prompt, [completion], {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
 
 
-PARSERS = {"pairs": parse_pair, "sft": parse_sft}
+def parse_mcq(row: dict, letter_only: bool = False) -> tuple[list[dict], list[str], dict]:
+    """{"question", "choices", "answer": letter, "explanation", ...}, or the course's form, whose question has the options in
+    its text and ends with "Answer:". The reply explains first, if there is an explanation, and ends with "Answer: C"."""
+    question, choices = _text(row.get("question"), "question"), row.get("choices")
+    if choices is not None:
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise ValueError(f'"choices" is not a list of 2 to {len(LETTERS)} texts')
+        options = [f"{letter}. {_text(choice, 'choices')}" for letter, choice in zip(LETTERS, choices)]
+        question = "\n".join([f"Question: {question}", "", "Options:", *options, "", "Answer:"])
+    count = len(choices) if choices else len(re.findall(r"(?m)^[A-J]\s*[.)]", question))
+    answer = row.get("answer")
+    if answer not in tuple(LETTERS[:count]):
+        raise ValueError(f'"answer" is {answer!r}, not the letter of an option')
+    explanation = row.get("explanation") or ""
+    reply = answer if letter_only else f"{explanation.strip()}\n\nAnswer: {answer}".strip()
+    extra = {k: v for k, v in row.items() if k not in ("question", "choices", "answer", "explanation")}
+    return [{"role": "user", "content": question}], [reply], extra | {"letter": answer, "options": count}
+
+
+PARSERS = {
+    "pairs": parse_pair,
+    "sft": parse_sft,
+    "mcq": parse_mcq,
+    "mcq letter": functools.partial(parse_mcq, letter_only=True),
+}
 
 
 def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
-    """Reads a JSONL file of `kind` "pairs" or "sft". Blank lines are no rows.
+    """Reads a JSONL file of a `kind` of PARSERS: "pairs", "sft", "mcq" or "mcq letter". Blank lines are no rows.
 
     Every row that cannot be used is reported as `file:line: reason`: with on_bad_row "stop" in one InputError after the
     whole file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.

@@ -26,6 +26,12 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_file() or len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
         raise InputError(f"{path_or_repo}: no such directory (a hub name looks like microsoft/phi-2)")
+    return hub_snapshot(str(path_or_repo), revision, ["*.json", "*.safetensors"])
+
+
+def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str = "model") -> Path:
+    """The local copy of a hub repository's files like `patterns`, downloaded once, then taken from the cache, also offline.
+    `kind`: "model" or "dataset". The copy's directory is named after its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -36,9 +42,9 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         RevisionNotFoundError,
     )
 
-    repo = str(path_or_repo)
+    instead = "--model also takes a directory" if kind == "model" else "--sources also takes NAME=PATH"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise InputError(f"{repo}: no such directory, and not a hub name, which looks like microsoft/phi-2") from None
     except GatedRepoError:
@@ -51,8 +57,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         raise InputError(f"{repo}: the repository has no revision {revision!r}") from None
     except LocalEntryNotFoundError:
         raise InputError(
-            f"{repo}: the hub cannot be reached or refuses, and there is no complete local copy; --model "
-            "also takes a directory"
+            f"{repo}: the hub cannot be reached or refuses, and there is no complete local copy; {instead}"
         ) from None
     except (HTTPError, OSError, ValueError) as error:
         raise InputError(f"{repo}: the download failed ({error}); run the same command again to continue it") from None

@@ -18,6 +18,7 @@ from data import (
     encode,
     epoch_order,
     load_tokenizer,
+    parse_mcq,
     question_key,
     read_rows,
     split_by_question,
@@ -501,3 +502,38 @@ def test_supervise_everything_predicts_all_tokens_but_the_first():
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5]] and batch.target.tolist() == [2, 3, 4, 5]
     with pytest.raises(ValueError):
         supervise_everything(Example([1, 2], [[3], [4]]))  # two answers are not one text
+
+
+# -------------------------------------------------------------------------------------------------------- multiple choice
+
+
+def mcq(**change):
+    row = {"question": "Which?", "choices": ["red", "blue"], "answer": "B", "explanation": "It is so.", "topic": "x"}
+    return {name: value for name, value in (row | change).items() if value is not None}
+
+
+def test_multiple_choice_explains_first_and_ends_with_the_letter():
+    messages, replies, extra = parse_mcq(mcq())
+    assert messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
+    assert replies == ["It is so.\n\nAnswer: B"] and extra == {"topic": "x", "letter": "B", "options": 2}
+    assert parse_mcq(mcq(explanation=None))[1] == ["Answer: B"]
+    assert parse_mcq(mcq(), letter_only=True)[1] == ["B"]
+    course = {"question": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:", "answer": "B", "explanation": "So."}
+    assert parse_mcq(course)[2]["options"] == 2
+    assert parse_mcq(course)[0] == messages and parse_mcq(course)[1] == ["So.\n\nAnswer: B"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "C"}, "not the letter of an option"),
+        ({"answer": "blue"}, "not the letter of an option"),
+        ({"answer": ""}, "not the letter of an option"),
+        ({"choices": ["red"]}, "2 to 10 texts"),
+        ({"choices": ["red", ""]}, '"choices" is empty'),
+        ({"question": None}, '"question" is missing'),
+    ],
+)
+def test_multiple_choice_rows_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mcq(mcq(**change))

@@ -1,18 +1,13 @@
 """Weights survive the way to disk and back, in every form that is read; what cannot be read is an error with a name."""
 
-import contextlib
-import hashlib
-import http.server
 import json
-import os
-import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import hub, hub_environment
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -317,58 +312,6 @@ def test_current_names_stay_as_they_are():
 
 # ------------------------------------------------------------------------------------------------------------- the hub
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
-REQUEST = re.compile(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/([^/?]+)/?([^?]*)")
-
-
-@contextlib.contextmanager
-def hub(repositories):
-    """A local server that speaks as much of the hub's protocol as a download needs: which commit a revision is, which
-    files it has, and the files. `repositories`: {"owner/name": directory, or (status, error code) as every answer}."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            match = REQUEST.match(self.path)
-            name, what, revision, file = match.groups() if match else (None,) * 4
-            found = repositories.get(name, (404, "RepoNotFound"))
-            if isinstance(found, tuple):
-                self.answer(found[0], b"", {"X-Error-Code": found[1]})
-            elif revision not in ("main", SHA):
-                self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            elif what == "revision":
-                self.answer(200, json.dumps({"id": name, "sha": SHA, "siblings": []}).encode())
-            elif what == "tree":
-                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": SHA} for p in found.iterdir()]
-                self.answer(200, json.dumps(files).encode())
-            else:
-                body = (found / file).read_bytes()
-                self.answer(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": SHA})
-
-        do_HEAD = do_GET
-
-        def answer(self, status, body, headers=None):
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    requests = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
 
 def load_from_hub(endpoint, home, *names, offline=False):
     """What Phi.from_pretrained makes of each name: {name: sum of lm_head.weight, or the InputError's text}; any other
@@ -385,14 +328,7 @@ for name in sys.argv[1:]:
     except InputError as error:
         results[name] = str(error)
 print(json.dumps(results))"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    environment |= {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = hub_environment(endpoint, home, offline)
     process = subprocess.run(
         [sys.executable, "-B", "-c", script, *names], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
