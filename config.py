@@ -15,8 +15,8 @@ from dpo import LOSSES, check_loss
 from files import InputError
 from quant import FORMATS
 
-TRAINING = ("sft", "dpo", "qat")
-STAGES = (*TRAINING, "quantize", "eval")
+TRAINING = ("sft", "dpo", "mcq", "qat")
+STAGES = ("data", *TRAINING, "quantize", "eval")
 OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
 PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card
 # What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
@@ -38,7 +38,9 @@ class Config:
     out: str = flag("out", "directory of all runs", STAGES)
     resume: bool = flag(False, "continue the run of this name from its last checkpoint, with its own settings")
     overwrite: bool = flag(False, "delete an earlier run of this name first", STAGES)
-    dry_run: bool = flag(False, "show config, data, batches, memory and time; train nothing")
+    dry_run: bool = flag(
+        False, "show config, data, batches, memory and time, or what a teacher would cost; do nothing", (*TRAINING, "data")
+    )
 
     to: str | None = flag(None, "number format of the weights", ("quantize", "qat"), FORMATS)
     block: int | None = flag(None, "values that share a scale, but for int8 (default 64)", ("quantize", "qat"))
@@ -59,10 +61,32 @@ class Config:
         ("eval",),
     )
 
+    sources: str | None = flag(
+        None, "data sets, such as theoremqa,mmlu_stem=DIR (NAME from the hub, NAME=PATH a copy)", ("data",)
+    )
+    sizes: str = flag("", "training rows of each mixture, such as 20000,30000 (default: one with all rows)", ("data",))
+    shares: str = flag("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)", ("data",))
+    shares_by: str = flag("source", "what --shares names", ("data",), ("source", "topic"))
+    independent: bool = flag(False, "draw each size anew instead of each inside the next", ("data",))
+    match_lengths: bool = flag(
+        False, "as many pairs whose longer answer is chosen as whose shorter is, by source", ("data",)
+    )
+    topics: str | None = flag(None, "filled-in copy of topics_to_review.jsonl", ("data",))
+    teacher: str | None = flag(None, "model that writes missing answers (OPENAI_API_KEY, OPENAI_BASE_URL)", ("data",))
+    concurrency: int = flag(8, "calls to the teacher at a time", ("data",))
+    batch: bool = flag(False, "ask through the Batch API: half the price, within a day", ("data",))
+    price: str | None = flag(None, "of a million tokens in and out, such as 0.5,1.5", ("data",))
+    budget: float | None = flag(None, "stop before the teacher has cost more than this, in the price's currency", ("data",))
+    letter_only: bool = flag(False, "answer with the letter alone, without explaining first", ("mcq",))
+
     train: str | None = flag(None, "JSONL file to train on (the demo makes its own)")
     eval: str | None = flag(None, "JSONL file to evaluate on (default: a share of --train, split by question)")
-    eval_share: float | None = flag(None, "share of the questions of --train kept for evaluation (default 0.2)")
-    on_bad_row: str = flag("stop", "a row that cannot be used ends the run, or is left out", choices=("stop", "skip"))
+    eval_share: float | None = flag(
+        None, "share of the questions that is kept for evaluation (default 0.2)", (*TRAINING, "data")
+    )
+    on_bad_row: str = flag(
+        "stop", "a row that cannot be used ends the run, or is left out", (*TRAINING, "data"), ("stop", "skip")
+    )
     system_prompt: str | None = flag(None, "system turn for prompts that have none")
     max_length: int | None = flag(None, "tokens of a prompt with one completion; longer examples are dropped")
     max_prompt_length: int | None = flag(None, "tokens of a prompt; longer ones lose their oldest text")
@@ -190,7 +214,7 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
 def resolve(config: Config, given: set[str]) -> Config:
     """Fills every unset field and checks every value; InputError says what is wrong and what to type."""
     stage, demo = config.stage, config.model == "demo"
-    objective = stage if stage in OBJECTIVES else config.objective or "sft" if stage == "qat" else None
+    objective = {"mcq": "sft", "qat": config.objective or "sft"}.get(stage, stage)
     for f in fields(Config):
         if f.name in given and not {stage, objective} & set(f.metadata["stages"]):
             where = f"--stage qat --objective {objective}" if stage == "qat" else f"--stage {stage}"
@@ -210,6 +234,9 @@ def resolve(config: Config, given: set[str]) -> Config:
         values["block"] = config.block or 64
     if stage == "eval":
         _check_card(config)
+    if stage == "data":
+        values["eval_share"] = config.eval_share or 0.2
+        _check_data(config)
     return Config(**values)
 
 
@@ -219,6 +246,8 @@ def _training_values(config: Config, given: set[str], objective: str) -> dict:
     for name in ("demo_rows", "flip_rate"):
         if name in given and (not demo or config.train):
             raise InputError(f"--{name.replace('_', '-')} is for the demo's own data; leave it out")
+    if config.stage == "mcq" and not config.train:
+        raise InputError("--train FILE.jsonl is missing: multiple-choice questions, such as --stage data makes them")
     if not demo and not config.train:
         raise InputError(f"--train FILE.jsonl is missing: what shall {config.model} be tuned on?")
     if config.eval and not config.train:
@@ -270,6 +299,17 @@ def _check_card(config: Config) -> None:
         raise InputError(f"--precisions: no {unknown[0]!r}; choose from {', '.join(PRECISIONS)}")
 
 
+def _check_data(config: Config) -> None:
+    if not config.sources:
+        raise InputError("--sources is missing: a list such as theoremqa,mmlu_stem=DIR")
+    if config.eval_share is not None and not 0 < config.eval_share < 1:
+        raise InputError(f"--eval-share {config.eval_share}: must lie between 0 and 1")
+    if config.concurrency < 1:
+        raise InputError(f"--concurrency {config.concurrency}: must be positive")
+    if not config.teacher and (config.batch or config.price or config.budget is not None):
+        raise InputError("--batch, --price and --budget are for a teacher; add --teacher MODEL or leave them out")
+
+
 def _check_training(config: Config) -> None:
     if config.dtype == "fp16":
         raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
@@ -319,6 +359,8 @@ def _check_training(config: Config) -> None:
 
 
 def default_name(config: Config) -> str:
+    if config.stage == "data":
+        return "data"
     model = config.model.rstrip("/").rpartition("/")[2] or "model"
     if config.stage == "quantize":
         return f"{model}-{config.to}" + ("-double" if config.double else "")

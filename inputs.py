@@ -73,6 +73,8 @@ def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
     the demo's random tiny Phi is made there too.
     """
     kind = "pairs" if config.objective == "dpo" else "sft"
+    if config.stage == "mcq":
+        kind = "mcq letter" if config.letter_only else "mcq"
     path = config.train
     if path is None:
         path = run / "data" / f"{kind}.jsonl"

@@ -207,7 +207,7 @@ def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
         if "answer" in example.extra:
             lines.append(f"  right:  {example.extra['answer']}")
     lines += ["", f"Model, metrics and figure: {run}/ (model.safetensors, metrics.jsonl, figures/training.png)"]
-    if config.model == "demo" and config.objective == "dpo":
+    if config.model == "demo" and config.stage == "dpo":
         lines.append(f"The same on Phi-2:\n  {PHI2_COMMAND}")
     return "\n".join(lines)
 

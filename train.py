@@ -5,6 +5,8 @@
     python train.py --stage sft --model microsoft/phi-2 --train sft.jsonl    supervised tuning first
     python train.py --stage dpo ... --dry-run                                look before you train
     python train.py --stage dpo --name NAME --resume                         go on after a kill
+    python train.py --stage data --sources theoremqa,mmlu_stem=DIR           data sets from the report's sources
+    python train.py --stage mcq --model DIR --train mcq-train.jsonl          multiple choice: explain, then the letter
     python train.py --stage quantize --model DIR --to nf4                    a quarter of the size
     python train.py --stage qat --to nf4 --model DIR --train sft.jsonl       tune the rounded weights
     python train.py --stage eval --model DIR --precisions fp32,int8,nf4      what a number format costs and brings
@@ -34,6 +36,7 @@ import card
 import dpo
 import report
 import sft
+from build import build_data
 from checkpoint import load_optimizer, open_run, prune, publish, save_checkpoint, save_model, truncate_metrics
 from config import LOWER_IS_BETTER, Config, default_name, parse, resolve, resume_command
 from convert import quantize_checkpoint
@@ -314,6 +317,9 @@ def find_parent(config: Config) -> Path | None:
 
 def run_stage(config: Config) -> int:
     """Runs one stage from its inputs to its report; returns the exit status."""
+    if config.stage == "data":
+        build_data(config)
+        return 0
     if config.stage == "quantize":
         return quantize_stage(config)
     if config.stage == "eval":

@@ -13,8 +13,8 @@ FLOORS = [  # a file imports only from floors below its own
     ["model"],
     ["sft", "dpo", "checkpoint", "convert"],
     ["config", "eval", "chat"],
-    ["inputs"],
-    ["report", "card"],
+    ["inputs", "mixture"],
+    ["report", "card", "build"],
     ["train", "bench"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
