@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import Config
 from data import ChatML, Example, Ledger, encode, load_tokenizer, read_rows
-from eval import all_logprobs, divergence
+from eval import all_logprobs, choice_accuracy, divergence
 from files import InputError, read_json, write_json, write_text
 from inputs import load_inputs
 from model import Phi, generate
@@ -39,7 +39,7 @@ def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None
     rows = []
     for name in config.precisions.split(","):
         print(f"{name} ...", flush=True)
-        rows.append(measure_format(name, config, source, full, examples, reference, compiled))
+        rows.append(measure_format(name, config, source, full, chat, examples, reference, compiled))
     note = (
         f"{source}, {len(examples):,} examples of {where}; decoding {NEW_TOKENS} tokens on {config.device}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}" + (", --compile" if compiled else "")
@@ -63,7 +63,8 @@ def held_out(config: Config, source: Path) -> tuple[ChatML, list[Example], str]:
     ledger, chat = Ledger(), ChatML(load_tokenizer(source))
     with open(config.data, encoding="utf-8") as file:
         first = next((line for line in file if line.strip()), "")
-    rows = read_rows(config.data, "pairs" if '"chosen"' in first else "sft", "stop", ledger)
+    kind = "pairs" if '"chosen"' in first else "mcq letter" if '"question"' in first else "sft"
+    rows = read_rows(config.data, kind, "stop", ledger)
     room = read_json(source / "config.json").get("max_position_embeddings", 2048)
     examples = encode(rows, chat, room, room // 2, ledger)
     if not examples:
@@ -103,6 +104,7 @@ def measure_format(
     config: Config,
     source: Path,
     full: Phi,
+    chat: ChatML,
     examples: list[Example],
     reference: Tensor | None,
     compiled: bool,
@@ -119,6 +121,9 @@ def measure_format(
     measured = divergence(full, model, likely, BATCH, config.device)
     row |= {"perplexity": torch.tensor(measured["loss"]).exp().item(), "KL": measured["kl"], "top 1": measured["top 1"]}
     row |= reward_accuracy(model, examples, reference, config.device)
+    row["choice accuracy"] = None
+    if all("letter" in e.extra for e in examples):
+        row["choice accuracy"] = choice_accuracy(model, examples, chat, BATCH, config.device, "fp32")
     prompts = [e.prompt for e in examples[:16]]
     return row | {f"tokens/s, batch {n}": decode_speed(model, (prompts * n)[:n]) for n in (1, 16)}
 
@@ -169,16 +174,18 @@ COLUMNS = {  # heading: (key, how a value is shown)
     "KL, nats": ("KL", lambda v: f"{v:.2g}"),
     "same top 1": ("top 1", lambda v: f"{100 * v:.2f}%"),
     "reward accuracy": ("reward accuracy", lambda v: f"{100 * v:.1f}%"),
+    "right option": ("choice accuracy", lambda v: f"{100 * v:.1f}%"),
     "tokens/s, 1": ("tokens/s, batch 1", lambda v: f"{v:,.0f}"),
     "tokens/s, 16": ("tokens/s, batch 16", lambda v: f"{v:,.0f}"),
 }
 
 
 def markdown(rows: list[dict]) -> str:
-    """The card as a table, columns of equal width."""
-    cells = [list(COLUMNS)]
-    cells += [["-" if row[key] is None else show(row[key]) for key, show in COLUMNS.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    """The card as a table, columns of equal width; a column without any value is left out."""
+    columns = {heading: (key, show) for heading, (key, show) in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    cells = [list(columns)]
+    cells += [["-" if row[key] is None else show(row[key]) for key, show in columns.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
 

@@ -5,14 +5,16 @@ batch size. All of them use the same log-probability as training (`model.complet
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import demo
-from data import ChatML, Example, collate
+from data import LETTERS, ChatML, Example, collate
 from dpo import debiased_accuracy
 from model import LOGIT_CHUNK, Phi, completion_logprobs, generate
 
@@ -108,6 +110,23 @@ def preference_summary(
     return summary
 
 
+def choice_accuracy(
+    model: Phi, examples: Sequence[Example], chat: ChatML, batch_size: int, device: str, dtype: str
+) -> float:
+    """Share of multiple-choice questions whose right letter is the likeliest of the options' letters as the whole reply.
+
+    All letters of a question stand in one row behind the prompt, which is run once.
+    """
+    right = 0
+    for count in sorted({e.extra["options"] for e in examples}):
+        part = [e for e in examples if e.extra["options"] == count]
+        letters = [chat.reply(letter) for letter in LETTERS[:count]]
+        asked = [replace(e, completions=letters) for e in part]
+        table = all_logprobs(model, asked, batch_size, device, dtype, f"{count} options")  # [E, count]
+        right += sum(LETTERS[i] == e.extra["letter"] for i, e in zip(table.argmax(dim=1).tolist(), part, strict=True))
+    return right / len(examples)
+
+
 def sample_answers(
     model: Phi,
     chat: ChatML,
@@ -130,7 +149,11 @@ def sample_answers(
 def answer_summary(answers: Sequence[str], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
     """Mean length of sampled answers, and for the demo, whose rows carry the right answer, how many are right."""
     summary = {"tokens per answer": sum(len(chat.encode_text(a)) for a in answers) / len(answers)}
-    if all("answer" in e.extra for e in examples):
+    if all("letter" in e.extra for e in examples):
+        letters = [re.findall(r"\b[A-J]\b", answer)[-1:] for answer in answers]
+        right = [found == [e.extra["letter"]] for found, e in zip(letters, examples, strict=True)]
+        summary["sampled: right letter"] = sum(right) / len(right)
+    elif all("answer" in e.extra for e in examples):
         grades = [demo.grade(answer, e.extra["answer"]) for answer, e in zip(answers, examples, strict=True)]
         summary["sampled: right method"] = sum(method for method, _ in grades) / len(grades)
         summary["sampled: right method and number"] = sum(full for _, full in grades) / len(grades)

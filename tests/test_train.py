@@ -18,7 +18,7 @@ import train as driver
 from checkpoint import fingerprint, read_metrics, steps_saved
 from config import Config, parse, resolve
 from data import ChatML, Example, load_tokenizer
-from eval import divergence
+from eval import choice_accuracy, divergence
 from files import InputError, read_json, write_jsonl
 from inputs import demo_base
 from model import Phi
@@ -445,6 +445,27 @@ def test_a_quantized_model_is_not_tuned(tiny, pairs, tmp_path, capsys):
     assert "is quantized, and codes cannot be tuned" in capsys.readouterr().err
 
 
+# -------------------------------------------------------------------------------------------------------- multiple choice
+
+
+@pytest.mark.parametrize("letter_only", [True, False])
+def test_the_multiple_choice_stage(tiny, tmp_path, letter_only, capsys):
+    rows = [
+        {"question": f"{i} + 1?", "choices": [str(i), str(i + 1)], "answer": "B", "explanation": "Add."} for i in range(40)
+    ]
+    write_jsonl(tmp_path / "mcq.jsonl", rows)
+    usual = flags(tiny, tmp_path / "mcq.jsonl", tmp_path / "out", *(["--letter-only"] if letter_only else []))
+    assert main([{"--stage": "mcq"}.get(before, flag) for before, flag in zip(["", *usual], usual)]) == 0
+    assert "sampled: right letter" in capsys.readouterr().out
+    results = read_json(tmp_path / "out" / "run" / "results.json")
+    assert results["after"]["metrics"]["loss per token"] < results["before"]["metrics"]["loss per token"]
+
+
+def test_multiple_choice_needs_questions(tmp_path, capsys):
+    assert main(["--stage", "mcq", "--out", str(tmp_path)]) == 2
+    assert "--train FILE.jsonl is missing: multiple-choice questions" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ the precision report card
 
 
@@ -480,8 +501,31 @@ def test_the_report_card(tiny, pairs, tmp_path, capsys):
         main(["--stage", "eval", "--model", str(tiny), "--precisions", "int8", "--data", str(pairs), "--out", str(tmp_path)])
         == 0
     )
-    assert " - " in capsys.readouterr().out
+    assert "reward accuracy" not in capsys.readouterr().out.rpartition("\n\n")[0].rpartition("int8 ...")[2]
     assert main([*card, "--name", "given", "--data", str(pairs), "--reference-model", str(tiny)]) == 0
+    rows = [{"question": f"{i} + 1?", "choices": [str(i), str(i + 1), "0"], "answer": "B"} for i in range(9)]
+    write_jsonl(tmp_path / "mcq.jsonl", rows)
+    assert main([*card, "--name", "choices", "--data", str(tmp_path / "mcq.jsonl")]) == 0
+    assert "right option" in capsys.readouterr().out
+    assert 0 <= read_json(tmp_path / "choices" / "eval.json")["rows"][0]["choice accuracy"] <= 1
+
+
+def test_choice_accuracy_by_hand(tiny):
+    """Every question alone: the letter whose reply has the largest log-probability in a plain forward pass."""
+    model, chat = Phi.from_pretrained(tiny), ChatML(load_tokenizer(tiny))
+    examples, right = [], 0
+    for i, letter in enumerate("ABCAB"):
+        prompt = chat.prompt([{"role": "user", "content": f"Question {i}?"}])
+        count = 2 + i % 2
+        examples.append(Example(prompt, [chat.reply(letter)], extra={"letter": letter, "options": count}))
+        scores = []
+        for reply in map(chat.reply, "ABCDE"[:count]):
+            with torch.no_grad():
+                logprobs = model(torch.tensor([prompt + reply])).log_softmax(-1)[0]
+            places = range(len(prompt) - 1, len(prompt) + len(reply) - 1)
+            scores.append(sum(logprobs[place, token].item() for place, token in zip(places, reply)))
+        right += "ABCDE"[scores.index(max(scores))] == letter
+    assert choice_accuracy(model, examples, chat, 2, "cpu", "fp32") == right / 5
 
 
 def test_perplexity_and_kl_by_hand(tiny):
