@@ -112,6 +112,7 @@ def make_pairs(items: list[Item]) -> list[dict]:
             "source": item.source,
             "question_id": item.question_id,
             "licence": item.licence,
+            **({"data_source": item.data_source} if item.data_source else {}),
         }
         for item in items
     ]

@@ -31,6 +31,7 @@ class Item:
     source: str = ""
     question_id: str = ""
     licence: str = ""
+    data_source: str = ""  # Open-Platypus: the set that the row came from
     chosen: str = ""
     rejected: str = ""
     where: str = ""  # file and record, for messages
@@ -104,14 +105,14 @@ PLATYPUS_STEM = {  # data_source -> topic; the others are not STEM
 
 
 def open_platypus(record: dict, where: str) -> Item | None:
-    """instruction, input (often empty), output, data_source: kept as part of the id, since licences differ by it."""
+    """instruction, input (often empty), output, data_source: kept, since licences differ by it."""
     origin = record["data_source"]
     if origin not in PLATYPUS_STEM:
         return None
     question = "\n\n".join(text for text in (record["instruction"], record["input"]) if text.strip())
-    item = Item(question, record["output"], topic=PLATYPUS_STEM[origin], question_id=origin)
-    item.licence = f"mixed, as of {origin}"
-    return item
+    return Item(
+        question, record["output"], topic=PLATYPUS_STEM[origin], licence=f"mixed, as of {origin}", data_source=origin
+    )
 
 
 def sciq(record: dict, where: str) -> Item:

@@ -12,6 +12,7 @@ import pytest
 from hub_server import SHA, hub, hub_environment
 
 from files import InputError
+from mixture import make_pairs
 from sources import SOURCES, read_source
 
 RECORDS = {
@@ -148,7 +149,8 @@ def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
     records = [RECORDS["open_platypus"], RECORDS["open_platypus"] | {"data_source": "reclor"}]
     counts = {}
     items, _ = read_source("open_platypus", write(tmp_path / "p.parquet", records), counts)
-    assert len(items) == 1 and items[0].licence == "mixed, as of MATH/PRM-800K" and counts["not a STEM source"] == 1
+    assert len(items) == 1 and counts["not a STEM source"] == 1
+    assert items[0].licence == "mixed, as of MATH/PRM-800K" and make_pairs(items)[0]["data_source"] == "MATH/PRM-800K"
 
 
 @pytest.mark.parametrize(
