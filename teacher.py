@@ -35,7 +35,7 @@ class Request:
 
     messages: tuple[tuple[str, str], ...]  # (role, text)
     parse: Callable[[str], str]
-    max_tokens: int = 600
+    max_tokens: int = 1024
     choices: tuple[str, ...] = ()  # the only answers that make sense: structured output, where the server has it
 
     def body(self, model: str, structured: bool = True, limit: str = "max_tokens") -> dict:
@@ -287,10 +287,10 @@ async def _ask(api, request: Request, model: str) -> tuple[str | None, list[int]
         wait = min(60.0, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
         try:
             response = await api.chat.completions.create(**request.body(model, structured, limit))
-            message, usage = response.choices[0].message, response.usage
+            message, usage, cut = response.choices[0].message, response.usage, response.choices[0].finish_reason == "length"
             paid = [had + new for had, new in zip(paid, (usage.prompt_tokens, usage.completion_tokens))]
             try:
-                request.parse(message.content or "")
+                request.parse("" if cut else message.content or "")  # a cut answer would teach not to end
                 return message.content, paid, True
             except ValueError as error:
                 useless, last = useless + 1, error
@@ -387,10 +387,11 @@ def _collect(text: str, todo: dict[str, Request], journal: Journal) -> None:
         key, response = result["custom_id"], result.get("response") or {}
         if response.get("status_code") != 200 or key in journal.answers or key not in todo:
             continue
-        message, usage = response["body"]["choices"][0]["message"], response["body"]["usage"]
+        choice, usage = response["body"]["choices"][0], response["body"]["usage"]
+        message, cut = choice["message"], choice.get("finish_reason") == "length"
         tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
         try:
-            todo[key].parse(message.get("content") or "")
+            todo[key].parse("" if cut else message.get("content") or "")
         except ValueError:
             if message.get("refusal"):
                 journal.add(key, None, tokens)

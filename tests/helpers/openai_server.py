@@ -8,7 +8,7 @@ from collections import Counter
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("429", "500", "cut", "not json", "empty", "slow")
+FAULTS = ("429", "500", "cut", "not json", "empty", "too many words", "slow")
 
 
 class Server(ThreadingHTTPServer):
@@ -148,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
         response = self.completion(body)
         if fault == "empty":
             response["choices"][0]["message"]["content"] = ""
+        if fault == "too many words":
+            response["choices"][0]["finish_reason"] = "length"
         with self.server.lock:
-            self.server.answered[name] += fault != "empty"
+            self.server.answered[name] += fault not in ("empty", "too many words")
         self.reply(200, response)
