@@ -216,13 +216,15 @@ def quantized_summary(config: Config, run: Path, done: dict) -> str:
     """What --stage quantize did: sizes, bits per weight, time, and the layers that lost most."""
     worst = sorted(done["errors"].items(), key=lambda item: -item[1])[:3]
     mean = sum(done["errors"].values()) / len(done["errors"])
+    theirs = read_json(run / "config.json")["quantization_config"]["quant_method"] == "bitsandbytes"
     return "\n".join(
         [
             f"{done['bytes before'] / 1e6:,.1f} MB -> {done['bytes after'] / 1e6:,.1f} MB, in {done['seconds']:.1f} s; "
             f"{done['weights']:,} weights at {8 * done['bytes of weights'] / done['weights']:.2f} bits",
             f"relative error |w - w~| / |w|: mean {mean:.4f}, largest "
             + ", ".join(f"{error:.4f} ({name})" for name, error in worst),
-            f"Written to {run}/; load it as any other model: its config.json says how it is stored.",
+            f"Written to {run}/; load it as any other model: its config.json says how it is stored."
+            + ("" if theirs else f" {config.to} in this form is this project's own: transformers does not read it."),
         ]
     )
 

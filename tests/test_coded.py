@@ -178,6 +178,9 @@ def test_the_quantize_stage(full, tmp_path, capsys):
     assert run("--stage", "quantize", "--to", "nf4", "--double", *where) == 0
     out = capsys.readouterr().out
     assert "65,536 weights at" in out and "relative error" in out
+    assert "this project's own" not in out
+    assert run("--stage", "quantize", "--to", "int4", *where) == 0
+    assert "int4 in this form is this project's own" in capsys.readouterr().out
     model = Phi.from_pretrained(tmp_path / "full-nf4-double")
     assert isinstance(model.model.layers[1].self_attn.dense, Linear4bit)
     assert run("--stage", "quantize", "--to", "nf4", "--double", *where) == 2  # never over an earlier run
