@@ -109,11 +109,17 @@ def llm_int8(x: Tensor, codes: Tensor, scale: Tensor, threshold: float, outliers
 
 def _int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T in int32, exact: a [N, I] and b [O, I] int8."""
-    if a.is_cuda and (len(a) <= 16 or a.shape[1] % 8 or len(b) % 8):  # what cuBLAS takes
-        a, rows = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - len(a)))), len(a)
-        b = F.pad(b, (0, -b.shape[1] % 8, 0, -len(b) % 8))
-        return torch._int_mm(a, b.T)[:rows, : b.shape[0]]
-    return torch._int_mm(a, b.T)
+    return _padded_int8_product(a, b) if a.is_cuda else torch._int_mm(a, b.T)
+
+
+def _padded_int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """The same for cuBLAS, which takes at least 17 rows and sizes that are multiples of 8; zeros change no sum."""
+    rows, columns = len(a), len(b)
+    if rows < 17 or a.shape[1] % 8:
+        a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - rows)))
+    if columns % 8 or b.shape[1] % 8:
+        b = F.pad(b, (0, -b.shape[1] % 8, 0, -columns % 8))
+    return torch._int_mm(a, b.T)[:rows, :columns]
 
 
 # ------------------------------------------------------------------------------------------------------------ blockwise

@@ -270,6 +270,13 @@ def test_llm_int8_is_exact_for_integers():
     torch.testing.assert_close(llm_int8(x, *quantize_int8(w), threshold=6.0), x @ w.T, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "out", "into"), [(1, 8, 16), (3, 7, 13), (20, 33, 64), (17, 8, 8)])
+def test_the_padding_for_cuda_changes_no_product(rows, out, into):
+    a, b = (torch.randint(-127, 128, (n, into), generator=torch.Generator().manual_seed(n)) for n in (rows, out))
+    product = quant._padded_int8_product(a.to(torch.int8), b.to(torch.int8))
+    assert product.dtype == torch.int32 and torch.equal(product.long(), a @ b.T)
+
+
 def test_outliers_over_the_batch_and_per_token():
     """Two tokens, the first with an outlier in feature 0. Kept apart, it does not coarsen the scale of the others; over the
     batch the second token's feature 0 is kept exact as well, so its result depends on its neighbour."""
