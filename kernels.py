@@ -13,6 +13,7 @@ the even and with the odd columns of x: sum_i w_i x_i = sum_j w_2j x_2j + sum_j 
 Without a GPU they run, slowly, in Triton's interpreter (TRITON_INTERPRET=1), which is how the tests run them.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -111,13 +112,14 @@ def blockwise_product(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor,
     O = packed.numel() * 2 // I
     y = x.new_empty(rows, O)
     start = absmax if low is None else low  # a pointer is needed even where it is not read
-    if rows <= FEW:
-        grid = (triton.cdiv(O, 4), rows)
-        _matvec4[grid](x, packed, levels, absmax, start, y, O, I, block, low is not None, ROWS=4, BYTES=256)
-    else:
-        m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        grid = (triton.cdiv(rows, m), triton.cdiv(O, 64))
-        _matmul4[grid](x, packed, levels, absmax, start, y, rows, O, I, block, low is not None, M=m, N=64, BYTES=32)
+    with torch.cuda.device_of(x):
+        if rows <= FEW:
+            grid = (triton.cdiv(O, 4), rows)
+            _matvec4[grid](x, packed, levels, absmax, start, y, O, I, block, low is not None, ROWS=4, BYTES=256)
+        else:
+            m = _tile_rows(rows)
+            grid = (triton.cdiv(rows, m), triton.cdiv(O, 64))
+            _matmul4[grid](x, packed, levels, absmax, start, y, rows, O, I, block, low is not None, M=m, N=64, BYTES=32)
     return y
 
 
@@ -127,10 +129,15 @@ def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     rows, I = x.shape
     O = len(codes)
     y = x.new_empty(rows, O)
-    if rows <= FEW:
-        _matvec8[triton.cdiv(O, 4), rows](x, codes, scale, y, O, I, ROWS=4, COLUMNS=512)
-    else:
-        m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        grid = (triton.cdiv(rows, m), triton.cdiv(O, 64))
-        _matmul8[grid](x, codes, scale, y, rows, O, I, M=m, N=64, K=64)
+    with torch.cuda.device_of(x):
+        if rows <= FEW:
+            _matvec8[triton.cdiv(O, 4), rows](x, codes, scale, y, O, I, ROWS=4, COLUMNS=512)
+        else:
+            m = _tile_rows(rows)
+            _matmul8[triton.cdiv(rows, m), triton.cdiv(O, 64)](x, codes, scale, y, rows, O, I, M=m, N=64, K=64)
     return y
+
+
+def _tile_rows(rows: int) -> int:
+    """Rows of x in a tile: 16, the least that tensor cores take, to 64."""
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
