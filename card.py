@@ -7,7 +7,6 @@ that are not quantized (embeddings, LayerNorms, output layer) stay fp32 in every
 the first one by its format alone.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,12 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from choices import accuracies, score_options
 from config import Config
-from data import ChatML, Example, Ledger, encode, load_tokenizer, read_rows
-from eval import all_logprobs, choice_accuracy, divergence
+from data import ChatML, Example
+from display import markdown, picture
 from files import InputError, read_json, write_json, write_text
-from inputs import load_inputs
+from inputs import encode_for, rows_to_measure, tuned_from
 from model import Phi, generate
+from passes import all_logprobs, divergence
 from quant import FrozenLinear, quantize_model, use_kernels
 
 NEW_TOKENS = 64  # per answer when the speed of decoding is measured
@@ -33,7 +34,8 @@ def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None
     """Measures every format of `config.precisions`, prints the table, and writes eval.json, precisions.md and a figure."""
     if "quantization_config" in read_json(source / "config.json"):
         raise InputError(f"{source} is quantized; the card needs the full-precision model that it was made of")
-    chat, examples, where = held_out(config, source)
+    rows, kind, where = rows_to_measure(config, source)
+    chat, examples = encode_for(source, rows, config.system_prompt)
     full = Phi.from_pretrained(source, device=config.device)
     reference = reference_table(config, source, examples)
     rows = []
@@ -45,43 +47,18 @@ def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None
         f"{torch.get_num_threads()} threads, torch {torch.__version__}" + (", --compile" if compiled else "")
     )
     write_json(run / "eval.json", {"note": note, "rows": rows})
-    write_text(run / "precisions.md", f"{markdown(rows)}\n\n{note}\n")
+    write_text(run / "precisions.md", f"{table(rows)}\n\n{note}\n")
     figure(rows, run / "figures" / "precisions.png")
-    print(f"\n{markdown(rows)}\n\n{note}\nWritten to {run}/: eval.json, precisions.md, figures/precisions.png")
-
-
-def held_out(config: Config, source: Path) -> tuple[ChatML, list[Example], str]:
-    """The rows to measure on: those of --data, or what the run in `source` held out of its own data."""
-    if config.data is None:
-        if not (source / "run.json").exists():
-            raise InputError(
-                f"--data FILE.jsonl is missing: {source} is not a run of this program with held-out rows of its own"
-            )
-        trained = Config(**read_json(source / "run.json")["config"])
-        inputs = load_inputs(trained, source, source)
-        return inputs.chat, inputs.eval, f"the rows that {source} held out"
-    ledger, chat = Ledger(), ChatML(load_tokenizer(source))
-    with open(config.data, encoding="utf-8") as file:
-        first = next((line for line in file if line.strip()), "")
-    kind = "pairs" if '"chosen"' in first else "mcq letter" if '"question"' in first else "sft"
-    rows = read_rows(config.data, kind, "stop", ledger)
-    room = read_json(source / "config.json").get("max_position_embeddings", 2048)
-    examples = encode(rows, chat, room, room // 2, ledger)
-    if not examples:
-        raise InputError(f"{config.data}: no row fits into {room} tokens")
-    return chat, examples, config.data
+    print(f"\n{table(rows)}\n\n{note}\nWritten to {run}/: eval.json, precisions.md, figures/precisions.png")
 
 
 def reference_table(config: Config, source: Path, examples: list[Example]) -> Tensor | None:
     """Log-probabilities [E, 2] of the pairs under the model that rewards are measured from; None without pairs or model."""
-    parent = config.reference_model
-    if parent is None and (source / "results.json").exists():
-        recorded = json.loads((source / "results.json").read_text(encoding="utf-8")).get("parent")
-        parent = recorded if recorded and Path(recorded).is_dir() else None
     if len(examples[0].completions) != 2:
         if config.reference_model:
             raise InputError("--reference-model is for preference pairs; these rows have one completion each, leave it out")
         return None
+    parent = config.reference_model or tuned_from(source)
     if parent is None:
         return None
     model = Phi.from_pretrained(parent, device=config.device)
@@ -123,7 +100,8 @@ def measure_format(
     row |= reward_accuracy(model, examples, reference, config.device)
     row["choice accuracy"] = None
     if all("letter" in e.extra for e in examples):
-        row["choice accuracy"] = choice_accuracy(model, examples, chat, BATCH, config.device, "fp32")
+        choices = score_options(model, examples, chat, BATCH, config.device, "fp32")
+        row["choice accuracy"] = accuracies(choices)["letter"].value
     prompts = [e.prompt for e in examples[:16]]
     return row | {f"tokens/s, batch {n}": decode_speed(model, (prompts * n)[:n]) for n in (1, 16)}
 
@@ -180,36 +158,21 @@ COLUMNS = {  # heading: (key, how a value is shown)
 }
 
 
-def markdown(rows: list[dict]) -> str:
-    """The card as a table, columns of equal width; a column without any value is left out."""
+def table(rows: list[dict]) -> str:
+    """The card as a table; a column without any value is left out."""
     columns = {heading: (key, show) for heading, (key, show) in COLUMNS.items() if any(row[key] is not None for row in rows)}
-    cells = [list(columns)]
-    cells += [["-" if row[key] is None else show(row[key]) for key, show in columns.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+    cells = [["-" if row[key] is None else show(row[key]) for key, show in columns.values()] for row in rows]
+    return markdown(list(columns), cells)
 
 
 def figure(rows: list[dict], path: Path) -> None:
     """Quality against size: KL divergence to full precision, and perplexity, over the size on disk."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(exist_ok=True)
-    picture, (kl, perplexity) = plt.subplots(1, 2, figsize=(11, 4))
-    for i, row in enumerate(rows):
-        look = dict(marker="os^vDPX*<>hdp8"[i % 14], color=f"C{i % 10}", linestyle="none", markersize=8, alpha=0.8)
-        perplexity.plot(row["disk"] / 1e6, row["perplexity"], label=row["format"], **look)
-        if row["KL"] > 1e-9:  # full precision itself has no place on a logarithmic axis
-            kl.plot(row["disk"] / 1e6, row["KL"], **look)
-    kl.set(ylabel="KL to full precision (nats per token)", yscale="log")
-    perplexity.set(ylabel="perplexity of held-out answers")
-    for axis in (kl, perplexity):
-        axis.set(xlabel="size on disk (MB)")
-        axis.grid(alpha=0.3)
-    picture.legend(loc="outside right upper", fontsize=8)
-    picture.tight_layout(rect=(0, 0, 0.88, 1))
-    picture.savefig(path, dpi=120)
-    plt.close(picture)
+    with picture(path, columns=2, size=(12, 4)) as (kl, perplexity):
+        for i, row in enumerate(rows):
+            look = dict(marker="os^vDPX*<>hdp8"[i % 14], color=f"C{i % 10}", linestyle="none", markersize=8, alpha=0.8)
+            perplexity.plot(row["disk"] / 1e6, row["perplexity"], label=row["format"], **look)
+            if row["KL"] > 1e-9:  # full precision itself has no place on a logarithmic axis
+                kl.plot(row["disk"] / 1e6, row["KL"], **look)
+        kl.set(xlabel="size on disk (MB)", ylabel="KL to full precision (nats per token)", yscale="log")
+        perplexity.set(xlabel="size on disk (MB)", ylabel="perplexity of held-out answers")
+        perplexity.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)

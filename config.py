@@ -16,7 +16,8 @@ from files import InputError
 from quant import FORMATS
 
 TRAINING = ("sft", "dpo", "mcq", "qat")
-STAGES = ("data", *TRAINING, "quantize", "eval")
+RUNS = ("data", *TRAINING, "quantize", "eval", "sweep")  # stages that leave a directory behind
+STAGES = (*RUNS, "chat")
 OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
 PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card
 # What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
@@ -25,21 +26,24 @@ LOWER_IS_BETTER = ("loss", "dpo_loss")
 
 
 def flag(default: object, help: str, stages: tuple[str, ...] = TRAINING, choices: tuple[str, ...] | None = None):
-    """`stages`: where the flag does something. "sft" and "dpo" stand for qat with that objective too."""
+    """`stages`: where the flag does something. "sft" stands for mcq and qat too, "dpo" for sweep and for qat with it."""
     return field(default=default, metadata={"help": help, "stages": stages, "choices": choices})
 
 
 @dataclass
 class Config:
     stage: str = flag("dpo", "what to do", STAGES, STAGES)
-    model: str = flag("demo", "demo, a directory, or a hub name such as microsoft/phi-2", STAGES)
+    model: str = flag("demo", "demo, a directory, or a hub name such as microsoft/phi-2; several in --stage eval", STAGES)
+    other_models: list[str] = field(default_factory=list, metadata={"stages": ("eval",)})  # --model's second, third, ...
     revision: str | None = flag(None, "branch, tag or commit of a hub model", STAGES)
-    name: str | None = flag(None, "name of the run: it lives in OUT/NAME (default: model and stage)", STAGES)
+    name: str | None = flag(None, "name of the run: it lives in OUT/NAME (default: model and stage)", RUNS)
     out: str = flag("out", "directory of all runs", STAGES)
     resume: bool = flag(False, "continue the run of this name from its last checkpoint, with its own settings")
-    overwrite: bool = flag(False, "delete an earlier run of this name first", STAGES)
+    overwrite: bool = flag(False, "delete an earlier run of this name first", RUNS)
     dry_run: bool = flag(
-        False, "show config, data, batches, memory and time, or what a teacher would cost; do nothing", (*TRAINING, "data")
+        False,
+        "show config, data, batches, memory and time, a sweep's runs, or what a teacher would cost; do nothing",
+        (*TRAINING, "data"),
     )
 
     to: str | None = flag(None, "number format of the weights", ("quantize", "qat"), FORMATS)
@@ -54,12 +58,30 @@ class Config:
     compile: bool = flag(False, "fuse the quantizers and quantized layers with torch.compile", ("quantize", "qat", "eval"))
     objective: str | None = flag(None, "what to minimize (default sft)", ("qat",), OBJECTIVES)
     precisions: str | None = flag(None, "report card: formats to compare, such as fp32,int8,nf4-double", ("eval",))
-    data: str | None = flag(None, "JSONL file to measure on (default: what the model's own run held out)", ("eval",))
+    data: str | None = flag(
+        None, "JSONL file to measure on (default: what was held out of the training rows)", ("eval", "sweep")
+    )
     reference_model: str | None = flag(
         None,
         "directory of the model that rewards are measured from (default: the one that --model was tuned from)",
         ("eval",),
     )
+    bert: str | None = flag(None, "BERT or RoBERTa for BERTScore: a directory or hub name with safetensors", ("eval",))
+    bert_layer: int | None = flag(None, "layer whose outputs BERTScore compares (default: the last)", ("eval",))
+    bert_idf: bool = flag(False, "BERTScore: rare words of the references weigh more", ("eval",))
+    bert_baseline: str | None = flag(None, "BERTScore: file of the bert-score package to rescale with", ("eval",))
+
+    grid: list[str] | None = flag(None, "values to try, such as beta=0.1,0.3; once for each flag to vary", ("sweep",))
+    full_grid: bool = flag(False, "try all combinations (default: vary one flag at a time)", ("sweep",))
+    seeds: int = flag(1, "runs of each setting, with seeds SEED, SEED + 1, ...", ("sweep",))
+    preset: str | None = flag(None, "report: the report's tables, figure and claims", ("sweep",), ("report",))
+
+    prompt: str | None = flag(None, "answer this once and exit (- reads it from standard input)", ("chat",))
+    temperature: float | None = flag(
+        None, "of sampling; 0 always takes the likeliest token (default: eval 0, chat 0.7)", ("eval", "chat")
+    )
+    top_p: float = flag(0.95, "sample from the likeliest tokens that have this probability together", ("chat",))
+    max_new_tokens: int = flag(256, "tokens of an answer, at most", ("eval", "chat"))
 
     sources: str | None = flag(
         None, "data sets, such as theoremqa,mmlu_stem=DIR (NAME from the hub, NAME=PATH a copy)", ("data",)
@@ -72,12 +94,16 @@ class Config:
         False, "as many pairs whose longer answer is chosen as whose shorter is, by source", ("data",)
     )
     topics: str | None = flag(None, "filled-in copy of topics_to_review.jsonl", ("data",))
-    teacher: str | None = flag(None, "model that writes missing answers (OPENAI_API_KEY, OPENAI_BASE_URL)", ("data",))
-    concurrency: int = flag(8, "calls to the teacher at a time", ("data",))
+    teacher: str | None = flag(
+        None, "model that writes missing answers, or judges two (OPENAI_API_KEY, OPENAI_BASE_URL)", ("data", "eval")
+    )
+    concurrency: int = flag(8, "calls to the teacher at a time", ("data", "eval"))
     batch: bool = flag(False, "ask through the Batch API: half the price, within a day", ("data",))
-    price: str | None = flag(None, "of a million tokens in and out, such as 0.5,1.5", ("data",))
-    budget: float | None = flag(None, "stop before the teacher has cost more than this, in the price's currency", ("data",))
-    letter_only: bool = flag(False, "answer with the letter alone, without explaining first", ("mcq",))
+    price: str | None = flag(None, "of a million tokens in and out, such as 0.5,1.5", ("data", "eval"))
+    budget: float | None = flag(
+        None, "stop before the teacher has cost more than this, in the price's currency", ("data", "eval")
+    )
+    letter_only: bool = flag(False, "answer with the letter alone, without explaining first", ("mcq", "eval"))
 
     train: str | None = flag(None, "JSONL file to train on (the demo makes its own)")
     eval: str | None = flag(None, "JSONL file to evaluate on (default: a share of --train, split by question)")
@@ -85,9 +111,13 @@ class Config:
         None, "share of the questions that is kept for evaluation (default 0.2)", (*TRAINING, "data")
     )
     on_bad_row: str = flag(
-        "stop", "a row that cannot be used ends the run, or is left out", (*TRAINING, "data"), ("stop", "skip")
+        "stop", "a row that cannot be used ends the run, or is left out", (*TRAINING, "data", "eval"), ("stop", "skip")
     )
-    system_prompt: str | None = flag(None, "system turn for prompts that have none")
+    system_prompt: str | None = flag(
+        None,
+        "system turn for prompts that have none (eval, chat: default the one that the model was tuned with)",
+        (*TRAINING, "eval", "chat"),
+    )
     max_length: int | None = flag(None, "tokens of a prompt with one completion; longer examples are dropped")
     max_prompt_length: int | None = flag(None, "tokens of a prompt; longer ones lose their oldest text")
     whole_text: bool = flag(False, "put the loss on the prompt too", stages=("sft",))
@@ -95,8 +125,10 @@ class Config:
     flip_rate: float | None = flag(None, "demo: share of the preference labels to swap", stages=("dpo",))
 
     loss: str | None = flag(None, "preference loss", stages=("dpo",), choices=LOSSES)
-    beta: float | None = flag(None, "strength of the pull towards the reference", stages=("dpo",))
-    eps: float | None = flag(None, "share of flipped labels that robust and conservative assume", stages=("dpo",))
+    beta: float | None = flag(None, "strength of the pull towards the reference (eval: default 0.1)", ("dpo", "eval"))
+    eps: float | None = flag(
+        None, "share of flipped labels that robust and conservative assume, and that debiasing undoes", ("dpo", "eval")
+    )
     nll_weight: float | None = flag(None, "weight of the chosen answer's NLL per token", stages=("dpo",))
     reference: str = flag(
         "cached",
@@ -111,14 +143,19 @@ class Config:
     epochs: int | None = flag(None, "passes over the training rows")
     max_steps: int | None = flag(None, "stop after this many steps (the schedule ends there too)")
     batch_size: int | None = flag(None, "examples per optimizer step")
-    micro_batch_size: int | None = flag(None, "examples per forward pass; the gradients of a step add up")
+    micro_batch_size: int | None = flag(
+        None, "examples per forward pass; the gradients of a step add up", (*TRAINING, "eval")
+    )
     adam_beta2: float | None = flag(None, "AdamW's memory of squared gradients")
     weight_decay: float = flag(0.0, "AdamW's decay of the weight matrices")
     clip: float = flag(1.0, "largest norm of the gradient")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
     attention: str = flag("sdpa", "attention kernel; flex needs CUDA", choices=("sdpa", "flex"))
     dtype: str | None = flag(
-        None, "compute type; weights are fp32 (default: bf16 on CUDA, fp32 on the CPU)", choices=("fp32", "bf16", "fp16")
+        None,
+        "compute type; weights are fp32, but in chat (default: bf16 on CUDA, fp32 on the CPU)",
+        (*TRAINING, "eval", "chat"),
+        ("fp32", "bf16", "fp16"),
     )
     device: str | None = flag(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)", STAGES)
     seed: int = flag(0, "of the data's split and order, the demo's questions and weights, and of sampling", STAGES)
@@ -128,7 +165,13 @@ class Config:
     keep: int = flag(2, "checkpoints to keep, besides the best one")
     metric: str | None = flag(None, "what makes a checkpoint the best, measured in evaluation")
     patience: int | None = flag(None, "stop after this many evaluations without a new best")
-    samples: int | None = flag(None, "evaluation prompts to answer before and after")
+    samples: int | None = flag(
+        None, "evaluation prompts to answer before and after (eval: default 200)", (*TRAINING, "eval")
+    )
+
+    @property
+    def models(self) -> list[str]:
+        return [self.model, *self.other_models]
 
 
 # The demo's were tuned until its generations improved; Phi-2's DPO values are those of the report's authors.
@@ -194,9 +237,16 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
     )
     types = typing.get_type_hints(Config)
     for f in fields(Config):
+        if "help" not in f.metadata:
+            continue
         kind = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not type(None))
         names = list(dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}")))
-        if kind is bool:
+        if f.name == "model":
+            help = f"{f.metadata['help']} (default {f.default})"
+            parser.add_argument(*names, nargs="+", help=help, metavar="MODEL")
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(*names, action="append", help=f.metadata["help"], metavar="FLAG=VALUES")
+        elif kind is bool:
             parser.add_argument(*names, action="store_true", help=f.metadata["help"])
         else:
             default = "" if f.default is None else f" (default {f.default})"
@@ -208,13 +258,18 @@ def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
                 metavar=None if f.metadata["choices"] else kind.__name__.upper(),
             )
     given = vars(parser.parse_args(argv))
+    if "model" in given:
+        given["model"], *others = given["model"]
+        given |= {"other_models": others} if others else {}
     return Config(**given), set(given)
 
 
 def resolve(config: Config, given: set[str]) -> Config:
     """Fills every unset field and checks every value; InputError says what is wrong and what to type."""
     stage, demo = config.stage, config.model == "demo"
-    objective = {"mcq": "sft", "qat": config.objective or "sft"}.get(stage, stage)
+    objective = {"mcq": "sft", "qat": config.objective or "sft", "sweep": "dpo"}.get(stage, stage)
+    if config.other_models and stage != "eval":
+        raise InputError(f"--model: --stage {stage} takes one model, not {len(config.models)}")
     for f in fields(Config):
         if f.name in given and not {stage, objective} & set(f.metadata["stages"]):
             where = f"--stage qat --objective {objective}" if stage == "qat" else f"--stage {stage}"
@@ -222,18 +277,28 @@ def resolve(config: Config, given: set[str]) -> Config:
     if config.revision and demo:
         raise InputError("--revision is for hub models; the demo has none")
     values = asdict(config)
-    values["name"] = config.name or default_name(config)
+    if stage in RUNS:
+        values["name"] = config.name or default_name(config)
     values["device"] = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(values["device"])
-    if stage in TRAINING:
+    values["dtype"] = config.dtype or ("bf16" if values["device"].startswith("cuda") else "fp32")
+    if values["dtype"] == "fp16":
+        raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
+    if stage in (*TRAINING, "sweep"):
         values |= _training_values(config, given, objective)
-        values["dtype"] = config.dtype or ("bf16" if values["device"].startswith("cuda") else "fp32")
         _check_training(Config(**values))
     if stage in ("quantize", "qat"):
         _check_format(config, given)
         values["block"] = config.block or 64
     if stage == "eval":
-        _check_card(config)
+        _check_eval(config, given)
+        values |= {"samples": 200 if config.samples is None else config.samples}
+        values |= {"micro_batch_size": config.micro_batch_size or 16, "temperature": config.temperature or 0.0}
+    if stage == "sweep":
+        _check_sweep(config)
+    if stage == "chat":
+        _check_chat(config)
+        values["temperature"] = 0.7 if config.temperature is None else config.temperature
     if stage == "data":
         values["eval_share"] = config.eval_share or 0.2
         _check_data(config)
@@ -291,12 +356,53 @@ def _check_format(config: Config, given: set[str]) -> None:
         raise InputError(f"--threshold {config.threshold}: must be positive; the paper's is 6")
 
 
-def _check_card(config: Config) -> None:
-    if not config.precisions:
-        raise InputError(f"--precisions is missing: a list such as fp32,int8,nf4 out of {', '.join(PRECISIONS)}")
-    unknown = [name for name in config.precisions.split(",") if name not in PRECISIONS]
-    if unknown:
-        raise InputError(f"--precisions: no {unknown[0]!r}; choose from {', '.join(PRECISIONS)}")
+# Flags that a report card (--precisions) has no use for.
+NOT_ON_CARD = (
+    "other_models bert bert_layer bert_idf bert_baseline max_new_tokens teacher concurrency price budget beta eps samples "
+    "micro_batch_size dtype temperature"
+).split()
+
+
+def _check_eval(config: Config, given: set[str]) -> None:
+    if config.precisions:
+        unknown = [name for name in config.precisions.split(",") if name not in PRECISIONS]
+        if unknown:
+            raise InputError(f"--precisions: no {unknown[0]!r}; choose from {', '.join(PRECISIONS)}")
+        unused = [name for name in NOT_ON_CARD if name in given]
+        if unused:
+            flag = "a second --model" if unused[0] == "other_models" else f"--{unused[0].replace('_', '-')}"
+            raise InputError(f"{flag} does nothing beside --precisions; leave one of them out")
+    elif config.compile:
+        raise InputError("--compile is for --precisions; leave it out")
+    if len(set(config.models)) < len(config.models):
+        raise InputError("--model names a model twice")
+    _check_positive(config, ["max_new_tokens", "micro_batch_size", "concurrency", "beta", "bert_layer"])
+    _check_not_negative(config, ["samples", "temperature"])
+    if config.eps is not None and not 0 <= config.eps < 0.5:
+        raise InputError(f"--eps {config.eps}: a flip rate lies in [0, 0.5); at 0.5 the labels say nothing")
+    if not config.bert and {"bert_layer", "bert_idf", "bert_baseline"} & given:
+        raise InputError("--bert-layer, --bert-idf and --bert-baseline: for BERTScore, add --bert MODEL or leave them out")
+    if not config.teacher and {"price", "budget", "concurrency"} & given:
+        raise InputError("--price, --budget and --concurrency are for a judge; add --teacher MODEL or leave them out")
+    if config.samples == 0 and {"bert", "teacher", "max_new_tokens", "temperature"} & given:
+        raise InputError("--bert, --teacher, --max-new-tokens and --temperature need answers; leave --samples 0 out")
+
+
+def _check_sweep(config: Config) -> None:
+    if config.resume or config.dry_run and config.preset:
+        raise InputError("a sweep needs no --resume: the same command goes on; --preset has no --dry-run")
+    if bool(config.grid) == bool(config.preset):
+        raise InputError("--stage sweep takes either --grid FLAG=VALUES (such as --grid beta=0.1,0.3) or --preset report")
+    if config.preset and config.full_grid:
+        raise InputError("--full-grid is for --grid; --preset report varies one flag at a time")
+    _check_positive(config, ["seeds"])
+
+
+def _check_chat(config: Config) -> None:
+    _check_positive(config, ["top_p", "max_new_tokens"])
+    _check_not_negative(config, ["temperature"])
+    if config.top_p > 1:
+        raise InputError(f"--top-p {config.top_p}: a probability, at most 1")
 
 
 def _check_data(config: Config) -> None:
@@ -310,9 +416,21 @@ def _check_data(config: Config) -> None:
         raise InputError("--batch, --price and --budget are for a teacher; add --teacher MODEL or leave them out")
 
 
+def _check_positive(config: Config, names: list[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be positive")
+
+
+def _check_not_negative(config: Config, names: list[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
+
+
 def _check_training(config: Config) -> None:
-    if config.dtype == "fp16":
-        raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
     if config.attention == "flex" and not config.device.startswith("cuda"):
         raise InputError("--attention flex trains on CUDA only; leave it out to use scaled-dot-product attention")
     if config.metric not in METRICS[config.objective]:
@@ -320,29 +438,9 @@ def _check_training(config: Config) -> None:
             f"--metric {config.metric}: choose one of {', '.join(METRICS[config.objective])}. (A robust loss ranks "
             "diverging runs first, so it is not offered.)"
         )
-    positive = [
-        "max_length",
-        "max_prompt_length",
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "micro_batch_size",
-        "eval_every",
-        "save_every",
-        "keep",
-        "patience",
-        "demo_rows",
-        "lr",
-        "clip",
-    ]
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be positive")
-    for name in ("warmup_steps", "weight_decay", "nll_weight", "samples"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
+    _check_positive(config, "max_length max_prompt_length epochs max_steps batch_size micro_batch_size eval_every".split())
+    _check_positive(config, "save_every keep patience demo_rows lr clip".split())
+    _check_not_negative(config, ["warmup_steps", "weight_decay", "nll_weight", "samples"])
     if not 0 < config.adam_beta2 < 1:
         raise InputError(f"--adam-beta2 {config.adam_beta2}: must lie between 0 and 1")
     if not 0 < config.eval_share < 1:
@@ -364,6 +462,8 @@ def default_name(config: Config) -> str:
     model = config.model.rstrip("/").rpartition("/")[2] or "model"
     if config.stage == "quantize":
         return f"{model}-{config.to}" + ("-double" if config.double else "")
+    if config.stage == "sweep" and config.preset:
+        return f"{model}-{config.preset}"
     return f"{model}-{config.stage}" + (f"-{config.to}" if config.to else "")
 
 

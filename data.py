@@ -110,6 +110,7 @@ class ChatML:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model's directory; InputError if there is none."""
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; the model's directory needs its tokenizer.json")
@@ -220,23 +221,34 @@ def parse_sft(row: dict) -> tuple[list[dict], list[str], dict]:
     return prompt, [completion], {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
 
 
+def written_options(question: str) -> list[str]:
+    """The options that stand in a question's own text, "A. ..." or "A) ..." each on a new line, behind "Options:" if that is
+    there. Their letters must run A, B, C, ..."""
+    _, _, tail = question.rpartition("Options:")
+    found = re.findall(r"(?ms)^([A-J])\s*[.)][ \t]*(.*?)(?=^[A-J]\s*[.)]|^Answer:|\Z)", tail)
+    if "".join(letter for letter, _ in found) != LETTERS[: len(found)]:
+        raise ValueError('the options in "question" are not lettered A, B, C, ...')
+    return [text.strip() for _, text in found]
+
+
 def parse_mcq(row: dict, letter_only: bool = False) -> tuple[list[dict], list[str], dict]:
     """{"question", "choices", "answer": letter, "explanation", ...}, or the course's form, whose question has the options in
     its text and ends with "Answer:". The reply explains first, if there is an explanation, and ends with "Answer: C"."""
     question, choices = _text(row.get("question"), "question"), row.get("choices")
-    if choices is not None:
+    if choices is None:
+        choices = written_options(question)
+    else:
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(f'"choices" is not a list of 2 to {len(LETTERS)} texts')
         options = [f"{letter}. {_text(choice, 'choices')}" for letter, choice in zip(LETTERS, choices)]
         question = "\n".join([f"Question: {question}", "", "Options:", *options, "", "Answer:"])
-    count = len(choices) if choices else len(re.findall(r"(?m)^[A-J]\s*[.)]", question))
     answer = row.get("answer")
-    if answer not in tuple(LETTERS[:count]):
+    if answer not in tuple(LETTERS[: len(choices)]):
         raise ValueError(f'"answer" is {answer!r}, not the letter of an option')
     explanation = row.get("explanation") or ""
     reply = answer if letter_only else f"{explanation.strip()}\n\nAnswer: {answer}".strip()
     extra = {k: v for k, v in row.items() if k not in ("question", "choices", "answer", "explanation")}
-    return [{"role": "user", "content": question}], [reply], extra | {"letter": answer, "options": count}
+    return [{"role": "user", "content": question}], [reply], extra | {"letter": answer, "choices": choices}
 
 
 PARSERS = {
@@ -292,6 +304,16 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     return rows
 
 
+def kind_of(path: str | Path) -> str:
+    """Which of PARSERS a JSONL file is for, by the fields of its first row: "pairs", "mcq" or "sft"."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            first = next((line for line in file if line.strip()), "")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    return "pairs" if '"chosen"' in first else "mcq" if '"question"' in first else "sft"
+
+
 def question_key(row: Row) -> str:
     """What makes two questions the same: words, numbers and symbols of the conversation, without case, blanks and the
     punctuation of sentences. (7 + 8 and 7 - 8 are two questions.)"""
@@ -335,6 +357,7 @@ class Example:
     where: str = ""
     extra: dict = field(default_factory=dict)
     question: str = ""  # the last message as text, to be shown
+    texts: list[str] = field(default_factory=list)  # the completions as text
 
     def __len__(self) -> int:
         """Tokens that the example takes in a batch row: the prompt once, then every completion."""
@@ -364,7 +387,7 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
             continue
         ledger.kept += 1
         ledger.trimmed += trimmed
-        examples.append(Example(prompt, completions, row.where, row.extra, row.messages[-1]["content"]))
+        examples.append(Example(prompt, completions, row.where, row.extra, row.messages[-1]["content"], row.completions))
     return examples
 
 

@@ -1,160 +1,205 @@
-"""What is measured about a model: log-probabilities over a data set, preferences, sampled answers.
+"""--stage eval: everything that is measured about models, side by side, each number with its 95% interval.
 
-Every number is a sum over all examples divided by their count, never a mean of batch means, so it does not depend on the
-batch size. All of them use the same log-probability as training (`model.completion_logprobs`).
+    python train.py --stage eval --model out/demo-dpo out/demo-sft-seed0 --data pairs.jsonl
+
+What is measured follows from the rows: preference pairs (preferences.py), multiple choice (choices.py), and for all of them
+the texts (texts.py): loss and perplexity of the reference answers, and the model's own answers to --samples prompts beside
+them (greedy, unless --temperature is given); with --bert their BERTScore, with --teacher a judge's opinion (judge.py).
+
+    out/<name>/  eval.json  eval.md  answers.jsonl  samples.md  figures/eval.png
+
+Every number is a sum over examples over their count, by the log-probability that training uses; the batch size changes none.
+All models answer the same rows: those that fit into every model's window. They are measured one after the other; what was
+measured is written before the next one begins, and a model that cannot be read costs its own row and no other.
 """
 
-import contextlib
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-import demo
-from data import LETTERS, ChatML, Example, collate
-from dpo import debiased_accuracy
-from model import LOGIT_CHUNK, Phi, completion_logprobs, generate
+import choices
+import judge
+import scores
+import texts
+from bertscore import bert_score, load_encoder, read_baseline
+from choices import Choices, parse_letter, score_options
+from config import Config
+from data import LETTERS, ChatML, Example
+from files import InputError
+from inputs import encode_for, rows_to_measure, tuned_from
+from intervals import mean, share
+from model import Phi
+from passes import all_logprobs, completion_lengths, flips, grades, sample_answers
+from preferences import measure_baselines, measure_rewards
+from scores import Results
+from teacher import Journal, Teacher, ask_all
+from weights import resolve
 
-
-def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
-    """bf16 compute over fp32 weights, or plain fp32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bf16")
-
-
-@torch.no_grad()
-def all_logprobs(model: Phi, examples: Sequence[Example], batch_size: int, device: str, dtype: str, label: str) -> Tensor:
-    """Summed log-probabilities of every completion, in the examples' own order: [E, completions per example], fp32, CPU."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))  # like lengths together: little padding
-    table = torch.empty(len(examples), len(examples[0].completions))
-    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch", leave=False, disable=None):
-        part = order[start : start + batch_size]
-        batch = collate([examples[i] for i in part]).to(device)
-        with autocast(device, dtype):
-            table[part] = completion_logprobs(model, batch).view(len(part), -1).cpu()
-    return table
+BETA = 0.1  # of the DPO loss, if --beta is not given
+BATCH_OF_TEXTS = 64  # for BERTScore
 
 
-@torch.no_grad()
-def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: int, device: str) -> dict[str, float]:
-    """How far `other` is from `full`, over all predicted tokens of the examples' completions, each a mean over tokens:
-
-    kl      KL(full || other) = sum_v p_v (log p_v - log p'_v), in nats
-    top 1   share of tokens whose likeliest successor is the same
-    loss    -log p'(the token that follows), in nats
-    """
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
-        batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
-        mask = None if int(batch.segment.max()) <= 1 else batch.segment
-        states = [
-            model.hidden(batch.tokens, batch.position, None if mask is None else model.mask(mask)).flatten(0, 1)[
-                batch.source
-            ]
-            for model in (full, other)
-        ]  # two of [M, D]
-        chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
-        for h, h_other, target in zip(*(state.split(chunk) for state in states), batch.target.split(chunk), strict=True):
-            p, q = full.lm_head(h).float().log_softmax(-1), other.lm_head(h_other).float().log_softmax(-1)  # [m, V]
-            kl = (p.exp() * (p - q)).sum()
-            agree = (p.argmax(-1) == q.argmax(-1)).sum()
-            sums += torch.stack((kl, agree, -q.gather(1, target[:, None]).sum())).double().cpu()
-        count += len(batch.target)
-    kl, agree, loss = (sums / count).tolist()
-    return {"kl": kl, "top 1": agree, "loss": loss}
+def evaluate_models(config: Config, find: Callable[[str], Path], teacher: Teacher | None, journal: Journal | None) -> int:
+    """Measures every model of the config, writes and prints the results; 0 if all went well, 2 if something failed.
+    `find` turns a model's name into its directory."""
+    run, failures = Path(config.out) / config.name, []
+    sources, encoded, rows, kind, where = gather(config, find, failures)
+    results = Results(rows, where, draw(len(rows), config.samples, config.seed), failures=failures)
+    for name, source in sources.items():
+        print(f"{name} ...", flush=True)
+        try:
+            measured, results.answers[name] = measure_model(config, name, source, *encoded[name], kind, results.asked)
+            results.models.append(measured)
+        except (InputError, OSError, torch.OutOfMemoryError) as error:
+            fail(failures, f"{name}: {str(error).splitlines()[0]}")
+        scores.write(results, run)
+    if teacher and results.answers:
+        try:
+            results.models += judge_models(results, lambda wanted: ask_all(wanted, journal, teacher, "judging"))
+        except InputError as error:
+            fail(failures, f"the judge {teacher.model}: {error}")
+        scores.write(results, run)
+    print("\n" + "\n\n".join(scores.tables(results.models)))
+    print(f"\n{len(rows):,} rows: {where}.")
+    print(f"Written to {run}/: eval.json, eval.md, answers.jsonl, samples.md, figures/eval.png")
+    return 2 if failures else 0
 
 
-def completion_lengths(examples: Sequence[Example]) -> Tensor:
-    """Tokens of every completion, flattened as in a batch: [N]."""
-    return torch.tensor([len(c) for e in examples for c in e.completions])
+def fail(failures: list[str], line: str) -> None:
+    failures.append(line)
+    print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def evaluate(objective: Callable, policy: Tensor, reference: Tensor | None, examples: Sequence[Example]) -> dict[str, float]:
-    """The objective's metrics over a whole data set, under the names of training with the prefix "eval_".
-
-    policy and reference: tables of `all_logprobs`; reference is None for SFT.
-    """
-    flat_reference = None if reference is None else reference.flatten()
-    _, sums = objective(policy.flatten(), completion_lengths(examples), flat_reference)
-    return {f"eval_{name}": (value[0] / value[1]).item() for name, value in sums.items()}
-
-
-def preference_summary(
-    policy: Tensor, reference: Tensor, examples: Sequence[Example], eps: float | None
-) -> dict[str, float]:
-    """How well the rewards of `policy` [E, 2] order chosen and rejected, beside what needs no training at all.
-
-    Rows that say whether their label was flipped (the demo's do) also give accuracies on the clean labels.
-    """
-    margin = (policy - reference).diff(dim=1)[:, 0].neg()  # log-ratio margin in nats, chosen minus rejected  [E]
-    own = policy.diff(dim=1)[:, 0].neg()  # which answer is likelier under the policy alone  [E]
-    lengths = completion_lengths(examples).view(-1, 2)
-    longer = (lengths[:, 0] - lengths[:, 1]).sign()
-    accuracy = (margin > 0).float().mean().item()
-    summary = {
-        "reward accuracy": accuracy,
-        "debiased accuracy": debiased_accuracy(accuracy, eps),
-        "ties": (margin == 0).float().mean().item(),
-        "longer answer wins": ((longer + 1) / 2).mean().item(),
-        "chosen likelier": (own > 0).float().mean().item(),
-        "logp per token, chosen": (policy[:, 0].sum() / lengths[:, 0].sum()).item(),
-        "logp per token, rejected": (policy[:, 1].sum() / lengths[:, 1].sum()).item(),
-    }
-    if all("flipped" in e.extra for e in examples):
-        truth = torch.tensor([-1.0 if e.extra["flipped"] else 1.0 for e in examples])
-        summary["clean reward accuracy"] = (margin * truth > 0).float().mean().item()
-        summary["right answer likelier"] = (own * truth > 0).float().mean().item()
-    return summary
+def gather(config: Config, find: Callable[[str], Path], failures: list[str]):
+    """The models that can be read, their (ChatML, examples) on the rows that fit all of them, those rows, their kind and
+    origin. InputError if no model is left or an option does not go with the rows."""
+    sources, fitting = {}, {}
+    rows, kind, where = None, None, None
+    for name in config.models:
+        try:
+            source = find(name)
+            if rows is None:
+                rows, kind, where = rows_to_measure(config, source)
+                check_options(config, kind)
+            fitting[name] = encode_for(source, rows, config.system_prompt)
+            sources[name] = source
+        except InputError as error:
+            if len(config.models) == 1 or rows is None and config.data:
+                raise
+            fail(failures, f"{name}: {error}")
+    if not sources:
+        raise InputError("no model is left to measure:\n  " + "\n  ".join(failures))
+    common = set.intersection(*({e.where for e in examples} for _, examples in fitting.values()))
+    kept = [row for row in rows if row.where in common]
+    if not kept:
+        raise InputError(f"none of the {len(rows):,} rows fits into every model's window")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept):,} of {len(rows):,} rows do not fit into every model's window and are left out")
+    encoded = {name: (chat, [e for e in part if e.where in common]) for name, (chat, part) in fitting.items()}
+    return sources, encoded, kept, kind, where
 
 
-def choice_accuracy(
-    model: Phi, examples: Sequence[Example], chat: ChatML, batch_size: int, device: str, dtype: str
-) -> float:
-    """Share of multiple-choice questions whose right letter is the likeliest of the options' letters as the whole reply.
-
-    All letters of a question stand in one row behind the prompt, which is run once.
-    """
-    right = 0
-    for count in sorted({e.extra["options"] for e in examples}):
-        part = [e for e in examples if e.extra["options"] == count]
-        letters = [chat.reply(letter) for letter in LETTERS[:count]]
-        asked = [replace(e, completions=letters) for e in part]
-        table = all_logprobs(model, asked, batch_size, device, dtype, f"{count} options")  # [E, count]
-        right += sum(LETTERS[i] == e.extra["letter"] for i, e in zip(table.argmax(dim=1).tolist(), part, strict=True))
-    return right / len(examples)
+def check_options(config: Config, kind: str) -> None:
+    """InputError for an option that says nothing about rows of this kind."""
+    for name in ("beta", "eps", "reference_model"):
+        if getattr(config, name) is not None and kind != "pairs":
+            raise InputError(f"--{name.replace('_', '-')} is for preference pairs, and the rows are none; leave it out")
 
 
-def sample_answers(
-    model: Phi,
-    chat: ChatML,
-    examples: Sequence[Example],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int = 128,
-) -> list[str]:
-    """One sampled answer to each example's prompt, as text without the `<|im_end|>`."""
-    stops = tuple(chat.control_ids)
+def draw(count: int, wanted: int, seed: int) -> list[int]:
+    """Which rows are answered: the same for every model, in the rows' order."""
+    return sorted(random.Random(seed).sample(range(count), min(wanted, count)))
+
+
+# ------------------------------------------------------------------------------------------------------------ one model
+
+
+def measure_model(
+    config: Config, name: str, source: Path, chat: ChatML, examples: list[Example], kind: str, asked: list[int]
+) -> tuple[dict, list[str]]:
+    """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
+    model = Phi.from_pretrained(source, device=config.device)
+    passes = (config.micro_batch_size, config.device, config.dtype)
+    policy = all_logprobs(model, examples, *passes, "reading")  # [E, completions]
+    lengths = completion_lengths(examples).view(len(examples), -1)
+    result = {"model": name, "text": texts.likelihood(policy[:, 0], lengths[:, 0])}
+    if kind == "pairs":
+        reference, result["reference"] = reference_logprobs(config, source, examples)
+        flipped = flips(examples)
+        if reference is not None:
+            result["rewards"] = measure_rewards(policy, reference, lengths, flipped, config.eps, config.beta or BETA)
+        result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
+    scored = [score_options(model, examples, chat, *passes)] if kind.startswith("mcq") else []
     answers = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="sampling", unit="batch", leave=False, disable=None):
-        prompts = [e.prompt for e in examples[start : start + batch_size]]
-        new = generate(model, prompts, max_new_tokens, temperature, seed=seed + start, stop_tokens=stops)
-        answers += [chat.decode(ids) for ids in new]
-    return answers
+    if asked:
+        drawn = [examples[i] for i in asked]
+        answers, ended = sample_answers(
+            model, chat, drawn, config.max_new_tokens, config.temperature, config.seed, config.micro_batch_size
+        )
+        result["answers"] = measure_answers(config, answers, ended, drawn, result)
+        if scored:
+            scored.append(generated_choices(answers, drawn))
+    if scored:
+        result |= measure_choices(scored)
+    return result, answers
 
 
-def answer_summary(answers: Sequence[str], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
-    """Mean length of sampled answers, and for the demo, whose rows carry the right answer, how many are right."""
-    summary = {"tokens per answer": sum(len(chat.encode_text(a)) for a in answers) / len(answers)}
-    if all("letter" in e.extra for e in examples):
-        letters = [re.findall(r"\b[A-J]\b", answer)[-1:] for answer in answers]
-        right = [found == [e.extra["letter"]] for found, e in zip(letters, examples, strict=True)]
-        summary["sampled: right letter"] = sum(right) / len(right)
-    elif all("answer" in e.extra for e in examples):
-        grades = [demo.grade(answer, e.extra["answer"]) for answer, e in zip(answers, examples, strict=True)]
-        summary["sampled: right method"] = sum(method for method, _ in grades) / len(grades)
-        summary["sampled: right method and number"] = sum(full for _, full in grades) / len(grades)
-    return summary
+def reference_logprobs(config: Config, source: Path, examples: list[Example]) -> tuple[torch.Tensor | None, str | None]:
+    """Log-probabilities [E, 2] under the model that rewards are measured from, and its directory; None if there is none."""
+    parent = resolve(config.reference_model, None) if config.reference_model else tuned_from(source)
+    if parent is None:
+        return None, None
+    model = Phi.from_pretrained(parent, device=config.device)
+    return all_logprobs(model, examples, config.micro_batch_size, config.device, config.dtype, "reference"), str(parent)
+
+
+def measure_answers(config: Config, answers: list[str], ended: list[bool], drawn: list[Example], result: dict) -> dict:
+    """How much the model's own answers look like the reference answers, and whether they end. The demo's are graded, too."""
+    references = [e.texts[0] for e in drawn]
+    measured, result["BLEU signature"] = texts.similarity(answers, references)
+    if config.bert:
+        encoder = load_encoder(resolve(config.bert, None), config.bert_layer, config.device)
+        baseline = read_baseline(config.bert_baseline, len(encoder.bert.layers)) if config.bert_baseline else None
+        scores = bert_score(answers, references, encoder, config.bert_idf, baseline, BATCH_OF_TEXTS)  # [N, 3]
+        measured["BERTScore"] = mean(scores[:, 2])
+    graded = {"ends": ended} | grades(answers, drawn)
+    return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
+
+
+def generated_choices(answers: list[str], drawn: list[Example]) -> Choices:
+    """The letters that the answers name."""
+    counts = [len(e.extra["choices"]) for e in drawn]
+    picks = [parse_letter(answer, count) for answer, count in zip(answers, counts, strict=True)]
+    return Choices(
+        [LETTERS.index(e.extra["letter"]) for e in drawn], counts, [choices.topic(e) for e in drawn], {"generated": picks}
+    )
+
+
+def measure_choices(scored: list[Choices]) -> dict:
+    """Accuracy, position bias and picks by method, accuracy by topic (letters), chance, and the share of invalid answers."""
+    made = {"choices": {}, "position bias": {}, "picks": {"right": choices.letter_shares(scored[0].right)}}
+    for part in scored:
+        made["choices"] |= choices.accuracies(part)
+        for method, picks in part.picks.items():
+            made["position bias"][method] = choices.position_bias(part, method)
+            made["picks"][method] = choices.letter_shares(picks)
+            if method == "generated":
+                made["invalid"] = choices.invalid(part)
+    return made | {"chance": choices.chance(scored[0]), "by topic": choices.by_topic(scored[0], "letter")}
+
+
+def judge_models(results: Results, ask: judge.Ask) -> list[dict]:
+    """Every other model against the first, or a single one against the reference answers, by a judge."""
+    asked = [results.rows[i] for i in results.asked]
+    (first, theirs), *others = results.answers.items()
+    contests = [(name, ours, first, theirs) for name, ours in others]
+    if not others:
+        contests = [(first, theirs, "the reference answers", [row.completions[0] for row in asked])]
+    made = []
+    for name, ours, opponent, their_answers in contests:
+        outcomes = judge.compare([row.messages[-1]["content"] for row in asked], ours, their_answers, ask)
+        made.append({"model": name, "judged against": opponent, "judge": judge.summary(outcomes, ours, their_answers)})
+    return made

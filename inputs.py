@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,21 +11,23 @@ from torch import Tensor
 
 import demo
 from checkpoint import cached_logprobs, fingerprint, save_model
-from config import Config
+from config import TRAINING, Config
 from data import (
     ChatML,
     Example,
     Ledger,
+    Row,
     check_no_leak,
     encode,
+    kind_of,
     load_tokenizer,
     read_rows,
     split_by_question,
     supervise_everything,
 )
-from eval import all_logprobs
-from files import InputError, write_jsonl
+from files import InputError, read_json, write_jsonl
 from model import Phi, PhiConfig
+from passes import all_logprobs
 
 # Where each stage's questions stand in the demo's one list of distinct questions: none is asked in two stages.
 QUESTIONS = {"sft": (0, 26_000), "qat": (26_000, 30_000), "dpo": (30_000, demo.MOST_QUESTIONS)}
@@ -66,34 +68,86 @@ def demo_base(run: Path, seed: int) -> Path:
     return directory
 
 
-def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
-    """Reads and checks the rows, splits them by question, and turns them into tokens with the tokenizer of `parent`.
+def load_chat(directory: Path, system_prompt: str | None) -> ChatML:
+    """The ChatML of a model's directory; InputError if its tokenizer has ids that the model has no embedding for."""
+    chat = ChatML(load_tokenizer(directory), system_prompt)
+    rows = PhiConfig.from_dict(read_json(directory / "config.json"), f"{directory}/config.json").vocab_size
+    largest = max(chat.tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"{directory}: the tokenizer does not fit the model: its ids reach {largest:,}, the model's embedding has "
+            f"{rows:,} rows. Is tokenizer.json another model's?"
+        )
+    return chat
 
-    The demo's own rows are written to the run's directory first and then read like any other file. If `parent` is None,
-    the demo's random tiny Phi is made there too.
-    """
-    kind = "pairs" if config.objective == "dpo" else "sft"
+
+def training_run(directory: Path) -> Path | None:
+    """The run that tuned a model: its own directory or, if it was quantized from another, that one's; None if neither is."""
+    while (directory / "run.json").exists():
+        if read_json(directory / "run.json")["config"]["stage"] in TRAINING:
+            return directory
+        directory = Path(read_json(directory / "results.json").get("parent", ""))
+    return None
+
+
+def run_config(run: Path) -> Config:
+    """The settings that a training run was made with."""
+    known = {f.name for f in fields(Config)}
+    return Config(**{name: value for name, value in read_json(run / "run.json")["config"].items() if name in known})
+
+
+def trained_system_prompt(directory: Path) -> str | None:
+    """The system prompt that a model was tuned with, if it is one of this program's runs."""
+    run = training_run(directory)
+    return run_config(run).system_prompt if run else None
+
+
+def tuned_from(directory: Path) -> Path | None:
+    """The model that a model was tuned from, which rewards are measured from; None if that is not recorded or gone."""
+    run = training_run(directory)
+    if run is None or not (run / "results.json").exists():
+        return None
+    parent = Path(read_json(run / "results.json").get("parent", ""))
+    return parent if (parent / "config.json").exists() else None
+
+
+def row_kind(config: Config) -> str:
+    """Which rows a training stage reads, one of `data.PARSERS`."""
     if config.stage == "mcq":
-        kind = "mcq letter" if config.letter_only else "mcq"
-    path = config.train
+        return "mcq letter" if config.letter_only else "mcq"
+    return "pairs" if config.objective == "dpo" else "sft"
+
+
+Sides = dict[str, tuple[list[Row], str]]  # "train" and "eval": rows, and the file that they are from
+
+
+def read_sides(config: Config, run: Path) -> tuple[Sides, dict[str, Ledger]]:
+    """The checked rows of both sides, no question on both, and a ledger a file. The demo's own rows are written to the run's
+    directory first and then read like any other file."""
+    kind, path = row_kind(config), config.train
     if path is None:
         path = run / "data" / f"{kind}.jsonl"
         if not path.exists():
             write_jsonl(path, demo_rows(config, kind))
-    parent = parent or demo_base(run, config.seed)
-    chat = ChatML(load_tokenizer(parent), config.system_prompt)
-
     ledgers = {str(path): Ledger()}
     rows = read_rows(path, kind, config.on_bad_row, ledgers[str(path)])
     if config.eval:
         ledgers[config.eval] = Ledger()
         eval_rows = read_rows(config.eval, kind, config.on_bad_row, ledgers[config.eval])
         check_no_leak(rows, eval_rows)
-        sides = {"train": (rows, str(path)), "eval": (eval_rows, config.eval)}
-    else:
-        train_rows, eval_rows = split_by_question(rows, config.eval_share, config.seed)
-        sides = {"train": (train_rows, str(path)), "eval": (eval_rows, str(path))}
+        return {"train": (rows, str(path)), "eval": (eval_rows, config.eval)}, ledgers
+    train_rows, eval_rows = split_by_question(rows, config.eval_share, config.seed)
+    return {"train": (train_rows, str(path)), "eval": (eval_rows, str(path))}, ledgers
 
+
+def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
+    """Reads and checks the rows, splits them by question, and turns them into tokens with the tokenizer of `parent`.
+
+    If `parent` is None, the demo's random tiny Phi is made in the run's directory first.
+    """
+    parent = parent or demo_base(run, config.seed)
+    chat = load_chat(parent, config.system_prompt)
+    sides, ledgers = read_sides(config, run)
     examples = {}
     for side, (rows, file) in sides.items():
         examples[side] = encode(rows, chat, config.max_length, config.max_prompt_length, ledgers[file])
@@ -110,31 +164,59 @@ def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
     return Inputs(parent, chat, examples["train"], examples["eval"], ledgers)
 
 
-def reference_tables(config: Config, model: Phi, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [E, 2] of the training and evaluation answers under the starting model, which DPO measures from.
+def rows_to_measure(config: Config, source: Path) -> tuple[list[Row], str, str]:
+    """Rows to measure a model on, their kind, and where they are from: --data, or what the run of the model held out."""
+    if config.data is None:
+        run = training_run(source)
+        if run is None:
+            raise InputError(
+                f"--data FILE.jsonl is missing: {source} is no run of this program with held-out rows of its own"
+            )
+        trained = run_config(run)
+        rows, file = read_sides(trained, run)[0]["eval"]
+        return rows, row_kind(trained), f"the rows of {file} that {run} held out"
+    kind = kind_of(config.data)
+    if config.letter_only and kind != "mcq":
+        raise InputError(f"--letter-only is for multiple-choice questions, and {config.data} holds none; leave it out")
+    return (
+        read_rows(config.data, "mcq letter" if config.letter_only else kind, config.on_bad_row, Ledger()),
+        kind,
+        config.data,
+    )
 
-    The reference never changes, so it is run once over the data instead of once a step, and the tables are kept on disk
-    under a hash of everything that they depend on: weights, token ids (and so the template and the lengths), and dtype.
-    """
+
+def encode_for(source: Path, rows: list[Row], system_prompt: str | None) -> tuple[ChatML, list[Example]]:
+    """The rows that fit a model's window, with its own tokenizer and, unless another is given, the system prompt that it was
+    tuned with. InputError if none fits."""
+    chat = load_chat(source, system_prompt or trained_system_prompt(source))
+    window = PhiConfig.from_dict(read_json(source / "config.json")).max_position_embeddings
+    examples = encode(rows, chat, window, window // 2, Ledger())
+    if not examples:
+        raise InputError(f"{source}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
+    return chat, examples
+
+
+def reference_tables(config: Config, model: Phi, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [E, 2] of the training and evaluation answers under the starting model, which DPO measures from."""
     weights = fingerprint(model)
-    tables = []
-    for label, examples in (("train", inputs.train), ("eval", inputs.eval)):
-        key = json.dumps(
-            [
-                weights,
-                config.dtype,
-                config.attention,
-                torch.device(config.device).type,
-                torch.__version__,
-                [(e.prompt, e.completions) for e in examples],
-            ]
-        )
-        path = Path(config.out) / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        compute = functools.partial(
-            all_logprobs, model, examples, config.micro_batch_size, config.device, config.dtype, f"reference, {label}"
-        )
-        table, reused = cached_logprobs(path, compute)
-        did = "reused from" if reused else "written to"
-        print(f"Reference log-probabilities of {len(examples):,} {label} pairs: {did} {path}")
-        tables.append(table)
-    return tables[0], tables[1]
+    return tuple(
+        reference_table(config, model, weights, examples, label)
+        for label, examples in (("train", inputs.train), ("eval", inputs.eval))
+    )
+
+
+def reference_table(config: Config, model: Phi, weights: str, examples: list[Example], label: str) -> Tensor:
+    """Log-probabilities [E, 2] of pairs under a model that never changes: run once, not once a step, and kept on disk in
+    OUT/reference under a hash of all that they depend on: `weights`, the model's fingerprint, token ids (and so the template
+    and the lengths), and the compute type."""
+    device = torch.device(config.device).type
+    pairs = [(e.prompt, e.completions) for e in examples]
+    key = json.dumps([weights, config.dtype, config.attention, device, torch.__version__, pairs])
+    path = Path(config.out) / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    compute = functools.partial(
+        all_logprobs, model, examples, config.micro_batch_size, config.device, config.dtype, f"reference, {label}"
+    )
+    table, reused = cached_logprobs(path, compute)
+    did = "reused from" if reused else "written to"
+    print(f"Reference log-probabilities of {len(examples):,} {label} pairs: {did} {path}")
+    return table

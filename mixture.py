@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import LETTERS, Row, check_no_leak, question_key, split_by_question
+from display import picture
 from files import InputError, write_json, write_jsonl, write_text
 from sources import Item
 from teacher import Request, explanation, rejected, topic
@@ -298,25 +299,15 @@ def describe(name: str, stats: dict, unit: str) -> str:
 
 def figure(train: list[dict], test: list[dict], path: Path) -> None:
     """The rows by source and by topic, training and test stacked: the report's Figure 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture, axes = plt.subplots(1, 2, figsize=(12, 4))
-    for axis, kind in zip(axes, ("source", "topic")):
-        counts = [Counter(row[kind] for row in rows) for rows in (train, test)]
-        names = [name for name, _ in (counts[0] + counts[1]).most_common()][::-1]
-        axis.barh(names, [counts[0][name] for name in names], color="C0", label="training")
-        left = [counts[0][name] for name in names]
-        axis.barh(names, [counts[1][name] for name in names], left=left, color="C1", label="test")
-        axis.set(xlabel="pairs", title=f"by {kind}")
-        axis.grid(alpha=0.3, axis="x")
-    axes[0].legend(fontsize=8)
-    picture.tight_layout()
-    picture.savefig(path, dpi=120)
-    plt.close(picture)
+    with picture(path, columns=2, size=(12, 4)) as axes:
+        for axis, kind in zip(axes, ("source", "topic")):
+            counts = [Counter(row[kind] for row in rows) for rows in (train, test)]
+            names = [name for name, _ in (counts[0] + counts[1]).most_common()][::-1]
+            axis.barh(names, [counts[0][name] for name in names], color="C0", label="training")
+            left = [counts[0][name] for name in names]
+            axis.barh(names, [counts[1][name] for name in names], left=left, color="C1", label="test")
+            axis.set(xlabel="pairs", title=f"by {kind}")
+        axes[0].legend(fontsize=8)
 
 
 def write_all(directory: Path, made: dict[str, list[dict]], review: list[dict], ledger: dict, card: str) -> None:

@@ -16,6 +16,7 @@ Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, V v
 import functools
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -297,7 +298,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: PhiConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Weights are loaded or drawn later; nn.Embedding's own draw, on the meta device, would import the whole compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -515,7 +517,7 @@ def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """Next token ids [B] of logits [B, V]: greedy at temperature 0, else from softmax(logits / temperature) restricted to
     the smallest set of likeliest tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so near to it that logits / temperature may overflow
         return logits.argmax(dim=-1)
     p = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
@@ -525,8 +527,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
-@torch.inference_mode()
-def generate(
+@torch.inference_mode()  # holds while a step is computed; the consumer, between two of them, keeps its own mode
+def stream(
     model: Phi,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -534,8 +536,9 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_tokens: tuple[int, ...] = (),
-) -> list[list[int]]:
-    """Continues each prompt; returns only the new tokens, up to and without the first stop token.
+) -> Iterator[Tensor]:
+    """Continues each prompt and yields every step's token ids [B], the next step being computed when it is asked for. Ends
+    when every row has had a stop token; what a row gets after its own has no meaning.
 
     Prompts of different lengths run as one batch, padded on the right. Row b's cache has no gaps: its next token is
     written at its own length, over the padding, so positions need no correction and each row sees just its own tokens.
@@ -558,13 +561,12 @@ def generate(
     hidden = hidden[rows, length - 1]  # [B, D]
     ragged = bool((length != T).any())
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    new_tokens = []
     for step in range(max_new_tokens):
         token = sample(model.lm_head(hidden), temperature, top_p, generator)  # [B]
-        new_tokens.append(token)
+        yield token
         done |= torch.isin(token, stops)
         if step == max_new_tokens - 1 or done.all():
-            break
+            return
         position, mask = length + step, None  # [B]
         cache.slot, cache.used = slice(T + step, T + step + 1), T + step + 1
         if ragged:
@@ -572,5 +574,18 @@ def generate(
             visible = torch.arange(cache.used, device=device) <= position[:, None]  # [B, used]
             mask = visible[:, None, None]  # [B, 1, 1, used]
         hidden = model.hidden(token[:, None], position[:, None], mask, cache)[:, 0]  # [B, D]
-    answers = torch.stack(new_tokens, dim=1).tolist()  # [B, new]
+
+
+def generate(
+    model: Phi,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: tuple[int, ...] = (),
+) -> list[list[int]]:
+    """Continues each prompt, all as one batch; returns only the new tokens, up to and without the first stop token."""
+    steps = list(stream(model, prompts, max_new_tokens, temperature, top_p, seed, stop_tokens))
+    answers = torch.stack(steps, dim=1).tolist()  # [B, new]
     return [ids[: next((i for i, t in enumerate(ids) if t in stop_tokens), len(ids))] for ids in answers]

@@ -15,6 +15,7 @@ import torch
 from checkpoint import read_metrics
 from config import PHI2_COMMAND, Config
 from data import ChatML, Example, collate, epoch_order
+from display import picture
 from files import read_json
 from inputs import Inputs
 from model import Phi, PhiConfig
@@ -231,11 +232,6 @@ def quantized_summary(config: Config, run: Path, done: dict) -> str:
 
 def training_figure(run: Path, config: Config) -> None:
     """figures/training.png: loss, accuracy and rewards over the steps, from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_metrics(run)
 
     def training(axis, name: str, label: str, colour: str) -> None:
@@ -250,28 +246,23 @@ def training_figure(run: Path, config: Config) -> None:
         steps, values = zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)
         axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
 
-    dpo = config.objective == "dpo"
-    figure, axes = plt.subplots(1, 3 if dpo else 1, figsize=(14 if dpo else 5, 3.8), squeeze=False)
-    loss, *others = axes[0]
-    training(loss, "loss", "loss", "C0")
-    held_out(loss, "eval_loss", "loss", "C0")
-    loss.set(ylabel="nats per pair" if dpo else "nats per token")
-    if dpo:
-        accuracy, rewards = others
-        held_out(loss, "eval_dpo_loss", "DPO loss (eps = 0)", "C2")
-        training(accuracy, "rewards/accuracies", "raw", "C0")
-        held_out(accuracy, "eval_rewards/accuracies", "raw", "C0")
-        held_out(accuracy, "eval_debiased_accuracy", "debiased", "C2")
-        accuracy.set(ylabel="reward accuracy", ylim=(0, 1.05))
-        for name, colour in (("chosen", "C2"), ("rejected", "C3")):
-            training(rewards, f"rewards/{name}", name, colour)
-            held_out(rewards, f"eval_rewards/{name}", name, colour)
-        rewards.set(ylabel="reward: beta * log-ratio to the reference (nats)")
-    for axis in axes[0]:
-        axis.set(xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    (run / "figures").mkdir(exist_ok=True)
-    figure.savefig(run / "figures" / "training.png", dpi=120)
-    plt.close(figure)
+    columns, size = (3, (14, 3.8)) if config.objective == "dpo" else (1, (5, 3.8))
+    with picture(run / "figures" / "training.png", columns, size) as axes:
+        loss, *others = axes
+        training(loss, "loss", "loss", "C0")
+        held_out(loss, "eval_loss", "loss", "C0")
+        loss.set(ylabel="nats per pair" if others else "nats per token")
+        if others:
+            accuracy, rewards = others
+            held_out(loss, "eval_dpo_loss", "DPO loss (eps = 0)", "C2")
+            training(accuracy, "rewards/accuracies", "raw", "C0")
+            held_out(accuracy, "eval_rewards/accuracies", "raw", "C0")
+            held_out(accuracy, "eval_debiased_accuracy", "debiased", "C2")
+            accuracy.set(ylabel="reward accuracy", ylim=(0, 1.05))
+            for name, colour in (("chosen", "C2"), ("rejected", "C3")):
+                training(rewards, f"rewards/{name}", name, colour)
+                held_out(rewards, f"eval_rewards/{name}", name, colour)
+            rewards.set(ylabel="reward: beta * log-ratio to the reference (nats)")
+        for axis in axes:
+            axis.set(xlabel="optimizer step")
+            axis.legend(fontsize=7)

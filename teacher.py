@@ -25,6 +25,7 @@ from files import InputError, read_json, write_json
 
 ATTEMPTS = 8  # per request
 FIRST_WAIT = 0.5  # seconds, doubled after each attempt up to a minute
+UNREACHED = 5  # attempts to connect, after which there is no server
 USELESS = 3  # answers that make no sense, after which a request is given up for good
 TIMEOUT = 120.0  # seconds for one answer
 
@@ -313,6 +314,9 @@ async def _ask(api, request: Request, model: str) -> tuple[str | None, list[int]
                 raise Stop(f"the teacher's account is empty: {_reason(error)}") from None
             wait = max(wait, _retry_after(error))
         except (openai.APIError, ValueError, AttributeError, IndexError, TypeError) as error:
+            # By name: which HTTP library the SDK brings depends on its version.
+            if type(error.__cause__).__name__ == "ConnectError" and attempt + 1 == UNREACHED:
+                raise Stop(f"the teacher's server at {api.base_url} cannot be reached: {error.__cause__}") from None
             last = error  # a server's error, a cut connection, a time-out, or a body that is not the protocol's
         await asyncio.sleep(wait)
     tqdm.write(f"  no answer in {ATTEMPTS} attempts ({type(last).__name__}); the next run asks again")

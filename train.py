@@ -9,7 +9,11 @@
     python train.py --stage mcq --model DIR --train mcq-train.jsonl          multiple choice: explain, then the letter
     python train.py --stage quantize --model DIR --to nf4                    a quarter of the size
     python train.py --stage qat --to nf4 --model DIR --train sft.jsonl       tune the rounded weights
+    python train.py --stage eval --model A B --data test.jsonl               models side by side, with intervals
     python train.py --stage eval --model DIR --precisions fp32,int8,nf4      what a number format costs and brings
+    python train.py --stage sweep --grid beta=0.1,0.3 --grid eps=0,0.1       which setting is best, and which are alike
+    python train.py --stage sweep --preset report                            the report's tables, figure and claims
+    python train.py --stage chat --model DIR                                 talk to it
 
 Every flag is a field of config.Config. There is one training loop (`train`); it knows nothing of losses, which sft.py and
 dpo.py make from log-probabilities, and those know nothing of optimizers, devices or files.
@@ -33,19 +37,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 import card
+import chat
 import dpo
+import ranking
 import report
 import sft
-from build import build_data
+import sweep
+from build import build_data, open_teacher
 from checkpoint import load_optimizer, open_run, prune, publish, save_checkpoint, save_model, truncate_metrics
 from config import LOWER_IS_BETTER, Config, default_name, parse, resolve, resume_command
 from convert import quantize_checkpoint
 from data import Example, collate, epoch_order
-from eval import all_logprobs, answer_summary, autocast, completion_lengths, evaluate, preference_summary, sample_answers
+from eval import evaluate_models
 from files import InputError, read_json, write_json
-from inputs import Inputs, load_inputs, reference_tables
+from inputs import Inputs, load_chat, load_inputs, reference_tables, trained_system_prompt
 from model import Phi, completion_logprobs
+from passes import all_logprobs, autocast, completion_lengths, evaluate, flips, sample_answers
+from preferences import training_summary
 from quant import SKIP, FrozenLinear, compile_missing, linear_layers, round_to, train_quantized
+from replicate import replicate
+from texts import answer_summary
 from weights import resolve as resolve_model
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -324,6 +335,8 @@ def run_stage(config: Config) -> int:
         return quantize_stage(config)
     if config.stage == "eval":
         return eval_stage(config)
+    if config.stage == "chat":
+        return chat_stage(config)
     run = Path(config.out) / config.name
     if config.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -393,15 +406,16 @@ def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor |
         round_model(model, config)
     policy = all_logprobs(model, inputs.eval, config.micro_batch_size, config.device, config.dtype, "evaluating")
     if config.objective == "dpo":
-        metrics = preference_summary(policy, reference, inputs.eval, config.eps)
+        lengths = completion_lengths(inputs.eval).view(-1, 2)
+        metrics = training_summary(policy, reference, lengths, flips(inputs.eval), config.eps)
     else:
         metrics = {"loss per token": -policy.sum().item() / completion_lengths(inputs.eval).sum().item()}
     answers = []
     if config.samples:
         asked = inputs.eval[: config.samples]
         room = config.max_length - config.max_prompt_length
-        answers = sample_answers(model, inputs.chat, asked, min(room, 256), 1.0, config.seed)
-        metrics |= answer_summary(answers, asked, inputs.chat)
+        answers, ended = sample_answers(model, inputs.chat, asked, min(room, 256), 1.0, config.seed)
+        metrics |= answer_summary(answers, ended, asked, inputs.chat)
     return {"metrics": metrics, "answers": answers}
 
 
@@ -428,16 +442,57 @@ def quantize_stage(config: Config) -> int:
 
 
 def eval_stage(config: Config) -> int:
-    """--stage eval --precisions ...: the same model in several number formats, side by side."""
-    source, run = find_parent(config), Path(config.out) / config.name
+    """--stage eval: models side by side, or with --precisions the same model in several number formats."""
+    if config.precisions:
+        source = find_parent(config)
+        begin_run(config)
+        card.report_card(config, source, Path(config.out) / config.name, compiles(config))
+        return 0
+    teacher, journal = open_teacher(config)
     begin_run(config)
-    card.report_card(config, source, run, compiles(config))
-    return 0
+    return evaluate_models(config, lambda name: find_parent(replace(config, model=name)), teacher, journal)
+
+
+def chat_stage(config: Config) -> int:
+    """--stage chat: a conversation in the terminal, or one answer to --prompt."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers alone
+        source = find_parent(config)
+    chatml = load_chat(source, config.system_prompt or trained_system_prompt(source))
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    model = Phi.from_pretrained(source, dtype=dtype, device=config.device)
+    settings = chat.Settings(None, config.temperature, config.top_p, config.max_new_tokens, config.seed)
+    if config.prompt is None:
+        return chat.converse(model, chatml, settings, sys.stdin, sys.stdout)
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    return chat.answer_once(model, chatml, settings, prompt, sys.stdout)
+
+
+def sweep_stage(raw: Config, given: set[str]) -> int:
+    """--stage sweep: plan, run, rank."""
+    grid = sweep.parse_grid(raw.grid or [])
+    raw = replace(raw, train=raw.train or grid.get("train", [None])[0])
+    resolve(raw, given)  # checks every flag before anything is done
+    directory = Path(raw.out) / (raw.name or default_name(raw))
+    if raw.overwrite and directory.exists():
+        open_run(directory, overwrite=True, resume=False)
+    if raw.preset:
+        write_json(directory / "run.json", {"config": asdict(raw)})
+        return replicate(raw, given, find_parent, run_stage)
+    with tempfile.TemporaryDirectory() as scratch:
+        where = replace(raw, out=scratch) if raw.dry_run else raw
+        base, runs, test = sweep.plan(where, given, grid, find_parent)
+    if raw.dry_run:
+        print(f"{len(runs)} runs: " + ", ".join(run.name for run in runs) + "\nNothing was trained.")
+        return 0
+    write_json(directory / "run.json", {"config": asdict(raw)})
+    return sweep.run_all(runs, test, run_stage) or ranking.report_sweep(directory, runs, base)
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         config, given = parse(argv)
+        if config.stage == "sweep":
+            return sweep_stage(config, given)
         return run_stage(settle(config, given))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

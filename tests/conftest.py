@@ -1,7 +1,13 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from files import read_json
+from inputs import demo_base
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -10,3 +16,14 @@ def one_thread():
     busy machine makes products this small 20 times slower."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A directory with the demo's random tiny Phi, cut down to one layer so that a step takes milliseconds."""
+    base = demo_base(tmp_path_factory.mktemp("tiny"), seed=0)
+    config = read_json(base / "config.json")
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = load_file(base / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if ".layers." not in k or ".layers.0." in k}, base / "model.safetensors")
+    return base

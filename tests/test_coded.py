@@ -202,7 +202,6 @@ def test_the_quantize_stage(full, tmp_path, capsys):
         (("qat",), "--to FORMAT is missing"),
         (("qat", "--to", "dynamic8"), "no level at -1"),
         (("qat", "--to", "nf4", "--beta", 0.1), "--beta does nothing in --stage qat --objective sft"),
-        (("eval",), "--precisions is missing"),
         (("eval", "--precisions", "nf5"), "no 'nf5'"),
     ],
 )

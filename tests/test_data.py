@@ -17,12 +17,14 @@ from data import (
     collate,
     encode,
     epoch_order,
+    kind_of,
     load_tokenizer,
     parse_mcq,
     question_key,
     read_rows,
     split_by_question,
     supervise_everything,
+    written_options,
 )
 from files import InputError
 
@@ -340,8 +342,8 @@ def test_encode_counts_every_row_never_cuts_a_completion_and_shares_the_prompt()
     assert (ledger.kept, ledger.trimmed) == (2, 1)
     assert ledger.dropped == {"completion does not fit": 1, "prompt does not fit": 1}
     completions = [[*b"good", END], [*b"bad", END]]
-    assert first == Example(user_turn(b"abcde") + REPLY_HEADER, completions, "f:1", {"id": 1}, question="abcde")
-    assert second == Example(user_turn(b"defgh") + REPLY_HEADER, completions, "f:2", {}, question="abcdefgh")
+    assert first == Example(user_turn(b"abcde") + REPLY_HEADER, completions, "f:1", {"id": 1}, "abcde", ["good", "bad"])
+    assert second == Example(user_turn(b"defgh") + REPLY_HEADER, completions, "f:2", {}, "abcdefgh", ["good", "bad"])
 
 
 def test_longest_completion_decides_whether_a_row_fits():
@@ -515,12 +517,28 @@ def mcq(**change):
 def test_multiple_choice_explains_first_and_ends_with_the_letter():
     messages, replies, extra = parse_mcq(mcq())
     assert messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
-    assert replies == ["It is so.\n\nAnswer: B"] and extra == {"topic": "x", "letter": "B", "options": 2}
+    assert replies == ["It is so.\n\nAnswer: B"] and extra == {"topic": "x", "letter": "B", "choices": ["red", "blue"]}
     assert parse_mcq(mcq(explanation=None))[1] == ["Answer: B"]
     assert parse_mcq(mcq(), letter_only=True)[1] == ["B"]
     course = {"question": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:", "answer": "B", "explanation": "So."}
-    assert parse_mcq(course)[2]["options"] == 2
+    assert parse_mcq(course)[2]["choices"] == ["red", "blue"]
     assert parse_mcq(course)[0] == messages and parse_mcq(course)[1] == ["So.\n\nAnswer: B"]
+
+
+def test_options_are_read_from_a_question_s_text():
+    assert written_options("A. is no option\nOptions:\nA)167 sec\nB) 190 sec\nand more\nC)390\n\nAnswer:") == [
+        "167 sec",
+        "190 sec\nand more",
+        "390",
+    ]
+
+
+def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
+    for row, kind in ((mcq(), "mcq"), ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs"), ({"messages": []}, "sft")):
+        (tmp_path / "rows.jsonl").write_text("\ufeff\n" + json.dumps(row))
+        assert kind_of(tmp_path / "rows.jsonl") == kind
+    with pytest.raises(InputError, match="No such file"):
+        kind_of(tmp_path / "missing.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -532,6 +550,7 @@ def test_multiple_choice_explains_first_and_ends_with_the_letter():
         ({"choices": ["red"]}, "2 to 10 texts"),
         ({"choices": ["red", ""]}, '"choices" is empty'),
         ({"question": None}, '"question" is missing'),
+        ({"question": "Options:\nA. x\nC. y", "choices": None}, "not lettered A, B, C"),
     ],
 )
 def test_multiple_choice_rows_that_make_no_sense(change, message):

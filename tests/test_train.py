@@ -18,27 +18,13 @@ import train as driver
 from checkpoint import fingerprint, read_metrics, steps_saved
 from config import Config, parse, resolve
 from data import ChatML, Example, load_tokenizer
-from eval import choice_accuracy, divergence
 from files import InputError, read_json, write_jsonl
-from inputs import demo_base
 from model import Phi
+from passes import divergence
 from quant import Linear4bit, quantize_model
 from train import learning_rate, main, make_objective, step_gradients
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A directory with the demo's random tiny Phi, cut down to one layer so that a step takes milliseconds."""
-    base = demo_base(tmp_path_factory.mktemp("tiny"), seed=0)
-    config = read_json(base / "config.json")
-    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(base / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if ".layers." not in k or ".layers.0." in k}, base / "model.safetensors")
-    return base
 
 
 def pair_rows(count: int) -> list[dict]:
@@ -508,24 +494,6 @@ def test_the_report_card(tiny, pairs, tmp_path, capsys):
     assert main([*card, "--name", "choices", "--data", str(tmp_path / "mcq.jsonl")]) == 0
     assert "right option" in capsys.readouterr().out
     assert 0 <= read_json(tmp_path / "choices" / "eval.json")["rows"][0]["choice accuracy"] <= 1
-
-
-def test_choice_accuracy_by_hand(tiny):
-    """Every question alone: the letter whose reply has the largest log-probability in a plain forward pass."""
-    model, chat = Phi.from_pretrained(tiny), ChatML(load_tokenizer(tiny))
-    examples, right = [], 0
-    for i, letter in enumerate("ABCAB"):
-        prompt = chat.prompt([{"role": "user", "content": f"Question {i}?"}])
-        count = 2 + i % 2
-        examples.append(Example(prompt, [chat.reply(letter)], extra={"letter": letter, "options": count}))
-        scores = []
-        for reply in map(chat.reply, "ABCDE"[:count]):
-            with torch.no_grad():
-                logprobs = model(torch.tensor([prompt + reply])).log_softmax(-1)[0]
-            places = range(len(prompt) - 1, len(prompt) + len(reply) - 1)
-            scores.append(sum(logprobs[place, token].item() for place, token in zip(places, reply)))
-        right += "ABCDE"[scores.index(max(scores))] == letter
-    assert choice_accuracy(model, examples, chat, 2, "cpu", "fp32") == right / 5
 
 
 def test_perplexity_and_kl_by_hand(tiny):

@@ -1,0 +1,95 @@
+"""How sure a number is: 95% confidence intervals, and how noisy a set of preference labels is.
+
+A share k/n gets Wilson's interval (Wilson 1927), the p for which k is not surprising, |k/n - p| <= z sqrt(p(1-p)/n):
+
+    (k/n + z^2/2n  +-  z sqrt(k/n (1 - k/n)/n + z^2/4n^2)) / (1 + z^2/n),    z = 1.96
+
+It is right for small n and for shares near 0 and 1, where k/n +- z sqrt(...) leaves [0, 1]. A mean, or any other number,
+gets the percentile bootstrap (Efron 1979): computed anew on examples drawn with replacement, the middle 95% of the results.
+Both take the examples as independent; many pairs of one question make the truth less sure than they say.
+
+**The flip rate.** A label is flipped with probability eps, whatever the pair. Let m be a model's reward margin of the answer
+labelled "chosen" over the other. If the *clean* preference follows Bradley and Terry (1952) in that margin at some slope a,
+
+    p(this label) = (1-eps) sigma(a m) + eps sigma(-a m) = eps + (1-2 eps) sigma(a m)
+
+so however sure the model is, it disagrees with a share eps of the labels: the curve levels off at eps and 1-eps. It is
+fitted by maximum likelihood over (eps, a), and the interval holds every eps whose best likelihood is within 1.92 nats of the
+best of all (profile likelihood, Wilks 1938). Two assumptions: the pairs were held out (a model that learned a flipped label
+by heart agrees with it), and the model is right where it is surest. Where it is not, its own errors count as flips, so read
+the estimate as "at most about". A model that knows nothing fits every eps: then the interval is wide.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Z = 1.959964  # of the normal distribution, 95% lie within
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% confidence interval, from `n` examples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def share(successes: float, n: int) -> Estimate:
+    """k of n (k may hold halves, of ties) with Wilson's interval; n > 0."""
+    p = successes / n
+    centre, spread = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
+    scale = 1 + Z**2 / n
+    return Estimate(p, max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale)), n)
+
+
+def debiased(estimate: Estimate, eps: float) -> Estimate:
+    """The accuracy on clean labels of one measured on labels flipped at rate eps: (a - eps)/(1 - 2 eps) is linear, so the
+    interval goes along. Not cut to [0, 1]: a value above 1 says that eps is too large."""
+    value, low, high = ((x - eps) / (1 - 2 * eps) for x in (estimate.value, estimate.low, estimate.high))
+    return Estimate(value, low, high, estimate.n)
+
+
+def bootstrap(statistic: Callable[[Tensor], float], n: int, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """`statistic` of indices [n] into the examples, for all of them and for `resamples` draws with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(statistic(torch.arange(n))), low, high, n)
+
+
+def mean(values: Tensor) -> Estimate:
+    """The mean of values [n], bootstrapped."""
+    values = values.double()
+    return bootstrap(lambda index: values[index].mean().item(), len(values))
+
+
+def ratio(sums: Tensor, counts: Tensor) -> Estimate:
+    """sum(sums) / sum(counts), both [n], such as nats per token: examples are drawn, not tokens."""
+    sums, counts = sums.double(), counts.double()
+    return bootstrap(lambda index: (sums[index].sum() / counts[index].sum()).item(), len(sums))
+
+
+def estimate_flip_rate(margins: Tensor) -> Estimate:
+    """The flip rate eps of the labels of held-out pairs, from reward margins [n] (chosen minus rejected, in any unit), with
+    the assumptions in the head of this file. ValueError without a margin other than 0."""
+    margins = margins.double()
+    if not margins.abs().max() > 0:
+        raise ValueError("all margins are 0: there is no model to compare the labels with")
+    rates = torch.linspace(0, 0.499, 500, dtype=torch.float64)
+    slopes = torch.logspace(-2, 3, 60, dtype=torch.float64) / margins.abs().median().clamp(min=1e-12)
+    likelihood = torch.full((len(rates),), float("-inf"), dtype=torch.float64)
+    for slope in slopes:
+        agree = (slope * margins).sigmoid()  # [n]
+        for start in range(0, len(rates), 50):  # 50 x n at a time
+            eps = rates[start : start + 50, None]  # [50, 1]
+            profile = (eps + (1 - 2 * eps) * agree).clamp(min=1e-300).log().sum(dim=1)  # [50]
+            likelihood[start : start + 50] = likelihood[start : start + 50].maximum(profile)
+    best = int(likelihood.argmax())
+    inside = rates[likelihood >= likelihood[best] - Z**2 / 2]
+    return Estimate(rates[best].item(), inside.min().item(), inside.max().item(), len(margins))

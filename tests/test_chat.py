@@ -1,0 +1,506 @@
+"""A conversation in the terminal: what is printed, what the model is asked; Ctrl-C, bad input, a full window."""
+
+import io
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import chat as chat_file
+from chat import Settings, answer_once, converse, text_pieces
+from data import ChatML, load_tokenizer
+from files import InputError
+from model import Phi, generate
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = Settings(temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5)
+SYSTEM = "You are a helpful EPFL chatbot."
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Breaking(Terminal):
+    """An output stream that raises an exception at its n-th flush, as a signal or a closed pipe does."""
+
+    def __init__(self, error, at, *later):
+        super().__init__()
+        self.error, self.at, self.flushes = error, {at, *later}, 0
+
+    def flush(self):
+        self.flushes += 1
+        if self.flushes in self.at:
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> Phi:
+    return Phi.from_pretrained(tiny)
+
+
+@pytest.fixture
+def chat(tiny) -> ChatML:
+    return ChatML(load_tokenizer(tiny))
+
+
+def users(*texts):
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)]
+
+
+def system(text):
+    return [{"role": "system", "content": text}]
+
+
+def expected(model, chat, messages, seed, **changes):
+    """The answer to a conversation, made in one go."""
+    s = replace(SETTINGS, **changes)
+    prompt = ChatML(chat.tokenizer).prompt(messages)
+    room = min(s.max_new_tokens, model.config.max_position_embeddings - len(prompt))
+    (ids,) = generate(model, [prompt], room, s.temperature, s.top_p, seed, tuple(chat.control_ids))
+    return chat.decode(ids)
+
+
+def talk(model, chat, lines, settings=SETTINGS, out=None, source=io.StringIO):
+    out = out or io.StringIO()
+    assert converse(model, chat, settings, source("".join(f"{line}\n" for line in lines)), out) == 0
+    return out.getvalue()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that reach the model."""
+    prompts, stream = [], chat_file.stream
+
+    def spy(model, batch, *rest):
+        prompts.extend(batch)
+        return stream(model, batch, *rest)
+
+    monkeypatch.setattr(chat_file, "stream", spy)
+    return prompts
+
+
+# ------------------------------------------------------------------------------------------------------- text in pieces
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_make_up_the_whole_text_and_hold_no_half_characters(chat, seed):
+    """Tokens of single bytes, so that every character of more than one is torn; some sequences are no UTF-8 at all."""
+    draw = random.Random(seed)
+    text = "".join(draw.choice(["a", "é", "ß", "€", "漢", "🙂", "👩‍🚀", "🇨🇭", "\ufffd", " ", "\n"]) for _ in range(30))
+    tokens = chat.encode_text(text)
+    assert "".join(text_pieces(chat, tokens)) == text
+    assert all("\ufffd" not in piece for piece in text_pieces(chat, tokens)) or "\ufffd" in text
+    torn = [draw.choice(tokens) for _ in range(60)] + [draw.randrange(len(chat.tokenizer.get_vocab())) for _ in range(60)]
+    draw.shuffle(torn)
+    for length in range(len(torn)):
+        assert "".join(text_pieces(chat, torn[:length])) == chat.decode(torn[:length])
+
+
+def test_a_character_is_printed_when_it_is_whole_and_not_before(chat):
+    tokens = chat.encode_text("a🙂b")
+    assert len(tokens) == 6 and list(text_pieces(chat, tokens)) == ["a", "🙂", "b"]
+    assert list(text_pieces(chat, tokens[:3])) == ["a", "\ufffd"]  # nothing completes it
+    assert list(text_pieces(chat, [])) == []
+
+
+def test_each_piece_is_out_before_the_next_token_is_computed(model, chat, monkeypatch):
+    out, seen = io.StringIO(), []
+    stream = chat_file.stream
+    monkeypatch.setattr(chat_file, "stream", lambda *a: (seen.append(out.getvalue()) or step for step in stream(*a)))
+    answer_once(model, chat, SETTINGS, "Hi", out)
+    assert len(set(seen)) > 5 and all(out.getvalue().startswith(text) for text in seen)
+
+
+INJECTION = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\x7f\x00\r\ne\tf\x85"
+
+
+def test_a_terminal_gets_no_control_characters_and_a_file_gets_the_text_itself(model, chat, monkeypatch, capsys):
+    for char in map(chr, range(0xA0)):
+        assert char.translate(chat_file.CONTROL) == ("" if char not in "\n\t" and (char < " " or char > "~") else char)
+    tokens = [chat.encode_text(char) for char in INJECTION]
+    script = [int(i) for ids in tokens for i in ids]
+    monkeypatch.setattr(chat_file, "stream", lambda *args: (FakeStep(i) for i in script))
+    assert talk(model, chat, ["Hi"], out=Terminal()) == "a[2Jb]0;titlec31md\ne\tf\n"
+    assert talk(model, chat, ["Hi"], out=io.StringIO(newline="")) == INJECTION + "\n"
+    talk(model, chat, [f"/system {INJECTION}", "/system", "/\x1b[2J"])
+    assert not set(capsys.readouterr().err) & set("\x1b\x9b\x07\x00")
+
+
+class FakeStep(int):
+    def item(self):
+        return int(self)
+
+
+def test_control_tokens_end_an_answer_and_are_not_printed(model, chat, monkeypatch):
+    for token in chat.control_ids:
+        script = [*chat.encode_text("Yes."), token, *chat.encode_text("No.")]
+        monkeypatch.setattr(chat_file, "stream", lambda *args, script=script: map(FakeStep, script))
+        assert talk(model, chat, ["Hi"]) == "Yes.\n"
+
+
+def test_what_the_output_has_no_character_for_is_replaced(model, chat, monkeypatch):
+    monkeypatch.setattr(chat_file, "stream", lambda *args: map(FakeStep, chat.encode_text("5 € é")))
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="latin-1")
+    assert answer_once(model, chat, SETTINGS, "Hi", out) == 0
+    assert raw.getvalue() == "5 ? é\n".encode("latin-1")
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+
+def test_the_model_is_asked_the_whole_conversation(model, chat):
+    first = expected(model, chat, users("One?"), 5)
+    second = expected(model, chat, users("One?", first, "Two?"), 6)
+    third = expected(model, chat, users("One?", first, "Two?", second, "Three?"), 7)
+    assert first and second and third
+    assert talk(model, chat, ["One?", "", "  Two?  ", " ", "Three?"]) == f"{first}\n{second}\n{third}\n"
+    greedy = expected(model, chat, users("One?"), 0, temperature=0)
+    assert talk(model, chat, ["/temperature 0", "One?"]) == greedy + "\n" != first + "\n"
+
+
+def test_an_answer_of_nothing_is_not_remembered(model, chat, asked, monkeypatch):
+    spy = chat_file.stream
+    monkeypatch.setattr(chat_file, "stream", lambda *args: [FakeStep(chat.end) for _ in spy(*args)])
+    assert talk(model, chat, ["One?", "Two?"]) == "\n\n"
+    assert asked == [chat.prompt(users("One?")), chat.prompt(users("Two?"))]
+
+
+@pytest.mark.parametrize(
+    "of_settings, of_chat", [(None, None), (None, SYSTEM), (SYSTEM, None), (SYSTEM, "Old."), ("", "Old.")]
+)
+def test_the_system_turn_stands_in_front_once(model, chat, asked, of_settings, of_chat):
+    chat.system_prompt = of_chat
+    said = talk(model, chat, ["One?", "Two?"], replace(SETTINGS, system=of_settings)).split("\n")[0]
+    opening = system(SYSTEM) if SYSTEM in (of_settings, of_chat) else []
+    plain = ChatML(chat.tokenizer)
+    assert asked[0] == plain.prompt([*opening, *users("One?")])
+    assert asked[1][: len(asked[0])] == asked[0] and said
+    assert chat.system_prompt == of_chat  # the caller's own is left alone
+    (asked_once,) = [asked.clear() or answer_once(model, chat, replace(SETTINGS, system=of_settings), "One?", io.StringIO())]
+    assert asked_once == 0 and asked == [plain.prompt([*opening, *users("One?")])]
+
+
+def test_reset_and_system_forget_the_conversation(model, chat, asked, capsys):
+    talk(model, chat, ["One?", "/reset", "Two?", f"/system {SYSTEM}", "Three?", "/reset", "/system", "Four?"])
+    plain = ChatML(chat.tokenizer)
+    assert asked == [
+        plain.prompt(messages)
+        for messages in (users("One?"), users("Two?"), system(SYSTEM) + users("Three?"), system(SYSTEM) + users("Four?"))
+    ]
+    assert capsys.readouterr().err == SYSTEM + "\n"
+
+
+def test_answer_once_gives_the_first_answer_of_a_conversation(model, chat):
+    out = io.StringIO()
+    assert answer_once(model, chat, SETTINGS, "One?\n", out) == 0
+    assert out.getvalue() == expected(model, chat, users("One?"), 5) + "\n"
+    with pytest.raises(InputError, match="empty"):
+        answer_once(model, chat, SETTINGS, " \n", out)
+    with pytest.raises(InputError, match="this message alone takes"):
+        answer_once(model, chat, SETTINGS, "long " * 2000, out)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("/temperature nonsense", "/temperature takes a number, 0 or more; it is 1"),
+        ("/temperature", "it is 1"),
+        ("/temperature -1", "it is 1"),
+        ("/temperature nan", "it is 1"),
+        ("/temperature inf", "it is 1"),
+        ("/system", "there is no system turn"),
+        ("/", "no command /: /reset"),
+        ("/Reset", "no command /Reset: /reset, /system TEXT, /temperature X, /help, /quit"),
+        ("/" + "x" * 500, "no command /xxx"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_gives_one_line_and_the_talk_goes_on(model, chat, capsys, line, message):
+    said = talk(model, chat, [line, "One?"])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) < 120
+    assert said == expected(model, chat, users("One?"), 5) + "\n"
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "1e-40", "0.0001", "1e30", "1e300"])
+def test_no_temperature_is_too_small_or_too_large(model, chat, temperature, capsys):
+    assert talk(model, chat, [f"/temperature {temperature}", "One?"]).count("\n") >= 1
+    assert capsys.readouterr().err == ""
+
+
+def test_help_names_every_command_and_quit_leaves(model, chat, capsys, asked):
+    assert talk(model, chat, ["/help", "/quit", "One?"]) == "" and not asked
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("/reset", "/system", "/temperature", "/quit", "//", "Ctrl-C"))
+
+
+def test_two_slashes_say_one(model, chat, asked):
+    talk(model, chat, ["//reset?", "/reset", "a/b"])
+    assert asked == [chat.prompt(users("/reset?")), chat.prompt(users("a/b"))]
+
+
+def test_the_caller_keeps_his_settings(model, chat):
+    settings = replace(SETTINGS)
+    talk(model, chat, ["/temperature 0.3", f"/system {SYSTEM}"], settings)
+    assert settings == SETTINGS
+
+
+# ---------------------------------------------------------------------------------------------------- the model's window
+
+
+@pytest.fixture
+def narrow(tiny):
+    """The tiny model with a window of 120 tokens."""
+    model = Phi.from_pretrained(tiny)
+    model.config.max_position_embeddings = 120
+    return model
+
+
+def test_the_oldest_turns_go_when_the_window_is_full(narrow, chat, asked, capsys):
+    questions = [f"What is {i} plus {i}?" for i in range(12)]
+    out = talk(narrow, chat, [f"/system {SYSTEM}", *questions])
+    limit, errors = 120 - SETTINGS.max_new_tokens, capsys.readouterr().err.splitlines()
+    opening, dropped = ChatML(chat.tokenizer).prompt(system(SYSTEM))[:-12], 0
+    assert out and len(asked) == 12 and all(ids[: len(opening)] == opening and len(ids) <= limit for ids in asked)
+    kept = [chat.decode(ids).count("<|im_start|>user") for ids in asked]
+    for before, after in zip([0, *kept], kept):
+        dropped += before + 1 - after
+    assert kept[0] == 1 and max(kept) > 1 and dropped == 12 - kept[-1] > 3
+    told = [int(line.split("the ")[2].split()[0]) for line in errors]
+    assert sum(told) == 2 * dropped and len(told) == sum(a < b + 1 for b, a in zip([0, *kept], kept))
+    for i, ids in enumerate(asked):  # whole turns: the system's and the last ones
+        messages = chat.decode(ids).split("<|im_start|>")[2:-1]
+        assert [m.split("\n")[0] for m in messages] == ["user", "assistant"] * (kept[i] - 1) + ["user"]
+        assert messages[0].startswith(f"user\n{questions[i + 1 - kept[i]]}")
+
+
+def test_a_message_that_does_not_fit_is_left_out_and_the_rest_stays(narrow, chat, asked, capsys):
+    said = talk(narrow, chat, ["One?", "long " * 200, "Two?"])
+    error = capsys.readouterr().err
+    assert error.startswith("this message alone takes 1,") or "tokens" in error
+    assert error.count("\n") == 1 and "window of 120 has room for 108" in error
+    first = expected(narrow, chat, users("One?"), 5)
+    assert asked == [chat.prompt(users("One?")), chat.prompt(users("One?", first, "Two?"))]
+    assert said == f"{first}\n{expected(narrow, chat, users('One?', first, 'Two?'), 6)}\n"
+
+
+def test_an_answer_may_take_what_the_prompt_leaves(narrow, chat, monkeypatch):
+    """--max-new-tokens beyond the window: half of it is kept free for the answer, which ends with the window."""
+    rooms, stream = [], chat_file.stream
+    monkeypatch.setattr(
+        chat_file, "stream", lambda m, p, room, *a: rooms.append((len(p[0]), room)) or stream(m, p, room, *a)
+    )
+    talk(narrow, chat, ["One?"] * 4, replace(SETTINGS, max_new_tokens=1000))
+    assert len(rooms) == 4 and all(prompt + room == 120 and prompt <= 60 for prompt, room in rooms)
+
+
+# ------------------------------------------------------------------------------------------- Ctrl-C, broken pipes, bad input
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_said_stays(model, chat, asked, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    out = Breaking(KeyboardInterrupt, 4)
+    talk(model, chat, ["One?", "Two?"], out=out, source=Terminal)
+    whole = expected(model, chat, users("One?"), 5)
+    pieces = list(text_pieces(chat, chat.encode_text(whole)))
+    assert len(pieces) > 4 and len(asked) == 2
+    said = chat.decode(asked[1]).split("<|im_start|>assistant\n")[1].split("<|im_end|>")[0]
+    assert said and whole.startswith(said) and said != whole
+    assert asked[1] == chat.prompt(users("One?", said, "Two?"))
+    assert out.getvalue().startswith(said + "\n") and capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_before_a_word_drops_the_question_too(model, chat, asked, monkeypatch):
+    stream, calls = chat_file.stream, []
+
+    def late(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return stream(*args)
+
+    monkeypatch.setattr(chat_file, "stream", late)
+    talk(model, chat, ["One?", "Two?"], source=Terminal, out=Terminal())
+    assert asked == [chat.prompt(users("Two?"))]
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(model, chat, asked, capsys):
+    class Source(Terminal):
+        calls = 0
+
+        def readline(self):
+            self.calls += 1
+            if self.calls in (1, 2, 4):
+                raise KeyboardInterrupt
+            return super().readline()
+
+    talk(model, chat, ["One?", "Two?"], source=Source)
+    assert len(asked) == 2 and capsys.readouterr().err == 3 * "\n/quit leaves\n"
+
+
+def test_a_second_ctrl_c_while_the_first_is_dealt_with_is_not_heard(model, chat, monkeypatch):
+    """Real signals: two after the third piece, one while that answer ends, one in a command, one in the next answer."""
+    out, show = Terminal(), chat_file.show
+    pieces, hints = [], []
+
+    def storm(stream, text):
+        show(stream, text)
+        pieces.append(text)
+        if len(pieces) == 3:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            hints.append("went on")
+            raise KeyboardInterrupt
+        if len(pieces) in (4, 5):  # 4: the newline behind the answer that was stopped
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat_file, "show", storm)
+    monkeypatch.setattr(chat_file, "hint", lambda text: (hints.append(text), signal.raise_signal(signal.SIGINT)))
+    talk(model, chat, ["One?", "/help", "Two?"], out=out, source=Terminal)
+    assert pieces[3] == "\n" and pieces[5] == "\n" and len(pieces) == 6 and hints == ["went on", chat_file.HELP]
+
+
+@pytest.mark.parametrize("entry", ["pipe", "once"])
+def test_ctrl_c_ends_the_program_when_nobody_types(model, chat, entry, asked):
+    out = Breaking(KeyboardInterrupt, 3)
+    if entry == "pipe":
+        assert converse(model, chat, SETTINGS, io.StringIO("One?\nTwo?\n"), out) == 130
+    else:
+        assert answer_once(model, chat, SETTINGS, "One?", out) == 130
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("source", [io.StringIO, Terminal])
+def test_an_output_that_nobody_reads_any_more_ends_the_talk_quietly(model, chat, asked, source, capfd):
+    out = Breaking(BrokenPipeError, 3)
+    assert converse(model, chat, SETTINGS, source("One?\nTwo?\n"), out) == 0
+    assert answer_once(model, chat, SETTINGS, "One?", Breaking(BrokenPipeError, 1)) == 0
+    assert len(asked) == 2 and capfd.readouterr() == ("", "")
+
+
+def test_a_line_that_is_not_utf8_is_left_out(model, chat, asked, capsys):
+    raw = io.BytesIO(b"One?\r\nTw\xff?\n/reset\n\xe2\x82\nThr\xc3\xa9e?")  # no newline at the end
+    assert converse(model, chat, SETTINGS, io.TextIOWrapper(raw, encoding="utf-8"), io.StringIO()) == 0
+    assert asked == [chat.prompt(users("One?")), chat.prompt(users("Thrée?"))]
+    assert capsys.readouterr().err == 2 * "that line is not UTF-8 text; it is left out\n"
+    talk(model, chat, ["Surrogate \udcff"])
+    assert len(asked) == 2 and "not UTF-8" in capsys.readouterr().err
+
+
+def test_end_of_input_leaves(model, chat, capsys):
+    assert talk(model, chat, []) == "" and talk(model, chat, [], source=Terminal, out=Terminal()) == ""
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------- processes and a real terminal
+
+DRIVER = """
+import sys
+from pathlib import Path
+root, directory, tokens = sys.argv[1:]
+sys.path.insert(0, root)
+from chat import Settings, converse
+from data import ChatML, load_tokenizer
+from model import Phi
+if sys.stdin.isatty():
+    import fcntl, termios
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of this session: it sends the signal for Ctrl-C
+model, chat = Phi.from_pretrained(directory), ChatML(load_tokenizer(directory))
+model.config.max_position_embeddings = 40_000
+model.lm_head.bias.data[list(chat.control_ids)] = -1e9  # answers never end by themselves
+sys.exit(converse(model, chat, Settings(temperature=1.0, max_new_tokens=int(tokens)), sys.stdin, sys.stdout))
+"""
+
+
+@pytest.fixture
+def driver(tiny, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    return lambda tokens: [sys.executable, str(tmp_path / "driver.py"), str(ROOT), str(tiny), str(tokens)]
+
+
+def test_in_a_pipe_stdout_holds_the_answers_alone_and_head_may_leave(driver):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # what is left is flushed
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    child = subprocess.Popen(driver(20), **pipes, env=buffered)
+    child.stdin.write(b"/help\nOne?\n")
+    child.stdin.flush()
+    assert child.stdout.readline() and not child.stdout.closed
+    child.stdout.close()
+    child.stdin.write(b"Two?\n" * 3)
+    child.stdin.close()
+    error = child.stderr.read().decode()
+    assert child.wait(60) == 0 and error == chat_file.HELP + "\n"
+
+
+class Pty:
+    """A child with a terminal of its own; every wait has a deadline."""
+
+    def __init__(self, command):
+        import pty
+
+        self.main, side = pty.openpty()
+        self.child = subprocess.Popen(
+            command, stdin=side, stdout=side, stderr=side, start_new_session=True, env={**os.environ, "TERM": "dumb"}
+        )
+        os.close(side)
+        self.seen, self.closed, self.deadline = "", False, time.monotonic() + 120
+
+    def send(self, text):
+        self.seen = ""
+        os.write(self.main, text.encode())
+
+    def wait_for(self, found, patience=float("inf")):
+        end = time.monotonic() + patience
+        while not found(self.seen) and time.monotonic() < end:
+            assert time.monotonic() < self.deadline and not self.closed, f"seen: {self.seen[-2000:]!r}"
+            if select.select([self.main], [], [], 1)[0]:
+                try:
+                    text = os.read(self.main, 4096).decode("utf-8", "replace")
+                except OSError:  # Linux says so when the child has closed its side
+                    text = ""
+                self.closed, self.seen = not text, self.seen + text
+
+    def close(self):
+        self.child.kill()
+        self.child.wait()
+        os.close(self.main)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_in_a_terminal_ctrl_c_stops_an_answer_and_quit_leaves(driver):
+    terminal = Pty(driver(30_000))
+    try:
+        terminal.wait_for(lambda seen: "> " in seen)
+
+        def hinted(seen):
+            return "/quit leaves" in seen and seen.endswith("> ")
+
+        while not hinted(terminal.seen):  # Python overlooks one that comes between printing the mark and waiting for a key
+            terminal.send("\x03")
+            terminal.wait_for(hinted, patience=2)
+        terminal.send("Hello?\r")
+        terminal.wait_for(lambda seen: len(seen) > 500)  # in the midst of an answer of 30,000 tokens
+        terminal.send("\x03")
+        terminal.wait_for(lambda seen: seen.endswith("\n> "))
+        terminal.send("/temperature nonsense\r")
+        terminal.wait_for(lambda seen: "takes a number" in seen and seen.endswith("> "))
+        terminal.send("/quit\r")
+        assert terminal.child.wait(60) == 0
+        terminal.wait_for(lambda seen: terminal.closed)
+        assert terminal.seen.split() == ["/quit"]  # its echo
+    finally:
+        terminal.close()

@@ -1,0 +1,214 @@
+"""--stage eval end to end on a tiny model: every kind of rows, several models, a judge, and what goes wrong."""
+
+import json
+
+import pytest
+from openai_server import Server
+
+import teacher
+from files import read_json, write_json, write_jsonl
+from train import main
+
+
+def rows_of(kind: str, count: int = 12) -> list[dict]:
+    if kind == "pairs":
+        return [
+            {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"}
+            for i in range(count)
+        ]
+    if kind == "mcq":
+        return [
+            {"question": f"{i} + 1?", "choices": [str(i), str(i + 1), "0"][: 2 + i % 2], "answer": "B", "topic": f"t{i % 3}"}
+            for i in range(count)
+        ]
+    return [{"prompt": f"Say {i}", "completion": f"Here it is: {i}"} for i in range(count)]
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """run(kind, *flags) -> (exit status, eval.json): one evaluation of the tiny model."""
+
+    def start(kind, *flags, models=(tiny,), name="e"):
+        data = tmp_path / f"{kind}.jsonl"
+        if not data.exists():
+            write_jsonl(data, rows_of(kind))
+        command = ["--stage", "eval", "--model", *map(str, models), "--data", str(data), "--out", str(tmp_path)]
+        command += ["--name", name, "--device", "cpu", "--max-new-tokens", "8", *flags]
+        status = main(command)
+        path = tmp_path / name / "eval.json"
+        return status, read_json(path) if path.exists() else None
+
+    return start
+
+
+def numbers(result: dict) -> dict:
+    """All values of a model's result, {"section/measure": value}."""
+    return {
+        f"{section}/{name}": measure["value"]
+        for section, part in result.items()
+        if isinstance(part, dict)
+        for name, measure in part.items()
+        if isinstance(measure, dict) and "value" in measure
+    }
+
+
+@pytest.mark.parametrize("kind", ["pairs", "mcq", "sft"])
+def test_the_batch_size_changes_no_number(run, tiny, kind):
+    extra = ["--reference-model", str(tiny), "--eps", "0.1"] if kind == "pairs" else []
+    made = [
+        numbers(run(kind, *extra, "--micro-batch-size", size, name=f"e{size}")[1]["results"][0]) for size in ("1", "5", "16")
+    ]
+    assert len(made[0]) > 4
+    assert made[0] == pytest.approx(made[1], rel=1e-4, abs=1e-6) and made[0] == pytest.approx(made[2], rel=1e-4, abs=1e-6)
+
+
+def test_every_file_is_written_and_every_number_has_its_interval(run, tmp_path, capsys):
+    status, made = run("mcq", "--samples", "5")
+    assert status == 0 and made["rows"] == 12 and made["failed"] == []
+    (result,) = made["results"]
+    assert set(result["choices"]) == {"letter", "summed", "per char", "generated"}
+    assert result["choices"]["letter"]["n"] == 12 and result["choices"]["generated"]["n"] == 5
+    assert result["chance"] == pytest.approx((6 / 2 + 6 / 3) / 12) and set(result["by topic"]) == {"t0", "t1", "t2"}
+    for name in ("eval.md", "samples.md", "answers.jsonl", "figures/eval.png"):
+        assert (tmp_path / "e" / name).stat().st_size > 0
+    answers = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 5 and all(len(a["answers"]) == 1 for a in answers)
+    printed = capsys.readouterr().out
+    assert "| model" in printed and "position bias" in printed and "95%" not in printed.splitlines()[0]
+
+
+def test_models_stand_side_by_side(run, tiny, tmp_path):
+    other = tmp_path / "other"
+    assert main(["--stage", "quantize", "--model", str(tiny), "--to", "nf4", "--out", str(tmp_path), "--name", "other"]) == 0
+    status, made = run("pairs", "--samples", "3", models=(tiny, other))
+    assert status == 0 and [r["model"] for r in made["results"]] == [str(tiny), str(other)]
+    text = (tmp_path / "e" / "samples.md").read_text()
+    assert text.count(f"**{tiny}**") == text.count(f"**{other}**") == 3
+    assert made["results"][0]["text"]["loss"]["value"] != made["results"][1]["text"]["loss"]["value"]
+
+
+def test_texts_in_samples_cannot_become_markup(run, tmp_path):
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "```\n# Not a heading", "completion": "````"}])
+    assert run("sft", "--samples", "1")[0] == 0
+    text = (tmp_path / "e" / "samples.md").read_text()
+    assert "````text\n```\n# Not a heading\n````" in text and "`````text\n````\n`````" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- the judge
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """judge(answer) starts a server that judges by `answer` of a request's body."""
+    servers = []
+
+    def start(answer, **settings):
+        servers.append(Server(answer, **settings))
+        monkeypatch.setenv("OPENAI_BASE_URL", servers[-1].url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+        monkeypatch.setattr(teacher, "FIRST_WAIT", 0.001)
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def longer(body):
+    """The longer of the two answers."""
+    _, a, b = body["messages"][-1]["content"].replace("\n\nAnswer B:\n", "\n\nAnswer A:\n").split("\n\nAnswer A:\n")
+    return json.dumps({"answer": "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"})
+
+
+def test_a_judge_s_verdicts_are_counted_and_asked_once(run, judge):
+    server = judge(longer)
+    status, made = run("sft", "--samples", "4", "--teacher", "m")
+    verdict = made["results"][1]
+    assert status == 0 and verdict["judged against"] == "the reference answers"
+    assert verdict["judge"]["longer answer wins"]["value"] == 1
+    calls = sum(server.answered.values())
+    assert calls == 8
+    assert run("sft", "--samples", "4", "--teacher", "m", "--overwrite")[0] == 0
+    assert sum(server.answered.values()) == calls  # all from the journal
+
+
+def test_a_judge_that_is_down_costs_the_judgement_alone(run, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setattr(teacher, "FIRST_WAIT", 0.001)
+    status, made = run("sft", "--samples", "3", "--teacher", "m")
+    assert status == 2 and len(made["results"]) == 1 and "cannot be reached" in made["failed"][0]
+    error = capsys.readouterr().err
+    assert "error: the judge m: the teacher's server at http://127.0.0.1:9/v1/ cannot be reached" in error
+    assert "Traceback" not in error
+
+
+# ------------------------------------------------------------------------------------------------------------ gone wrong
+
+
+def test_a_model_that_cannot_be_read_costs_its_own_row(run, tiny, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny.iterdir():
+        if file.is_file():
+            (broken / file.name).write_bytes(file.read_bytes()[: 2000 if file.suffix == ".safetensors" else None])
+    status, made = run("pairs", "--samples", "2", models=(tiny, broken, tmp_path / "missing"))
+    assert status == 2 and [r["model"] for r in made["results"]] == [str(tiny)] and len(made["failed"]) == 2
+    printed = capsys.readouterr()
+    assert f"error: {broken}: " in printed.err and "Traceback" not in printed.err and "| model" in printed.out
+
+
+def test_a_tokenizer_of_another_model_is_an_error(run, tiny, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    for file in tiny.iterdir():
+        if file.is_file():
+            (small / file.name).write_bytes(file.read_bytes())
+    write_json(small / "config.json", {**read_json(tiny / "config.json"), "vocab_size": 700})
+    assert run("pairs", models=(small,))[0] == 2
+    assert "the tokenizer does not fit the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file holds no rows"),
+        ('{"prompt": "a", "chosen": "b"}', '"rejected" is missing'),
+        ('{"prompt": "a", "chosen": ', "not JSON"),
+        ("\x00\x01", "not JSON"),
+    ],
+)
+def test_a_broken_or_empty_file_is_one_clear_error(run, tmp_path, text, message, capsys):
+    (tmp_path / "pairs.jsonl").write_text(text)
+    assert run("pairs")[0] == 2
+    error = capsys.readouterr().err
+    assert message in error and "pairs.jsonl" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("sft", ["--eps", "0.1"], "--eps is for preference pairs"),
+        ("mcq", ["--reference-model", "x"], "--reference-model is for preference pairs"),
+        ("sft", ["--letter-only"], "--letter-only is for multiple-choice"),
+        ("pairs", ["--bert-idf"], "add --bert MODEL"),
+        ("pairs", ["--budget", "1"], "add --teacher MODEL"),
+        ("pairs", ["--samples", "0", "--teacher", "m"], "leave --samples 0 out"),
+        ("pairs", ["--eps", "0.5"], "a flip rate lies in"),
+        ("pairs", ["--precisions", "fp32"], "--max-new-tokens does nothing beside --precisions"),
+        ("pairs", ["--compile"], "--compile is for --precisions"),
+        ("pairs", ["--lr", "1"], "--lr does nothing in --stage eval"),
+        ("pairs", ["--bert", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_options_that_say_nothing_are_errors(run, kind, flags, message, capsys):
+    assert run(kind, *flags)[0] == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_models_are_for_eval_alone(tmp_path, capsys):
+    assert main(["--stage", "dpo", "--model", "a", "b", "--train", "x", "--out", str(tmp_path)]) == 2
+    assert "takes one model, not 2" in capsys.readouterr().err
+    assert main(["--stage", "eval", "--model", "a", "a", "--data", "x", "--out", str(tmp_path)]) == 2
+    assert "names a model twice" in capsys.readouterr().err
