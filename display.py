@@ -13,7 +13,7 @@ from intervals import Estimate
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with columns of equal width: the first to the left, the others to the right."""
-    lines = [list(header), *map(list, rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
     def text(cells: Sequence[str]) -> str:

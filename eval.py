@@ -16,6 +16,7 @@ measured is written before the next one begins, and a model that cannot be read 
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ import texts
 from bertscore import bert_score, load_encoder, read_baseline
 from choices import Choices, parse_letter, score_options
 from config import Config
-from data import LETTERS, ChatML, Example
-from files import InputError
-from inputs import encode_for, rows_to_measure, tuned_from
+from data import LETTERS, ChatML, Example, Row
+from files import InputError, first_line
+from inputs import encode_for, rows_to_measure, seen_in_training, tuned_from
 from intervals import mean, share
 from model import Phi
 from passes import all_logprobs, completion_lengths, flips, grades, sample_answers
@@ -42,28 +43,38 @@ BETA = 0.1  # of the DPO loss, if --beta is not given
 BATCH_OF_TEXTS = 64  # for BERTScore
 
 
-def evaluate_models(config: Config, find: Callable[[str], Path], teacher: Teacher | None, journal: Journal | None) -> int:
-    """Measures every model of the config, writes and prints the results; 0 if all went well, 2 if something failed.
-    `find` turns a model's name into its directory."""
-    run, failures = Path(config.out) / config.name, []
-    sources, encoded, rows, kind, where = gather(config, find, failures)
-    results = Results(rows, where, draw(len(rows), config.samples, config.seed), failures=failures)
-    for name, source in sources.items():
+@dataclass
+class Contest:
+    """Who is measured on what."""
+
+    rows: list[Row]  # those that fit into every model's window
+    kind: str  # one of data.PARSERS
+    where: str  # that the rows are from
+    sources: dict[str, Path]  # of the models, by name
+    encoded: dict[str, tuple[ChatML, list[Example]]]
+    failures: list[str]  # a line for every model that cannot be read
+
+
+def evaluate_models(config: Config, contest: Contest, teacher: Teacher | None, journal: Journal | None) -> int:
+    """Measures every model, writes and prints the results; 0 if all went well, 2 if something failed."""
+    run, rows, failures = Path(config.out) / config.name, contest.rows, contest.failures
+    results = Results(rows, contest.where, draw(len(rows), config.samples, config.seed), failures=failures)
+    for name in contest.sources:
         print(f"{name} ...", flush=True)
         try:
-            measured, results.answers[name] = measure_model(config, name, source, *encoded[name], kind, results.asked)
+            measured, results.answers[name] = measure_model(config, name, contest, results.asked)
             results.models.append(measured)
         except (InputError, OSError, torch.OutOfMemoryError) as error:
-            fail(failures, f"{name}: {str(error).splitlines()[0]}")
+            fail(failures, f"{name}: {first_line(error)}")
         scores.write(results, run)
-    if teacher and results.answers:
+    if teacher and any(results.answers.values()):
         try:
             results.models += judge_models(results, lambda wanted: ask_all(wanted, journal, teacher, "judging"))
         except InputError as error:
             fail(failures, f"the judge {teacher.model}: {error}")
         scores.write(results, run)
     print("\n" + "\n\n".join(scores.tables(results.models)))
-    print(f"\n{len(rows):,} rows: {where}.")
+    print(f"\n{len(rows):,} rows: {contest.where}.")
     print(f"Written to {run}/: eval.json, eval.md, answers.jsonl, samples.md, figures/eval.png")
     return 2 if failures else 0
 
@@ -73,33 +84,37 @@ def fail(failures: list[str], line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def gather(config: Config, find: Callable[[str], Path], failures: list[str]):
-    """The models that can be read, their (ChatML, examples) on the rows that fit all of them, those rows, their kind and
-    origin. InputError if no model is left or an option does not go with the rows."""
-    sources, fitting = {}, {}
-    rows, kind, where = None, None, None
+def gather(config: Config, find: Callable[[str], Path]) -> Contest:
+    """Reads the rows and finds the models; `find` turns a model's name into its directory. InputError if the rows are
+    broken, no model is left, or an option does not go with the rows."""
+    sources, fitting, failures = {}, {}, []
+    rows_kind_where = rows_to_measure(config, None) if config.data else None
     for name in config.models:
         try:
             source = find(name)
-            if rows is None:
-                rows, kind, where = rows_to_measure(config, source)
-                check_options(config, kind)
-            fitting[name] = encode_for(source, rows, config.system_prompt)
+            rows_kind_where = rows_kind_where or rows_to_measure(config, source)
+            fitting[name] = encode_for(source, rows_kind_where[0], config.system_prompt)
             sources[name] = source
         except InputError as error:
-            if len(config.models) == 1 or rows is None and config.data:
+            if len(config.models) == 1:
                 raise
             fail(failures, f"{name}: {error}")
     if not sources:
-        raise InputError("no model is left to measure:\n  " + "\n  ".join(failures))
+        raise InputError("no model is left to measure")
+    rows, kind, where = rows_kind_where
+    check_options(config, kind)
     common = set.intersection(*({e.where for e in examples} for _, examples in fitting.values()))
     kept = [row for row in rows if row.where in common]
     if not kept:
         raise InputError(f"none of the {len(rows):,} rows fits into every model's window")
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept):,} of {len(rows):,} rows do not fit into every model's window and are left out")
+    for name, source in sources.items():
+        seen = seen_in_training(source, kept)
+        if seen:
+            print(f"warning: {name} was trained on the questions of {seen:,} of these {len(kept):,} rows")
     encoded = {name: (chat, [e for e in part if e.where in common]) for name, (chat, part) in fitting.items()}
-    return sources, encoded, kept, kind, where
+    return Contest(kept, kind, where, sources, encoded, failures)
 
 
 def check_options(config: Config, kind: str) -> None:
@@ -117,10 +132,9 @@ def draw(count: int, wanted: int, seed: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------ one model
 
 
-def measure_model(
-    config: Config, name: str, source: Path, chat: ChatML, examples: list[Example], kind: str, asked: list[int]
-) -> tuple[dict, list[str]]:
+def measure_model(config: Config, name: str, contest: Contest, asked: list[int]) -> tuple[dict, list[str]]:
     """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
+    source, kind, (chat, examples) = contest.sources[name], contest.kind, contest.encoded[name]
     model = Phi.from_pretrained(source, device=config.device)
     passes = (config.micro_batch_size, config.device, config.dtype)
     policy = all_logprobs(model, examples, *passes, "reading")  # [E, completions]

@@ -21,6 +21,11 @@ class InputError(ValueError):
     as one line instead of a stack trace."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its kind if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same directory; renames it to `path` if the block succeeds, deletes it if not."""

@@ -21,6 +21,7 @@ from data import (
     encode,
     kind_of,
     load_tokenizer,
+    question_key,
     read_rows,
     split_by_question,
     supervise_everything,
@@ -164,7 +165,7 @@ def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
     return Inputs(parent, chat, examples["train"], examples["eval"], ledgers)
 
 
-def rows_to_measure(config: Config, source: Path) -> tuple[list[Row], str, str]:
+def rows_to_measure(config: Config, source: Path | None) -> tuple[list[Row], str, str]:
     """Rows to measure a model on, their kind, and where they are from: --data, or what the run of the model held out."""
     if config.data is None:
         run = training_run(source)
@@ -183,6 +184,17 @@ def rows_to_measure(config: Config, source: Path) -> tuple[list[Row], str, str]:
         kind,
         config.data,
     )
+
+
+def seen_in_training(source: Path, rows: list[Row]) -> int:
+    """How many of the rows ask a question that the run of a model trained on; 0 if it is no run or its rows are gone."""
+    run = training_run(source)
+    try:
+        trained = read_sides(run_config(run), run)[0]["train"][0] if run else []
+    except InputError:
+        trained = []
+    keys = {question_key(row) for row in trained}
+    return sum(question_key(row) in keys for row in rows)
 
 
 def encode_for(source: Path, rows: list[Row], system_prompt: str | None) -> tuple[ChatML, list[Example]]:

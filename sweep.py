@@ -31,14 +31,18 @@ import demo
 from checkpoint import fingerprint, steps_saved
 from config import Config, default_name, resolve
 from data import Ledger, Row, check_no_leak, encode, read_rows, split_by_question
-from dpo import preference_loss
-from files import InputError, read_json, whole_file, write_json, write_jsonl
+from dpo import LOSSES_WITH_EPS, preference_loss
+from files import InputError, first_line, read_json, whole_file, write_json, write_jsonl
 from inputs import QUESTIONS, load_chat, reference_table
 from model import Phi
 from passes import all_logprobs, completion_lengths, flips
 
 TEST_PAIRS = 3_000  # of the demo, at most
-NOT_VARIED = "stage name out resume overwrite dry_run device seed seeds grid full_grid preset data eval".split()
+# Other rows, or the same rows cut otherwise, could not be compared pair by pair; two models can, by --stage eval.
+NOT_VARIED = (
+    "stage model name out resume overwrite dry_run device seed eval eval_share on_bad_row system_prompt max_length "
+    "max_prompt_length demo_rows flip_rate dtype attention"
+).split()
 SWEEP_ONLY = {"grid", "full_grid", "seeds", "preset", "data", "name", "overwrite", "dry_run"}
 
 
@@ -58,11 +62,11 @@ class Run:
 def parse_grid(texts: list[str]) -> dict[str, list]:
     """["beta=0.1,0.3", "train=a.jsonl"] -> {"beta": [0.1, 0.3], "train": ["a.jsonl"]}, of the flags' own types."""
     types, grid = typing.get_type_hints(Config), {}
-    known = {f.name for f in fields(Config) if "dpo" in f.metadata["stages"]} | {"model"}
+    known = {f.name for f in fields(Config) if "dpo" in f.metadata["stages"]} - set(NOT_VARIED)
     for text in texts:
         flag, _, values = text.partition("=")
         name = flag.strip().lstrip("-").replace("-", "_")
-        if name in NOT_VARIED or name not in known:
+        if name not in known:
             raise InputError(f"--grid {text}: {flag!r} is no flag of --stage dpo that can be varied")
         kind = next(t for t in (*typing.get_args(types[name]), types[name]) if t is not type(None))
         if kind is bool:
@@ -101,6 +105,14 @@ def defaults(raw: Config, given: set[str]) -> tuple[Config, Config, set[str]]:
     return resolve(own, flags), own, flags
 
 
+def at_point(own: Config, base: Config, point: dict) -> Config:
+    """The flags of a run at one point. A loss that is varied has an eps where it needs one."""
+    config = replace(own, **point)
+    if "loss" in point and "eps" not in point:
+        config.eps = (base.eps or 0.1) if config.loss in LOSSES_WITH_EPS else None
+    return config
+
+
 def plan(
     raw: Config, given: set[str], grid: dict[str, list], find: Callable[[Config], Path]
 ) -> tuple[Config, list[Run], Path]:
@@ -111,10 +123,11 @@ def plan(
     sweep = Path(raw.out) / (raw.name or default_name(raw))
     base, own, flags = defaults(raw, given)
     points = make_points(grid, base, raw.full_grid)
-    configs = [resolve(replace(own, **point), flags | set(point)) for point in points]  # all are checked before any runs
+    configs = [resolve(at_point(own, base, point), flags | set(point)) for point in points]  # all, before any runs
     names = [point_name(point) for point in points]
-    if len(set(names)) < len(names):
-        raise InputError("--grid: two settings have the same name; give the files different names")
+    files = {config.train for config in configs if config.train}
+    if len(set(names)) < len(names) or len({Path(file).stem for file in files}) < len(files):
+        raise InputError("--grid: two settings would have the same name; give the files different names")
     test, sides, parents, runs = test_rows(raw, base, grid, sweep), {}, {}, []
     for point, name, config in zip(points, names, configs, strict=True):
         if config.train not in sides:
@@ -237,7 +250,7 @@ def run_one(run: Run, where: Path, test: Path, run_stage: Callable[[Config], int
                 shutil.rmtree(where / "checkpoints", ignore_errors=True)  # the best one is the run's model
                 (where / "failed.json").unlink(missing_ok=True)
     except Exception as error:  # whatever one run dies of, the others go on
-        write_json(where / "failed.json", {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+        write_json(where / "failed.json", {"error": f"{type(error).__name__}: {first_line(error)}"})
         printed.write(traceback.format_exc())
     where.mkdir(parents=True, exist_ok=True)
     with open(where / "log.txt", "a", encoding="utf-8") as log:

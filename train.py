@@ -48,7 +48,7 @@ from checkpoint import load_optimizer, open_run, prune, publish, save_checkpoint
 from config import LOWER_IS_BETTER, Config, default_name, parse, resolve, resume_command
 from convert import quantize_checkpoint
 from data import Example, collate, epoch_order
-from eval import evaluate_models
+from eval import evaluate_models, gather
 from files import InputError, read_json, write_json
 from inputs import Inputs, load_chat, load_inputs, reference_tables, trained_system_prompt
 from model import Phi, completion_logprobs
@@ -448,9 +448,10 @@ def eval_stage(config: Config) -> int:
         begin_run(config)
         card.report_card(config, source, Path(config.out) / config.name, compiles(config))
         return 0
+    contest = gather(config, lambda name: find_parent(replace(config, model=name)))
     teacher, journal = open_teacher(config)
     begin_run(config)
-    return evaluate_models(config, lambda name: find_parent(replace(config, model=name)), teacher, journal)
+    return evaluate_models(config, contest, teacher, journal)
 
 
 def chat_stage(config: Config) -> int:

@@ -16,8 +16,9 @@ import pytest
 import chat as chat_file
 from chat import Settings, answer_once, converse, text_pieces
 from data import ChatML, load_tokenizer
-from files import InputError
+from files import InputError, write_jsonl
 from model import Phi, generate
+from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = Settings(temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5)
@@ -504,3 +505,57 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_quit_leaves(driver):
         assert terminal.seen.split() == ["/quit"]  # its echo
     finally:
         terminal.close()
+
+
+# -------------------------------------------------------------------------------------------------------- --stage chat
+
+
+def test_the_stage_answers_a_prompt_once(tiny, capsys):
+    command = ["--stage", "chat", "--model", str(tiny), "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu"]
+    assert main([*command, "--prompt", "Say it"]) == 0
+    printed = capsys.readouterr()
+    chatml = ChatML(load_tokenizer(tiny))
+    prompt = chatml.prompt([{"role": "user", "content": "Say it"}])
+    (ids,) = generate(Phi.from_pretrained(tiny), [prompt], 8, stop_tokens=tuple(chatml.control_ids))
+    assert printed.out == chatml.decode(ids) + "\n" and printed.err == ""
+
+
+def test_the_stage_takes_the_system_prompt_that_the_model_was_tuned_with(tiny, tmp_path, capsys, monkeypatch):
+    rows = [{"prompt": f"Say {i}", "completion": f"Here: {i}"} for i in range(20)]
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    command = ["--stage", "sft", "--model", str(tiny), "--train", str(tmp_path / "sft.jsonl"), "--max-steps", "1"]
+    command += [
+        "--system-prompt",
+        "Be brief.",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "tuned",
+        "--samples",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert main(command) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("/system\n"))
+    assert main(["--stage", "chat", "--model", str(tmp_path / "tuned"), "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == "Be brief.\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
+        (["--top-p", "2"], "--top-p 2.0: a probability"),
+        (["--name", "x"], "--name does nothing in --stage chat"),
+        (["--model", "no/where"], "no/where"),
+        (["--dtype", "fp16"], "--dtype fp16"),
+        (["--prompt", " "], "the prompt is empty"),
+    ],
+)
+def test_flags_that_make_no_sense(tiny, flags, message, capsys):
+    command = ["--stage", "chat", *([] if "--model" in flags else ["--model", str(tiny)]), *flags]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

@@ -16,6 +16,10 @@ def test_a_table():
     ]
 
 
+def test_a_bar_in_a_cell_does_not_end_it():
+    assert markdown(["a"], [["<|im_end|>"]]).splitlines()[2] == "| <\\|im_end\\|> |"
+
+
 def test_numbers():
     estimate = Estimate(0.5, 0.4, 0.61, 10)
     assert percent(estimate) == "50.0% [40.0, 61.0]" and percent(0.25) == "25.0%" and percent(None) == "-"

@@ -212,3 +212,21 @@ def test_two_models_are_for_eval_alone(tmp_path, capsys):
     assert "takes one model, not 2" in capsys.readouterr().err
     assert main(["--stage", "eval", "--model", "a", "a", "--data", "x", "--out", str(tmp_path)]) == 2
     assert "names a model twice" in capsys.readouterr().err
+
+
+def test_a_broken_file_leaves_no_run_behind_that_stands_in_the_way(run, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{")
+    assert run("pairs")[0] == 2 and not (tmp_path / "e").exists()
+    (tmp_path / "pairs.jsonl").unlink()
+    assert run("pairs")[0] == 0
+
+
+def test_questions_that_a_model_was_trained_on_are_pointed_out(run, tiny, tmp_path, capsys):
+    write_jsonl(tmp_path / "pairs.jsonl", rows_of("pairs"))
+    command = ["--stage", "dpo", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path)]
+    assert main([*command, "--name", "tuned", "--max-steps", "1", "--samples", "0", "--device", "cpu"]) == 0
+    assert run("pairs", models=(tmp_path / "tuned",))[0] == 0
+    printed = capsys.readouterr().out
+    assert "was trained on the questions of" in printed and "of these 12 rows" in printed
+    assert main(["--stage", "eval", "--model", str(tmp_path / "tuned"), "--out", str(tmp_path), "--samples", "0"]) == 0
+    assert "was trained on" not in capsys.readouterr().out  # on what the run itself held out

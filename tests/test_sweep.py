@@ -56,6 +56,8 @@ def test_a_grid_is_read_with_the_flags_own_types():
         (["nonsense=1"], "'nonsense' is no flag"),
         (["seed=1,2"], "'seed' is no flag"),
         (["to=nf4"], "'to' is no flag"),
+        (["max_length=9"], "'max_length' is no flag"),
+        (["model=a,b"], "'model' is no flag"),
         (["beta"], "give each flag once"),
         (["beta="], "give each flag once"),
         (["beta=0.1,0.1"], "give each flag once"),
@@ -213,3 +215,11 @@ def test_the_pick_is_the_eps_nearest_to_the_flip_rate_among_those_alike():
 def test_several_values_of_model_are_one_flag():
     config, given = parse(["--stage", "sweep", "--grid", "beta=1", "--grid", "eps=0"])
     assert config.grid == ["beta=1", "eps=0"] and given == {"stage", "grid"}
+
+
+def test_losses_are_compared_each_with_the_eps_that_it_has(command, tmp_path):
+    assert main(command("--grid", "loss=robust,sigmoid,ipo", "--max-steps", "1")) == 0
+    configs = {
+        name: read_json(tmp_path / "s" / name / "run.json")["config"] for name in ("defaults", "loss=sigmoid", "loss=ipo")
+    }
+    assert [(c["loss"], c["eps"]) for c in configs.values()] == [("robust", 0.1), ("sigmoid", None), ("ipo", None)]
