@@ -16,7 +16,7 @@ chosen on evaluation rows, never by its robust loss. The report's own numbers ar
 import platform
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,21 +25,20 @@ import sweep
 import texts
 from card import in_format
 from checkpoint import read_metrics
+from claims import FORMATS, QUARTERS, checkpoints, claims, nearest
 from config import Config, default_name
 from data import Ledger, encode, read_rows
-from display import decimal, markdown, percent, picture
+from display import markdown, percent, picture
 from files import read_json, write_json, write_jsonl, write_text
 from inputs import load_chat
 from intervals import Estimate, share
 from model import Phi
 from passes import all_logprobs, completion_lengths, grades, sample_answers
-from ranking import Result, cannot_tell, collect, conclusions, pick_eps, table
+from ranking import Result, collect, conclusions, table
 from sweep import Run, as_dict
 
 PARTS = (20, 30, 40, 54)
 GRID = {"lr": (0.5, 1, 3, 5), "beta": (0.05, 0.1, 0.3, 0.5), "eps": (0.0, 0.05, 0.1, 0.25)}  # lr: times the recipe's
-QUARTERS = (0.25, 0.5, 0.75, 1.0)
-FORMATS = ("fp32", "int8", "nf4", "fp4")
 ANSWERS = 300  # sampled, at most
 NEW_TOKENS = 256
 
@@ -59,7 +58,7 @@ def replicate(raw: Config, given: set[str], find: Callable[[Config], Path], run_
     print("sampling and quantizing ...", flush=True)
     extra = measure_more(base, runs[0], test, directory)
     figure_2(runs, failed, directory / "figures")
-    write_text(directory / "report.md", report(base, runs, results, failed, extra, directory))
+    write_text(directory / "report.md", report(base, runs, results, failed, extra))
     print(f"\nWritten to {directory}/: report.md, figures/. Every curve: tensorboard --logdir {directory}")
     return 2 if failed else 0
 
@@ -104,14 +103,14 @@ def measure_more(base: Config, run: Run, test: Path, directory: Path) -> dict:
     chat = load_chat(tuned, config.system_prompt)
     rows = read_rows(test, "pairs", config.on_bad_row, ledger := Ledger())
     examples = encode(rows, chat, config.max_length, config.max_prompt_length, ledger)
-    asked = examples[: min(ANSWERS, max(1, base.samples or ANSWERS))]
+    asked = examples[: max(1, min(ANSWERS, base.samples))]
     extra = {"answers": len(asked)}
     for label, source in (("before", Path(config.model)), ("after", tuned)):
         model = Phi.from_pretrained(source, device=config.device)
         answers, ended = sample_answers(model, chat, asked, NEW_TOKENS, 1.0, config.seed)
-        extra[f"ends, {label}"] = share(sum(ended), len(ended)).__dict__
+        extra[f"ends, {label}"] = asdict(share(sum(ended), len(ended)))
         right = grades(answers, asked).get("right method")
-        extra[f"method, {label}"] = share(sum(right), len(right)).__dict__ if right else None
+        extra[f"method, {label}"] = asdict(share(sum(right), len(right))) if right else None
     for name in FORMATS:
         model = in_format(name, Phi.from_pretrained(tuned, device=config.device), False)
         answers, _ = sample_answers(model, chat, asked, NEW_TOKENS, 0.0, config.seed)
@@ -119,7 +118,7 @@ def measure_more(base: Config, run: Run, test: Path, directory: Path) -> dict:
         likely = [replace(e, completions=e.completions[:1]) for e in asked]
         logprobs = all_logprobs(model, likely, config.micro_batch_size, config.device, "fp32", name)[:, 0]
         loss = texts.likelihood(logprobs, completion_lengths(likely))["loss"]
-        extra[f"format {name}"] = {"BLEU": bleu.__dict__, "loss": loss.__dict__}
+        extra[f"format {name}"] = {"BLEU": asdict(bleu), "loss": asdict(loss)}
     write_json(path, extra)
     return extra
 
@@ -129,125 +128,7 @@ def right_text(example) -> str:
     return example.texts[1 if example.extra.get("flipped") else 0]
 
 
-# ---------------------------------------------------------------------------------------------------------- the claims
-
-
-@dataclass
-class Claim:
-    """What the report did or said, what was measured here, and whether it held."""
-
-    text: str
-    here: str
-    verdict: str  # "held", "did not hold", "cannot be told"
-
-
-def better(a: Result, b: Result) -> str:
-    """Whether "a orders more test pairs rightly than b" held."""
-    if cannot_tell(a.right, b.right):
-        return "cannot be told"
-    return "held" if a.right.double().mean() > b.right.double().mean() else "did not hold"
-
-
-def accuracy_of(result: Result) -> str:
-    return percent(result.right.double().mean().item())
-
-
-def claims(base: Config, runs: list[Run], results: list[Result], extra: dict) -> list[Claim]:
-    """Each claim with its evidence; settings whose runs failed are left out of it."""
-    by_name = {result.name: result for result in results}
-    default = by_name["defaults"]
-    start = replace(default, name="starting model", right=(default.baselines["starting model"] == 1)[None])
-    made = [
-        Claim(
-            "Tuning raises the accuracy (Table 3: .744 and the like, measured without the shift by one; .80 to .85 by its "
-            "trainer's own evaluation).",
-            f"starting model {accuracy_of(start)}, defaults {accuracy_of(default)}",
-            better(default, start),
-        )
-    ]
-    sized = [r for r in results if "pairs" in r.point]
-    if sized:
-        smallest = min(sized, key=lambda r: r.point["pairs"])
-        made.append(
-            Claim(
-                "A larger mixture is better (it compared 20,000, 30,000, 40,000 and 54,000 pairs).",
-                f"{smallest.point['pairs']:,} pairs {accuracy_of(smallest)}, all {accuracy_of(default)}",
-                better(default, smallest),
-            )
-        )
-    made += [last_checkpoint(runs, default), *best_of_grids(base, results, default)]
-    lowest, best = min(results, key=lambda r: r.own_loss), results[0]
-    made.append(
-        Claim(
-            "The lowest robust test loss names the best run (it reached -59, and -241).",
-            f"lowest, {lowest.own_loss:.2f}: {lowest.name}, {accuracy_of(lowest)}; best: {best.name}, {accuracy_of(best)}",
-            "did not hold" if not cannot_tell(best.right, lowest.right) else "held",
-        )
-    )
-    return [*made, *noise_claims(base, results), *answer_claims(extra)]
-
-
-def last_checkpoint(runs: list[Run], default: Result) -> Claim:
-    """Whether the end of training is better than its first quarter."""
-    saved = checkpoints(runs[0])
-    first, last = nearest(saved, QUARTERS[0]), nearest(saved, 1.0)
-    n = default.right.shape[1]
-    early, late = share(first * n, n), share(last * n, n)
-    verdict = "held" if late.low > early.high else "did not hold" if late.high < early.low else "cannot be told"
-    text = "Later checkpoints are better (Table 3 goes through them)."
-    return Claim(text, f"first quarter {percent(early)}, end {percent(late)}", verdict)
-
-
-def best_of_grids(base: Config, results: list[Result], default: Result) -> list[Claim]:
-    """Whether the report's value of each hyperparameter is among the best of its grid."""
-    made = []
-    for name, theirs in (("lr", "1e-5, here the recipe's"), ("beta", "0.3"), ("eps", "0.1")):
-        varied = [r for r in results if set(r.point) == {name}]
-        if varied:
-            best = max([default, *varied], key=lambda r: r.right.double().mean().item())
-            value = best.point.get(name, getattr(base, name))
-            verdict = "held" if cannot_tell(best.right, default.right) else "did not hold"
-            here = f"{getattr(base, name)}: {accuracy_of(default)}; best {value}: {accuracy_of(best)}"
-            made.append(Claim(f"{name} = {theirs} is the best of its grid.", here, verdict))
-    return made
-
-
-def noise_claims(base: Config, results: list[Result]) -> list[Claim]:
-    """Whether the robust loss needs its eps."""
-    picked, plain = pick_eps(results, base), next((r for r in results if r.point == {"eps": 0.0}), None)
-    if picked is None or plain is None:
-        return []
-    eps, rate = picked.point.get("eps", base.eps), results[0].measures["flip rate"]
-    here = f"eps 0: {accuracy_of(plain)}; eps {eps}: {accuracy_of(picked)}; flip rate by the margins {percent(rate)}"
-    return [Claim("Assuming that labels are noisy helps (eps > 0).", here, better(picked, plain))]
-
-
-def answer_claims(extra: dict) -> list[Claim]:
-    """What became of the answers themselves."""
-    before, after = (Estimate(**extra[f"ends, {label}"]) for label in ("before", "after"))
-    verdict = "held" if after.high < before.low else "did not hold"
-    text = "After DPO the model barely ends its answers (its trainer supervised two <|im_end|>, its evaluation one)."
-    made = [Claim(text, f"answers that end: {percent(before)} before, {percent(after)} after", verdict)]
-    scores = {name: Estimate(**extra[f"format {name}"]["BLEU"]) for name in FORMATS}
-    full = scores["fp32"].value
-    here = ", ".join(f"{name} {decimal(score, 1)}" for name, score in scores.items())
-    kept = all(score.value >= 0.95 * full for score in scores.values())
-    text = "Quantization costs little: BLEU .572 in full precision, .567 in int8, .565 and .544 in 4 bits (at most 5% less)."
-    return [*made, Claim(text, f"BLEU of greedy answers: {here}", "held" if kept else "did not hold")]
-
-
 # ---------------------------------------------------------------------------------------------------------- the report
-
-
-def checkpoints(run: Run) -> dict[float, float]:
-    """{share of the training: accuracy on the test} of every checkpoint that was measured."""
-    record = read_json(Path(run.config.out) / run.name / "test.json").get("checkpoints", {})
-    steps = {int(step): value for step, value in record.items()}
-    return {step / max(steps): value for step, value in sorted(steps.items())}
-
-
-def nearest(saved: dict[float, float], share_: float) -> float:
-    return saved[min(saved, key=lambda done: abs(done - share_))]
 
 
 def table_3(runs: list[Run], failed: dict[str, str]) -> str:
@@ -260,9 +141,7 @@ def table_3(runs: list[Run], failed: dict[str, str]) -> str:
     return markdown(["model", *(f"{quarter:.0%} of its steps" for quarter in QUARTERS)], rows)
 
 
-def report(
-    base: Config, runs: list[Run], results: list[Result], failed: dict[str, str], extra: dict, directory: Path
-) -> str:
+def report(base: Config, runs: list[Run], results: list[Result], failed: dict[str, str], extra: dict) -> str:
     """report.md."""
     default = next(r for r in results if not r.point)
 

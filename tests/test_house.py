@@ -16,6 +16,7 @@ FLOORS = [  # a file imports only from floors below its own
     ["inputs", "texts"],
     ["report", "card", "build", "scores", "sweep"],
     ["eval", "ranking"],
+    ["claims"],
     ["replicate"],
     ["train", "bench"],
 ]

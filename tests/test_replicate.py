@@ -4,12 +4,12 @@ import json
 
 import torch
 
-import replicate
+from claims import FORMATS, answer_claims, better
 from data import Example
 from files import write_jsonl
 from intervals import Estimate
 from ranking import Result
-from replicate import answer_claims, better, right_text
+from replicate import right_text
 from train import main
 
 
@@ -25,8 +25,7 @@ def test_verdicts():
 def test_verdicts_on_answers():
     def extra(after, nf4):
         scores = {
-            f"format {name}": {"BLEU": vars(Estimate(value, 0, 99, 9))}
-            for name, value in zip(replicate.FORMATS, (50, 50, nf4, 49))
+            f"format {name}": {"BLEU": vars(Estimate(value, 0, 99, 9))} for name, value in zip(FORMATS, (50, 50, nf4, 49))
         }
         return {"ends, before": vars(Estimate(1.0, 0.98, 1, 200)), "ends, after": vars(after), **scores}
 
