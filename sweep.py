@@ -29,7 +29,8 @@ from torch import Tensor
 
 import demo
 from checkpoint import fingerprint, steps_saved
-from config import Config, default_name, resolve
+from checks import resolve
+from config import Config, default_name
 from data import Ledger, Row, check_no_leak, encode, read_rows, split_by_question
 from dpo import LOSSES_WITH_EPS, preference_loss
 from files import InputError, first_line, read_json, whole_file, write_json, write_jsonl

@@ -45,7 +45,8 @@ import sft
 import sweep
 from build import build_data, open_teacher
 from checkpoint import load_optimizer, open_run, prune, publish, save_checkpoint, save_model, truncate_metrics
-from config import LOWER_IS_BETTER, Config, default_name, parse, resolve, resume_command
+from checks import resolve
+from config import LOWER_IS_BETTER, Config, default_name, parse, resume_command
 from convert import quantize_checkpoint
 from data import Example, collate, epoch_order
 from eval import evaluate_models, gather

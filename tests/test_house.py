@@ -13,7 +13,7 @@ FLOORS = [  # a file imports only from floors below its own
     ["model"],
     ["sft", "dpo", "checkpoint", "convert", "passes", "chat"],
     ["choices", "config", "mixture"],
-    ["inputs", "texts"],
+    ["checks", "inputs", "texts"],
     ["report", "card", "build", "scores", "sweep"],
     ["eval", "ranking"],
     ["claims"],

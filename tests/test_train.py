@@ -16,7 +16,8 @@ import torch
 import dpo
 import train as driver
 from checkpoint import fingerprint, read_metrics, steps_saved
-from config import Config, parse, resolve
+from checks import resolve
+from config import Config, parse
 from data import ChatML, Example, load_tokenizer
 from files import InputError, read_json, write_jsonl
 from model import Phi
