@@ -135,13 +135,13 @@ def draw(count: int, wanted: int, seed: int) -> list[int]:
 def measure_model(config: Config, name: str, contest: Contest, asked: list[int]) -> tuple[dict, list[str]]:
     """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
     source, kind, (chat, examples) = contest.sources[name], contest.kind, contest.encoded[name]
-    model = Phi.from_pretrained(source, device=config.device)
+    reference, parent = reference_logprobs(config, source, examples) if kind == "pairs" else (None, None)
+    model = Phi.from_pretrained(source, device=config.device)  # after the reference is gone: one model in memory
     passes = (config.micro_batch_size, config.device, config.dtype)
     policy = all_logprobs(model, examples, *passes, "reading")  # [E, completions]
     lengths = completion_lengths(examples).view(len(examples), -1)
-    result = {"model": name, "text": texts.likelihood(policy[:, 0], lengths[:, 0])}
+    result = {"model": name, "reference": parent, "text": texts.likelihood(policy[:, 0], lengths[:, 0])}
     if kind == "pairs":
-        reference, result["reference"] = reference_logprobs(config, source, examples)
         flipped = flips(examples)
         if reference is not None:
             result["rewards"] = measure_rewards(policy, reference, lengths, flipped, config.eps, config.beta or BETA)

@@ -102,7 +102,8 @@ def tables(models: list[dict]) -> list[str]:
             if section in WITH_REFERENCE:
                 rows = [[*row, str(r[WITH_REFERENCE[section]])] for row, r in zip(rows, part, strict=True)]
             header = ["model", *shown, *([WITH_REFERENCE[section]] if section in WITH_REFERENCE else [])]
-            made.append(f"{title}\n\n{markdown(header, rows)}")
+            note = f"\n\nBLEU: sacrebleu, {part[0]['BLEU signature']}" if section == "answers" else ""
+            made.append(f"{title}\n\n{markdown(header, rows)}{note}")
     chosen = [m for m in models if "choices" in m]
     if chosen:
         methods = list(chosen[0]["choices"])

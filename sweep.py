@@ -31,7 +31,7 @@ import demo
 from checkpoint import fingerprint, steps_saved
 from checks import resolve
 from config import Config, default_name
-from data import Ledger, Row, check_no_leak, encode, read_rows, split_by_question
+from data import Example, Ledger, Row, check_no_leak, encode, read_rows, split_by_question
 from dpo import LOSSES_WITH_EPS, preference_loss
 from files import InputError, first_line, read_json, whole_file, write_json, write_jsonl
 from inputs import QUESTIONS, load_chat, reference_table
@@ -259,6 +259,12 @@ def run_one(run: Run, where: Path, test: Path, run_stage: Callable[[Config], int
     return status
 
 
+def test_reference(config: Config, examples: list[Example]) -> Tensor:
+    """Log-probabilities [E, 2] of the test pairs under the starting model, which is in memory only here."""
+    parent = Phi.from_pretrained(config.model, device=config.device)
+    return reference_table(config, parent, fingerprint(parent), examples, "test")
+
+
 def measure_on_test(run: Run, where: Path, test: Path, references: dict[str, Tensor]) -> dict:
     """What the test pairs say of a run, saved: the margins in nats of each pair, what a ruler and the starting model would
     say of it, and whether its label is flipped; at every checkpoint, if the run asks for it, the accuracy."""
@@ -269,8 +275,7 @@ def measure_on_test(run: Run, where: Path, test: Path, references: dict[str, Ten
     if not examples:
         raise InputError(f"{test}: no row fits into --max-length {config.max_length}")
     if config.model not in references:
-        parent = Phi.from_pretrained(config.model, device=config.device)
-        references[config.model] = reference_table(config, parent, fingerprint(parent), examples, "test")
+        references[config.model] = test_reference(config, examples)
     reference, flipped = references[config.model], flips(examples)
 
     def margins(directory: Path) -> Tensor:

@@ -74,7 +74,7 @@ def test_every_file_is_written_and_every_number_has_its_interval(run, tmp_path, 
     answers = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 5 and all(len(a["answers"]) == 1 for a in answers)
     printed = capsys.readouterr().out
-    assert "| model" in printed and "position bias" in printed and "95%" not in printed.splitlines()[0]
+    assert "| model" in printed and "position bias" in printed and "BLEU: sacrebleu, nrefs:1|" in printed
 
 
 def test_models_stand_side_by_side(run, tiny, tmp_path):
@@ -131,6 +131,20 @@ def test_a_judge_s_verdicts_are_counted_and_asked_once(run, judge):
     assert calls == 8
     assert run("sft", "--samples", "4", "--teacher", "m", "--overwrite")[0] == 0
     assert sum(server.answered.values()) == calls  # all from the journal
+
+
+def test_every_other_model_is_judged_against_the_first(run, tiny, tmp_path, judge):
+    other = tmp_path / "other"
+    assert main(["--stage", "quantize", "--model", str(tiny), "--to", "nf2", "--out", str(tmp_path), "--name", "other"]) == 0
+    judge(longer)
+    status, made = run("sft", "--samples", "6", "--teacher", "m", models=(tiny, other))
+    *measured, verdict = made["results"]
+    assert status == 0 and len(measured) == 2
+    assert (verdict["model"], verdict["judged against"]) == (str(other), str(tiny))
+    texts = [json.loads(line)["answers"] for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
+    gaps = [len(answers[str(other)]) - len(answers[str(tiny)]) for answers in texts]
+    decided = [gap for gap in gaps if gap]
+    assert decided and verdict["judge"]["win rate"]["value"] == sum(gap > 0 for gap in decided) / len(decided)
 
 
 def test_a_judge_that_is_down_costs_the_judgement_alone(run, monkeypatch, capsys):
