@@ -18,7 +18,7 @@ from torch import Tensor
 
 from choices import accuracies, score_options
 from config import Config
-from data import ChatML, Example
+from data import ChatML, Example, Ledger
 from display import markdown, picture
 from files import InputError, read_json, write_json, write_text
 from inputs import encode_for, rows_to_measure, tuned_from
@@ -34,8 +34,8 @@ def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None
     """Measures every format of `config.precisions`, prints the table, and writes eval.json, precisions.md and a figure."""
     if "quantization_config" in read_json(source / "config.json"):
         raise InputError(f"{source} is quantized; the card needs the full-precision model that it was made of")
-    rows, kind, where = rows_to_measure(config, source)
-    chat, examples = encode_for(source, rows, config.system_prompt)
+    rows, kind, where = rows_to_measure(config, source, Ledger())
+    chat, examples, _ = encode_for(source, rows, config.system_prompt)
     full = Phi.from_pretrained(source, device=config.device)
     reference = reference_table(config, source, examples)
     rows = []

@@ -124,6 +124,8 @@ def _check_eval(config: Config, given: set[str]) -> None:
         raise InputError("--compile is for --precisions; leave it out")
     if len(set(config.models)) < len(config.models):
         raise InputError("--model names a model twice")
+    if not config.data and {"letter_only", "on_bad_row"} & given:
+        raise InputError("--letter-only and --on-bad-row are for --data; what a run held out is read as the run read it")
     _check_positive(config, ["max_new_tokens", "micro_batch_size", "concurrency", "beta", "bert_layer"])
     _check_not_negative(config, ["samples", "temperature"])
     if config.eps is not None and not 0 <= config.eps < 0.5:
@@ -141,6 +143,10 @@ def _check_sweep(config: Config) -> None:
         raise InputError("a sweep needs no --resume: the same command goes on; --preset has no --dry-run")
     if bool(config.grid) == bool(config.preset):
         raise InputError("--stage sweep takes either --grid FLAG=VALUES (such as --grid beta=0.1,0.3) or --preset report")
+    if config.preset and config.loss not in (None, "robust"):
+        raise InputError(
+            f"--loss {config.loss}: --preset report is about the robust loss; leave it out, or sweep with --grid"
+        )
     if config.preset and config.full_grid:
         raise InputError("--full-grid is for --grid; --preset report varies one flag at a time")
     _check_positive(config, ["seeds"])

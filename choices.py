@@ -9,7 +9,7 @@
 For the first three all replies of a question stand behind its prompt in one row, so the prompt is run once for all of them.
 A reply ends with `<|im_end|>`, whose log-probability counts. Chance is the mean of 1/options. *Position bias* is half of
 sum_i |share of picks of letter i - share of right answers at letter i|: 0 for a model that picks each place as often as it
-is right, near 1 for one that always says the same.
+is right; for one that always says the same, 1 less the share of questions where that is right (3/4 of four options).
 """
 
 import re

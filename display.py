@@ -13,7 +13,7 @@ from intervals import Estimate
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with columns of equal width: the first to the left, the others to the right."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    lines = [[plain(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
     def text(cells: Sequence[str]) -> str:
@@ -24,23 +24,33 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([text(lines[0]), rule, *(text(line) for line in lines[1:])])
 
 
+def plain(cell: str) -> str:
+    """A cell in one line, without characters that steer a terminal, and with nothing that Markdown or HTML would act on."""
+    text = "".join(c if c.isprintable() else " " for c in cell)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
+
+
 def percent(value: Estimate | float | None) -> str:
-    """ "79.4% [77.2, 81.4]", without brackets for a number that is known exactly, "-" for none."""
+    """ "79.4% [77.2, 81.4]", without brackets for one that has no interval, "-" for none."""
     if value is None:
         return "-"
-    if isinstance(value, Estimate):
+    if isinstance(value, Estimate) and value.n > 1:
         return f"{100 * value.value:.1f}% [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    return f"{100 * value:.1f}%"
+    return f"{100 * number(value):.1f}%"
 
 
 def decimal(value: Estimate | float | None, digits: int = 3) -> str:
     """ "0.105 [0.101, 0.109]"; numbers from 1,000 on without decimals."""
     if value is None:
         return "-"
-    digits = 0 if abs(value.value if isinstance(value, Estimate) else value) >= 1000 else digits
-    if isinstance(value, Estimate):
+    digits = 0 if abs(number(value)) >= 1000 else digits
+    if isinstance(value, Estimate) and value.n > 1:
         return f"{value.value:,.{digits}f} [{value.low:,.{digits}f}, {value.high:,.{digits}f}]"
-    return f"{value:,.{digits}f}"
+    return f"{number(value):,.{digits}f}"
+
+
+def number(value: Estimate | float) -> float:
+    return value.value if isinstance(value, Estimate) else value
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ them (greedy, unless --temperature is given); with --bert their BERTScore, with 
     out/<name>/  eval.json  eval.md  answers.jsonl  samples.md  figures/eval.png
 
 Every number is a sum over examples over their count, by the log-probability that training uses; the batch size changes none.
+Answers are sampled in fp32. Intervals are of each model alone; models that answer the same rows may differ for certain even
+where theirs overlap. A judge sees a row's last message, not the turns before it.
 All models answer the same rows: those that fit into every model's window. They are measured one after the other; what was
 measured is written before the next one begins, and a model that cannot be read costs its own row and no other.
 """
@@ -25,12 +27,12 @@ import choices
 import judge
 import scores
 import texts
-from bertscore import bert_score, load_encoder, read_baseline
+from bertscore import Encoder, bert_score, load_encoder, read_baseline
 from choices import Choices, parse_letter, score_options
 from config import Config
-from data import LETTERS, ChatML, Example, Row
+from data import LETTERS, ChatML, Example, Ledger, Row
 from files import InputError, first_line
-from inputs import encode_for, rows_to_measure, seen_in_training, tuned_from
+from inputs import encode_for, load_chat, rows_to_measure, seen_in_training, tuned_from
 from intervals import mean, share
 from model import Phi
 from passes import all_logprobs, completion_lengths, flips, grades, sample_answers
@@ -45,20 +47,26 @@ BATCH_OF_TEXTS = 64  # for BERTScore
 
 @dataclass
 class Contest:
-    """Who is measured on what."""
+    """Who is measured on what, complete before anything is measured."""
 
     rows: list[Row]  # those that fit into every model's window
     kind: str  # one of data.PARSERS
     where: str  # that the rows are from
     sources: dict[str, Path]  # of the models, by name
     encoded: dict[str, tuple[ChatML, list[Example]]]
+    references: dict[str, Path | None]  # the model that each one's rewards are measured from
+    encoder: Encoder | None  # for BERTScore
+    baseline: tuple[float, float, float] | None
+    notes: list[str]
     failures: list[str]  # a line for every model that cannot be read
 
 
 def evaluate_models(config: Config, contest: Contest, teacher: Teacher | None, journal: Journal | None) -> int:
     """Measures every model, writes and prints the results; 0 if all went well, 2 if something failed."""
     run, rows, failures = Path(config.out) / config.name, contest.rows, contest.failures
-    results = Results(rows, contest.where, draw(len(rows), config.samples, config.seed), failures=failures)
+    asked = draw(len(rows), config.samples, config.seed)
+    notes = [*contest.notes, f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for."]
+    results = Results(rows, contest.where, asked, notes, failures=failures)
     for name in contest.sources:
         print(f"{name} ...", flush=True)
         try:
@@ -73,8 +81,7 @@ def evaluate_models(config: Config, contest: Contest, teacher: Teacher | None, j
         except InputError as error:
             fail(failures, f"the judge {teacher.model}: {error}")
         scores.write(results, run)
-    print("\n" + "\n\n".join(scores.tables(results.models)))
-    print(f"\n{len(rows):,} rows: {contest.where}.")
+    print("\n" + scores.text(results))
     print(f"Written to {run}/: eval.json, eval.md, answers.jsonl, samples.md, figures/eval.png")
     return 2 if failures else 0
 
@@ -87,13 +94,14 @@ def fail(failures: list[str], line: str) -> None:
 def gather(config: Config, find: Callable[[str], Path]) -> Contest:
     """Reads the rows and finds the models; `find` turns a model's name into its directory. InputError if the rows are
     broken, no model is left, or an option does not go with the rows."""
-    sources, fitting, failures = {}, {}, []
-    rows_kind_where = rows_to_measure(config, None) if config.data else None
+    sources, fitting, references, failures, notes, skipped = {}, {}, {}, [], [], Ledger()
+    rows_kind_where = rows_to_measure(config, None, skipped) if config.data else None
     for name in config.models:
         try:
             source = find(name)
-            rows_kind_where = rows_kind_where or rows_to_measure(config, source)
+            rows_kind_where = rows_kind_where or rows_to_measure(config, source, skipped)
             fitting[name] = encode_for(source, rows_kind_where[0], config.system_prompt)
+            references[name] = find_reference(config, source, fitting[name][0]) if rows_kind_where[1] == "pairs" else None
             sources[name] = source
         except InputError as error:
             if len(config.models) == 1:
@@ -103,18 +111,39 @@ def gather(config: Config, find: Callable[[str], Path]) -> Contest:
         raise InputError("no model is left to measure")
     rows, kind, where = rows_kind_where
     check_options(config, kind)
-    common = set.intersection(*({e.where for e in examples} for _, examples in fitting.values()))
+    common = set.intersection(*({e.where for e in fitting[name][1]} for name in sources))
     kept = [row for row in rows if row.where in common]
     if not kept:
         raise InputError(f"none of the {len(rows):,} rows fits into every model's window")
-    if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept):,} of {len(rows):,} rows do not fit into every model's window and are left out")
+    encoded = {name: (fitting[name][0], [e for e in fitting[name][1] if e.where in common]) for name in sources}
+    encoder = load_encoder(resolve(config.bert, None), config.bert_layer, config.device) if config.bert else None
+    baseline = read_baseline(config.bert_baseline, len(encoder.bert.layers)) if config.bert_baseline else None
+    notes += (
+        [f"{len(skipped.bad_rows):,} bad rows were skipped, the first {skipped.bad_rows[0]}"] if skipped.bad_rows else []
+    )
+    notes += row_notes(sources, {name: fitting[name][2] for name in sources}, kept, len(rows) - len(kept))
+    if kind == "pairs":
+        rate = f"debiased: of labels flipped at rate {config.eps}; " if config.eps is not None else ""
+        notes.append(f"{rate}DPO loss at beta {config.beta or BETA}; reference answers are the chosen ones, as labelled.")
+    return Contest(kept, kind, where, sources, encoded, references, encoder, baseline, notes, failures)
+
+
+def row_notes(sources: dict[str, Path], ledgers: dict[str, Ledger], rows: list[Row], left_out: int) -> list[str]:
+    """What a reader of the numbers must know about the rows."""
+    notes = [f"{left_out:,} rows do not fit into every model's window and are left out."] if left_out else []
     for name, source in sources.items():
-        seen = seen_in_training(source, kept)
-        if seen:
-            print(f"warning: {name} was trained on the questions of {seen:,} of these {len(kept):,} rows")
-    encoded = {name: (chat, [e for e in part if e.where in common]) for name, (chat, part) in fitting.items()}
-    return Contest(kept, kind, where, sources, encoded, failures)
+        seen, trimmed = seen_in_training(source, rows), ledgers[name].trimmed
+        notes += [f"Warning: {name} was trained on the questions of {seen:,} of these {len(rows):,} rows."] if seen else []
+        notes += [f"{trimmed:,} prompts lose their beginning to fit into half of {name}'s window."] if trimmed else []
+    return notes
+
+
+def find_reference(config: Config, source: Path, chat: ChatML) -> Path | None:
+    """The directory of the model that rewards are measured from; InputError if it reads other tokens than the model."""
+    parent = resolve(config.reference_model, None) if config.reference_model else tuned_from(source)
+    if parent and load_chat(parent, None).tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        raise InputError(f"{parent}: its tokenizer is not that of {source}, so no reward can be measured from it")
+    return parent
 
 
 def check_options(config: Config, kind: str) -> None:
@@ -135,12 +164,17 @@ def draw(count: int, wanted: int, seed: int) -> list[int]:
 def measure_model(config: Config, name: str, contest: Contest, asked: list[int]) -> tuple[dict, list[str]]:
     """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
     source, kind, (chat, examples) = contest.sources[name], contest.kind, contest.encoded[name]
-    reference, parent = reference_logprobs(config, source, examples) if kind == "pairs" else (None, None)
+    parent = contest.references[name]
+    reference = reference_logprobs(config, parent, examples) if parent else None
     model = Phi.from_pretrained(source, device=config.device)  # after the reference is gone: one model in memory
     passes = (config.micro_batch_size, config.device, config.dtype)
     policy = all_logprobs(model, examples, *passes, "reading")  # [E, completions]
     lengths = completion_lengths(examples).view(len(examples), -1)
-    result = {"model": name, "reference": parent, "text": texts.likelihood(policy[:, 0], lengths[:, 0])}
+    result = {
+        "model": name,
+        "reference": str(parent) if parent else None,
+        "text": texts.likelihood(policy[:, 0], lengths[:, 0]),
+    }
     if kind == "pairs":
         flipped = flips(examples)
         if reference is not None:
@@ -150,10 +184,10 @@ def measure_model(config: Config, name: str, contest: Contest, asked: list[int])
     answers = []
     if asked:
         drawn = [examples[i] for i in asked]
-        answers, ended = sample_answers(
-            model, chat, drawn, config.max_new_tokens, config.temperature, config.seed, config.micro_batch_size
-        )
-        result["answers"] = measure_answers(config, answers, ended, drawn, result)
+        room = model.config.max_position_embeddings - max(len(e.prompt) for e in drawn)
+        length = min(config.max_new_tokens, room)
+        answers, ended = sample_answers(model, chat, drawn, length, config.temperature, config.seed, config.micro_batch_size)
+        result["answers"], result["BLEU signature"] = measure_answers(config, contest, answers, ended, drawn)
         if scored:
             scored.append(generated_choices(answers, drawn))
     if scored:
@@ -161,26 +195,24 @@ def measure_model(config: Config, name: str, contest: Contest, asked: list[int])
     return result, answers
 
 
-def reference_logprobs(config: Config, source: Path, examples: list[Example]) -> tuple[torch.Tensor | None, str | None]:
-    """Log-probabilities [E, 2] under the model that rewards are measured from, and its directory; None if there is none."""
-    parent = resolve(config.reference_model, None) if config.reference_model else tuned_from(source)
-    if parent is None:
-        return None, None
+def reference_logprobs(config: Config, parent: Path, examples: list[Example]) -> torch.Tensor:
+    """Log-probabilities [E, 2] under the model that rewards are measured from."""
     model = Phi.from_pretrained(parent, device=config.device)
-    return all_logprobs(model, examples, config.micro_batch_size, config.device, config.dtype, "reference"), str(parent)
+    return all_logprobs(model, examples, config.micro_batch_size, config.device, config.dtype, "reference")
 
 
-def measure_answers(config: Config, answers: list[str], ended: list[bool], drawn: list[Example], result: dict) -> dict:
-    """How much the model's own answers look like the reference answers, and whether they end. The demo's are graded, too."""
+def measure_answers(
+    config: Config, contest: Contest, answers: list[str], ended: list[bool], drawn: list[Example]
+) -> tuple[dict, str]:
+    """How much the model's own answers look like the reference answers, and whether they end (the demo's are graded, too);
+    and BLEU's signature."""
     references = [e.texts[0] for e in drawn]
-    measured, result["BLEU signature"] = texts.similarity(answers, references)
-    if config.bert:
-        encoder = load_encoder(resolve(config.bert, None), config.bert_layer, config.device)
-        baseline = read_baseline(config.bert_baseline, len(encoder.bert.layers)) if config.bert_baseline else None
-        scores = bert_score(answers, references, encoder, config.bert_idf, baseline, BATCH_OF_TEXTS)  # [N, 3]
-        measured["BERTScore"] = mean(scores[:, 2])
+    measured, signature = texts.similarity(answers, references)
+    if contest.encoder:
+        batch = (contest.encoder, config.bert_idf, contest.baseline, BATCH_OF_TEXTS)
+        measured["BERTScore"] = mean(bert_score(answers, references, *batch)[:, 2])
     graded = {"ends": ended} | grades(answers, drawn)
-    return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
+    return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}, signature
 
 
 def generated_choices(answers: list[str], drawn: list[Example]) -> Choices:

@@ -1,5 +1,6 @@
 """What a training stage starts from: a model's directory, tokenized examples, and the reference's log-probabilities."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -165,8 +166,9 @@ def load_inputs(config: Config, run: Path, parent: Path | None) -> Inputs:
     return Inputs(parent, chat, examples["train"], examples["eval"], ledgers)
 
 
-def rows_to_measure(config: Config, source: Path | None) -> tuple[list[Row], str, str]:
-    """Rows to measure a model on, their kind, and where they are from: --data, or what the run of the model held out."""
+def rows_to_measure(config: Config, source: Path | None, ledger: Ledger) -> tuple[list[Row], str, str]:
+    """Rows to measure a model on, their kind, and where they are from: --data, or what the run of the model held out. The
+    ledger gets the bad rows that are skipped."""
     if config.data is None:
         run = training_run(source)
         if run is None:
@@ -188,24 +190,27 @@ def rows_to_measure(config: Config, source: Path | None) -> tuple[list[Row], str
 
 def seen_in_training(source: Path, rows: list[Row]) -> int:
     """How many of the rows ask a question that the run of a model trained on; 0 if it is no run or its rows are gone."""
-    run = training_run(source)
-    try:
-        trained = read_sides(run_config(run), run)[0]["train"][0] if run else []
-    except InputError:
-        trained = []
+    run, trained = training_run(source), []
+    with contextlib.suppress(InputError):
+        if run and (run_config(run).train or (run / "data").exists()):  # else the demo's rows would be made anew
+            trained = read_sides(run_config(run), run)[0]["train"][0]
     keys = {question_key(row) for row in trained}
     return sum(question_key(row) in keys for row in rows)
 
 
-def encode_for(source: Path, rows: list[Row], system_prompt: str | None) -> tuple[ChatML, list[Example]]:
+def encode_for(source: Path, rows: list[Row], system_prompt: str | None) -> tuple[ChatML, list[Example], Ledger]:
     """The rows that fit a model's window, with its own tokenizer and, unless another is given, the system prompt that it was
-    tuned with. InputError if none fits."""
-    chat = load_chat(source, system_prompt or trained_system_prompt(source))
-    window = PhiConfig.from_dict(read_json(source / "config.json")).max_position_embeddings
-    examples = encode(rows, chat, window, window // 2, Ledger())
+    tuned with; and what became of the others. InputError if none fits."""
+    chat = load_chat(source, trained_system_prompt(source) if system_prompt is None else system_prompt)
+    window, ledger = PhiConfig.from_dict(read_json(source / "config.json")).max_position_embeddings, Ledger()
+    examples = encode(rows, chat, window, window // 2, ledger)
+    for example in list(examples):
+        longest = max((len(chat.reply(choice)) for choice in example.extra.get("choices", ())), default=0)
+        if len(example.prompt) + longest > window:
+            examples.remove(example)
     if not examples:
         raise InputError(f"{source}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
-    return chat, examples
+    return chat, examples, ledger
 
 
 def reference_tables(config: Config, model: Phi, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -29,13 +29,13 @@ from claims import FORMATS, QUARTERS, checkpoints, claims, nearest
 from config import Config, default_name
 from data import Ledger, encode, read_rows
 from display import markdown, percent, picture
-from files import read_json, write_json, write_jsonl, write_text
+from files import read_json, write_json, write_text
 from inputs import load_chat
 from intervals import Estimate, share
 from model import Phi
 from passes import all_logprobs, completion_lengths, grades, sample_answers
 from ranking import Result, collect, conclusions, table
-from sweep import Run, as_dict
+from sweep import Run
 
 PARTS = (20, 30, 40, 54)
 GRID = {"lr": (0.5, 1, 3, 5), "beta": (0.05, 0.1, 0.3, 0.5), "eps": (0.0, 0.05, 0.1, 0.25)}  # lr: times the recipe's
@@ -79,7 +79,7 @@ def make_runs(raw: Config, given: set[str], find: Callable[[Config], Path]) -> t
     for part in PARTS[:-1]:
         count = round(len(rows) * part / PARTS[-1])
         path = Path(runs[0].config.train).with_name(f"pairs-{count}.jsonl")
-        write_jsonl(path, [as_dict(row) for row in rows[:count]])  # nested: each is the beginning of the next
+        sweep.write_rows(path, rows[:count])  # nested: each is the beginning of the next
         name = f"pairs={count}"
         sized.append(Run(name, {"pairs": count}, replace(runs[0].config, train=str(path), name=name)))
     sized = [with_checkpoints(run) for run in (runs[0], *sized)]

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data import Row
-from display import decimal, markdown, percent, picture
+from display import decimal, markdown, percent, picture, plain
 from files import write_json, write_jsonl, write_text
 from intervals import Estimate
 
@@ -18,6 +18,7 @@ class Results:
     rows: list[Row]
     where: str  # that the rows are from
     asked: list[int]  # rows that the models were asked to answer
+    notes: list[str]  # what a reader of the numbers must know
     models: list[dict] = field(default_factory=list)  # {"model": name, section: {measure: Estimate}}
     answers: dict[str, list[str]] = field(default_factory=dict)  # of each model to the rows asked
     failures: list[str] = field(default_factory=list)  # a line each
@@ -34,7 +35,7 @@ TABLES = {
             "ties": ("ties", percent),
             "margin, nats": ("margin", decimal),
             "DPO loss": ("DPO loss", decimal),
-            "equal lengths": ("matched", percent),
+            "accuracy, like lengths": ("matched", percent),
             "flip rate": ("flip rate", percent),
         },
     ),
@@ -44,9 +45,9 @@ TABLES = {
             "longer": ("longer wins", percent),
             "shorter": ("shorter wins", percent),
             "likelier, reference": ("reference, sum", percent),
-            "per token": ("reference, per token", percent),
+            "per token, reference": ("reference, per token", percent),
             "likelier, model": ("model alone, sum", percent),
-            "per token ": ("model alone, per token", percent),
+            "per token, model": ("model alone, per token", percent),
         },
     ),
     "Reference answers": (
@@ -107,12 +108,13 @@ def tables(models: list[dict]) -> list[str]:
     chosen = [m for m in models if "choices" in m]
     if chosen:
         methods = list(chosen[0]["choices"])
+        shown = {key: head for head, (key, _) in TABLES["Multiple choice: accuracy"][1].items()}
         rows = [
             [r["model"], percent(r["chance"]), percent(r.get("invalid"))]
             + [decimal(r["position bias"].get(method), 2) for method in methods]
             for r in chosen
         ]
-        header = ["model", "chance", "invalid answers", *(f"position bias, {m}" for m in methods)]
+        header = ["model", "chance", "invalid answers", *(f"position bias, {shown[m]}" for m in methods)]
         made.append("Multiple choice: what to compare with\n\n" + markdown(header, rows))
         topics = list(chosen[0]["by topic"])
         if len(topics) > 1:
@@ -131,16 +133,26 @@ def as_json(value: object) -> object:
     return value
 
 
+def text(results: Results) -> str:
+    """Tables, notes and failures."""
+    lines = [f"{len(results.rows):,} rows: {results.where}.", *results.notes, *(f"Failed: {f}" for f in results.failures)]
+    return "\n\n".join([*tables(results.models), "\n".join(f"- {plain(line)}" for line in lines)])
+
+
 def write(results: Results, run: Path) -> None:
     """All files of the run, each whole, so that what was measured so far is on disk."""
     models = [as_json(model) for model in results.models]
     write_json(
         run / "eval.json",
-        {"rows": len(results.rows), "of": results.where, "results": models, "failed": results.failures},
+        {
+            "rows": len(results.rows),
+            "of": results.where,
+            "notes": results.notes,
+            "results": models,
+            "failed": results.failures,
+        },
     )
-    failed = [f"Failed: {line}" for line in results.failures]
-    text = "\n\n".join([f"{len(results.rows):,} rows of {results.where}.", *tables(results.models), *failed])
-    write_text(run / "eval.md", f"{text}\n\n![Results](figures/eval.png)\n")
+    write_text(run / "eval.md", f"{text(results)}\n\n![Results](figures/eval.png)\n")
     records = [
         {
             "where": results.rows[i].where,

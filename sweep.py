@@ -13,6 +13,7 @@ when the command is given again; one that failed is recorded, and the others go 
 
 import contextlib
 import io
+import json
 import re
 import shutil
 import time
@@ -31,7 +32,7 @@ import demo
 from checkpoint import fingerprint, steps_saved
 from checks import resolve
 from config import Config, default_name
-from data import Example, Ledger, Row, check_no_leak, encode, read_rows, split_by_question
+from data import Example, Ledger, Row, check_no_leak, encode, parse_pair, read_rows, split_by_question
 from dpo import LOSSES_WITH_EPS, preference_loss
 from files import InputError, first_line, read_json, whole_file, write_json, write_jsonl
 from inputs import QUESTIONS, load_chat, reference_table
@@ -76,6 +77,9 @@ def parse_grid(texts: list[str]) -> dict[str, list]:
             parsed = [kind(value.strip()) for value in values.split(",") if value.strip()]
         except ValueError:
             raise InputError(f"--grid {text}: the values of {flag} are {kind.__name__}s") from None
+        allowed = next(f.metadata["choices"] for f in fields(Config) if f.name == name)
+        if allowed and not set(parsed) <= set(allowed):
+            raise InputError(f"--grid {text}: the values of {flag} are {', '.join(allowed)}")
         if not parsed or name in grid or len(set(parsed)) < len(parsed):
             raise InputError(f"--grid {text}: give each flag once, with different values: --grid beta=0.1,0.3")
         grid[name] = parsed
@@ -129,10 +133,10 @@ def plan(
     files = {config.train for config in configs if config.train}
     if len(set(names)) < len(names) or len({Path(file).stem for file in files}) < len(files):
         raise InputError("--grid: two settings would have the same name; give the files different names")
-    test, sides, parents, runs = test_rows(raw, base, grid, sweep), {}, {}, []
+    tested, sides, parents, runs = test_rows(raw, base, grid, sweep), {}, {}, []
     for point, name, config in zip(points, names, configs, strict=True):
         if config.train not in sides:
-            sides[config.train] = training_rows(config, sweep, test)
+            sides[config.train] = training_rows(config, sweep, tested, set_aside=raw.data is None)
         if config.model not in parents:
             parents[config.model] = str(find(config))
         own_rows = dict(train=sides[config.train][0], eval=sides[config.train][1])
@@ -142,57 +146,65 @@ def plan(
         for seed in range(raw.seed, raw.seed + raw.seeds):
             full_name = name + (f",seed={seed}" if raw.seeds > 1 else "")
             runs.append(Run(full_name, point, replace(config, seed=seed, name=full_name)))
-    return base, runs, test
+    return base, runs, Path(write_rows(sweep / "data" / "test.jsonl", tested))  # last: the training rows do not leak
+
+
+def write_rows(path: Path, rows: list[Row]) -> str:
+    """Writes a file of the sweep. InputError if it holds other rows already: runs on those compare with no new one."""
+    before = path.read_bytes() if path.exists() else None
+    lines = [as_dict(row) for row in rows]
+    if before is not None and before != "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode():
+        raise InputError(f"{path} holds other rows than this call gives. Give this sweep another --name, or --overwrite it.")
+    write_jsonl(path, lines)
+    return str(path)
 
 
 def as_dict(row: Row) -> dict:
     return {"prompt": row.messages, "chosen": row.completions[0], "rejected": row.completions[1], **row.extra}
 
 
-def test_rows(raw: Config, base: Config, grid: dict[str, list], sweep: Path) -> Path:
-    """The file of test rows: --data, or questions that are set aside: the demo's unused ones, or a share of --train's."""
+def demo_pairs(first: int, count: int, config: Config, salt: int) -> list[Row]:
+    """Rows of the demo's questions from the `first` of those for DPO on."""
+    start = QUESTIONS["dpo"][0] + first
+    made = demo.make_pair_rows(demo.make_questions(start + count, config.seed)[start:], config.flip_rate, config.seed + salt)
+    return [Row(*parse_pair(row)[:2], "demo", parse_pair(row)[2]) for row in made]
+
+
+def test_rows(raw: Config, base: Config, grid: dict[str, list], sweep: Path) -> list[Row]:
+    """The test rows: --data, or questions that are set aside: the demo's unused ones, or a share of --train's."""
     if raw.data:
-        return Path(raw.data)
+        return read_rows(raw.data, "pairs", base.on_bad_row, Ledger())
     if len(grid.get("train", [])) > 1:
         raise InputError("--grid train=... compares data sets on a test set of its own: give it with --data FILE.jsonl")
-    path = sweep / "data" / "test.jsonl"
     if base.train is None:
-        start = QUESTIONS["dpo"][0] + base.demo_rows
-        count = min(TEST_PAIRS, demo.MOST_QUESTIONS - start)
+        count = min(TEST_PAIRS, demo.MOST_QUESTIONS - QUESTIONS["dpo"][0] - base.demo_rows)
         if count < 200:
             raise InputError(f"--demo-rows {base.demo_rows}: at most 9,800, or too few questions are left to test on")
-        questions = demo.make_questions(start + count, base.seed)[start:]
-        rows = demo.make_pair_rows(questions, base.flip_rate, base.seed + 1)
-    else:
-        pairs = read_rows(base.train, "pairs", base.on_bad_row, Ledger())
-        rows = [as_dict(row) for row in split_by_question(pairs, base.eval_share or 0.2, base.seed)[1]]
+        return demo_pairs(base.demo_rows, count, base, salt=1)
+    pairs = read_rows(base.train, "pairs", base.on_bad_row, Ledger())
+    rows = split_by_question(pairs, base.eval_share or 0.2, base.seed)[1]
     if not rows:
         raise InputError(f"{base.train}: no question is left to test on; give more rows, or test rows with --data")
-    write_jsonl(path, rows)
-    return path
+    return rows
 
 
-def training_rows(config: Config, sweep: Path, test: Path) -> tuple[str, str]:
-    """The files of training and evaluation rows of one config, without the questions of the test."""
-    stem = "pairs" if config.train is None else Path(config.train).stem
-    train, evaluation = (sweep / "data" / f"{stem}-{side}.jsonl" for side in ("train", "eval"))
+def training_rows(config: Config, sweep: Path, tested: list[Row], set_aside: bool) -> tuple[str, str]:
+    """The files of training and evaluation rows of one config, without the questions of the test, which were `set_aside`
+    from the same rows or came with --data."""
     if config.train is None:
-        start = QUESTIONS["dpo"][0]
-        questions = demo.make_questions(start + config.demo_rows, config.seed)[start:]
-        write_jsonl(sweep / "data" / "pairs.jsonl", demo.make_pair_rows(questions, config.flip_rate, config.seed))
-    rows = read_rows(config.train or sweep / "data" / "pairs.jsonl", "pairs", config.on_bad_row, Ledger())
-    tested = read_rows(test, "pairs", config.on_bad_row, Ledger())
-    if test.parent == sweep / "data" and config.train is not None:
-        rows = split_by_question(rows, config.eval_share or 0.2, config.seed)[0]
-    check_no_leak(rows, tested)
+        stem, rows = "pairs", demo_pairs(0, config.demo_rows, config, salt=0)
+    else:
+        stem, rows = Path(config.train).stem, read_rows(config.train, "pairs", config.on_bad_row, Ledger())
+        if set_aside:
+            rows = split_by_question(rows, config.eval_share or 0.2, config.seed)[0]
     if config.eval:
-        check_no_leak(read_rows(config.eval, "pairs", config.on_bad_row, Ledger()), tested)
-        write_jsonl(train, [as_dict(row) for row in rows])
-        return str(train), config.eval
-    sides = split_by_question(rows, config.eval_share or 0.2, config.seed + 1)
-    for path, side in zip((train, evaluation), sides, strict=True):
-        write_jsonl(path, [as_dict(row) for row in side])
-    return str(train), str(evaluation)
+        evaluation = read_rows(config.eval, "pairs", config.on_bad_row, Ledger())
+    else:
+        rows, evaluation = split_by_question(rows, config.eval_share or 0.2, config.seed + 1)
+    check_no_leak([*rows, *evaluation], tested)
+    return tuple(
+        write_rows(sweep / "data" / f"{stem}-{side}.jsonl", part) for side, part in (("train", rows), ("eval", evaluation))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -289,6 +301,8 @@ def measure_on_test(run: Run, where: Path, test: Path, references: dict[str, Ten
         "longer": completion_lengths(examples).view(-1, 2).diff(dim=1)[:, 0].neg().sign(),
         "flipped": torch.zeros(len(examples), dtype=torch.bool) if flipped is None else flipped,
     }  # all [E], positive where they speak for the answer labelled "chosen"
+    if not tensors["margin"].isfinite().all():
+        raise InputError("the model's log-probabilities of the test pairs are not finite")
     with whole_file(where / "margins.safetensors") as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     loss = preference_loss(config.beta * tensors["margin"], config.loss, config.beta, config.eps)

@@ -38,7 +38,7 @@ def bleu(answers: list[str], references: list[str]) -> tuple[Estimate, str]:
     signature = str(metric.get_signature())
     shown = json.loads(score.format(width=6, signature=signature, is_json=True))
     middle, spread = shown.get("confidence_mean", score.score), shown.get("confidence_var", 0.0)  # none for a score of 0
-    return Estimate(score.score, middle - spread, middle + spread, len(answers)), signature
+    return Estimate(score.score, max(0.0, middle - spread), min(100.0, middle + spread), len(answers)), signature
 
 
 def rouge(answers: list[str], references: list[str]) -> dict[str, Estimate]:

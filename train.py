@@ -459,7 +459,7 @@ def chat_stage(config: Config) -> int:
     """--stage chat: a conversation in the terminal, or one answer to --prompt."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers alone
         source = find_parent(config)
-    chatml = load_chat(source, config.system_prompt or trained_system_prompt(source))
+    chatml = load_chat(source, trained_system_prompt(source) if config.system_prompt is None else config.system_prompt)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     model = Phi.from_pretrained(source, dtype=dtype, device=config.device)
     settings = chat.Settings(None, config.temperature, config.top_p, config.max_new_tokens, config.seed)
@@ -482,7 +482,7 @@ def sweep_stage(raw: Config, given: set[str]) -> int:
         return replicate(raw, given, find_parent, run_stage)
     with tempfile.TemporaryDirectory() as scratch:
         where = replace(raw, out=scratch) if raw.dry_run else raw
-        base, runs, test = sweep.plan(where, given, grid, find_parent)
+        base, runs, test = sweep.plan(where, given, grid, lambda config: find_parent(replace(config, out=raw.out)))
     if raw.dry_run:
         print(f"{len(runs)} runs: " + ", ".join(run.name for run in runs) + "\nNothing was trained.")
         return 0

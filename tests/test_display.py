@@ -16,8 +16,14 @@ def test_a_table():
     ]
 
 
-def test_a_bar_in_a_cell_does_not_end_it():
-    assert markdown(["a"], [["<|im_end|>"]]).splitlines()[2] == "| <\\|im_end\\|> |"
+def test_text_in_a_cell_is_text():
+    """A bar does not end the cell, a tag is none, a newline is a blank, and an escape reaches no terminal."""
+    assert markdown(["a"], [["<|im_end|>"]]).splitlines()[2] == "| \\<\\|im_end\\|> |"
+    assert markdown(["a"], [["x\n\x1b[31my"]]).splitlines()[2] == "| x [31my |"
+
+
+def test_one_example_has_no_interval():
+    assert percent(Estimate(1.0, 0.2, 1.0, 1)) == "100.0%" and decimal(Estimate(1.0, 1.0, 1.0, 1)) == "1.000"
 
 
 def test_numbers():

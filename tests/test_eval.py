@@ -212,6 +212,7 @@ def test_a_broken_or_empty_file_is_one_clear_error(run, tmp_path, text, message,
         ("pairs", ["--eps", "0.5"], "a flip rate lies in"),
         ("pairs", ["--precisions", "fp32"], "--max-new-tokens does nothing beside --precisions"),
         ("pairs", ["--compile"], "--compile is for --precisions"),
+        ("pairs", ["--preset", "report"], "--preset does nothing in --stage eval"),
         ("pairs", ["--lr", "1"], "--lr does nothing in --stage eval"),
         ("pairs", ["--bert", "no/such/model"], "no/such/model"),
     ],
@@ -244,3 +245,31 @@ def test_questions_that_a_model_was_trained_on_are_pointed_out(run, tiny, tmp_pa
     assert "was trained on the questions of" in printed and "of these 12 rows" in printed
     assert main(["--stage", "eval", "--model", str(tmp_path / "tuned"), "--out", str(tmp_path), "--samples", "0"]) == 0
     assert "was trained on" not in capsys.readouterr().out  # on what the run itself held out
+
+
+def test_a_reference_that_reads_other_tokens_is_an_error(run, tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny.iterdir():
+        if file.is_file():
+            (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run("pairs", "--reference-model", str(other))[0] == 2
+    assert "its tokenizer is not that of" in capsys.readouterr().err
+
+
+def test_what_a_reader_must_know_is_written_down(run, tiny, tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows_of("pairs"), {"prompt": "no answers"}])
+    flags = ["--eps", "0.2", "--on-bad-row", "skip", "--reference-model", str(tiny), "--samples", "3"]
+    status, made = run("pairs", *flags)
+    text = (tmp_path / "e" / "eval.md").read_text()
+    assert status == 0 and made["rows"] == 12
+    for note in (
+        "1 bad rows were skipped",
+        "labels flipped at rate 0.2; DPO loss at beta 0.1",
+        "3 of the rows were answered",
+    ):
+        assert note in text and any(note in line for line in made["notes"])

@@ -65,6 +65,7 @@ def test_a_grid_is_read_with_the_flags_own_types():
         (["beta=high"], "are floats"),
         (["batch_size=1.5"], "are ints"),
         (["gradient_checkpointing=1"], "without a value"),
+        (["schedule=cosine,wavy"], "the values of schedule are cosine, linear"),
     ],
 )
 def test_a_grid_that_makes_no_sense(texts, message):
@@ -194,6 +195,9 @@ def test_mcnemar_by_hand():
     a, b = torch.tensor([both + [1] * 8 + [0]]).bool(), torch.tensor([both + [0] * 8 + [1]]).bool()
     assert not cannot_tell(a, b) and not cannot_tell(b, a)
     assert cannot_tell(a[:, :24], b[:, :24]) and cannot_tell(a, a)
+    assert cannot_tell(a[:, :24].repeat(3, 1), b[:, :24].repeat(3, 1))  # three seeds do not make a pair three pairs
+    many = torch.arange(4000) % 2 == 0
+    assert cannot_tell(many[None], ~many[None])  # 2,000 against 2,000: whole numbers that no float holds
 
 
 def test_the_pick_is_the_eps_nearest_to_the_flip_rate_among_those_alike():
@@ -223,3 +227,10 @@ def test_losses_are_compared_each_with_the_eps_that_it_has(command, tmp_path):
         name: read_json(tmp_path / "s" / name / "run.json")["config"] for name in ("defaults", "loss=sigmoid", "loss=ipo")
     }
     assert [(c["loss"], c["eps"]) for c in configs.values()] == [("robust", 0.1), ("sigmoid", None), ("ipo", None)]
+
+
+def test_other_rows_under_the_same_name_are_an_error(command, tmp_path, capsys):
+    assert main(command("--grid", "beta=0.1,0.3", "--max-steps", "1")) == 0
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(80))
+    assert main(command("--grid", "beta=0.1,0.3,0.5", "--max-steps", "1")) == 2
+    assert "holds other rows than this call gives" in capsys.readouterr().err
