@@ -181,11 +181,8 @@ def rows_to_measure(config: Config, source: Path | None, ledger: Ledger) -> tupl
     kind = kind_of(config.data)
     if config.letter_only and kind != "mcq":
         raise InputError(f"--letter-only is for multiple-choice questions, and {config.data} holds none; leave it out")
-    return (
-        read_rows(config.data, "mcq letter" if config.letter_only else kind, config.on_bad_row, Ledger()),
-        kind,
-        config.data,
-    )
+    rows = read_rows(config.data, "mcq letter" if config.letter_only else kind, config.on_bad_row, ledger)
+    return rows, kind, config.data
 
 
 def seen_in_training(source: Path, rows: list[Row]) -> int:
