@@ -1,4 +1,4 @@
-"""--stage eval: everything that is measured about models, side by side, each number with its 95% interval.
+"""--stage eval: everything that is measured about models, side by side, each share and mean with its 95% interval.
 
     python train.py --stage eval --model out/demo-dpo out/demo-sft-seed0 --data pairs.jsonl
 
@@ -82,7 +82,8 @@ def evaluate_models(config: Config, contest: Contest, teacher: Teacher | None, j
             fail(failures, f"the judge {teacher.model}: {error}")
         scores.write(results, run)
     print("\n" + scores.text(results))
-    print(f"Written to {run}/: eval.json, eval.md, answers.jsonl, samples.md, figures/eval.png")
+    picture = ", figures/eval.png" if results.models else ""
+    print(f"Written to {run}/: eval.json, eval.md, answers.jsonl, samples.md{picture}")
     return 2 if failures else 0
 
 

@@ -104,11 +104,11 @@ def cannot_tell(right: Tensor, other: Tensor) -> bool:
 
 def pick_eps(results: list[Result], base: Config) -> Result | None:
     """Of the settings that differ in eps alone and cannot be told from the best of them, the one whose eps is nearest to the
-    flip rate that the best one's margins show; None if eps was not varied."""
+    flip rate that the best one's margins show; None if eps was not varied, or all margins are 0."""
     varied = [r for r in results if set(r.point) <= {"eps"}]
-    if len(varied) < 2:
+    if len(varied) < 2 or "flip rate" not in varied[0].measures:
         return None
-    rate = varied[0].measures["flip rate"].value if "flip rate" in varied[0].measures else 0.0
+    rate = varied[0].measures["flip rate"].value
     alike = [r for r in varied if cannot_tell(varied[0].right, r.right)]
     return min(alike, key=lambda r: abs(r.point.get("eps", base.eps) - rate))
 

@@ -105,22 +105,27 @@ def tables(models: list[dict]) -> list[str]:
             header = ["model", *shown, *([WITH_REFERENCE[section]] if section in WITH_REFERENCE else [])]
             note = f"\n\nBLEU: sacrebleu, {part[0]['BLEU signature']}" if section == "answers" else ""
             made.append(f"{title}\n\n{markdown(header, rows)}{note}")
-    chosen = [m for m in models if "choices" in m]
-    if chosen:
-        methods = list(chosen[0]["choices"])
-        shown = {key: head for head, (key, _) in TABLES["Multiple choice: accuracy"][1].items()}
-        rows = [
-            [r["model"], percent(r["chance"]), percent(r.get("invalid"))]
-            + [decimal(r["position bias"].get(method), 2) for method in methods]
-            for r in chosen
-        ]
-        header = ["model", "chance", "invalid answers", *(f"position bias, {shown[m]}" for m in methods)]
-        made.append("Multiple choice: what to compare with\n\n" + markdown(header, rows))
-        topics = list(chosen[0]["by topic"])
-        if len(topics) > 1:
-            rows = [[t, *(percent(r["by topic"][t]) for r in chosen)] for t in topics]
-            header = ["topic", *(r["model"] for r in chosen)]
-            made.append("Multiple choice: accuracy by topic (letter)\n\n" + markdown(header, rows))
+    return made + choice_tables([m for m in models if "choices" in m])
+
+
+def choice_tables(chosen: list[dict]) -> list[str]:
+    """What to compare multiple-choice accuracies with, and the accuracy by topic, of the models that have them."""
+    if not chosen:
+        return []
+    methods = list(chosen[0]["choices"])
+    shown = {key: head for head, (key, _) in TABLES["Multiple choice: accuracy"][1].items()}
+    rows = [
+        [m["model"], percent(m["chance"]), percent(m.get("invalid"))]
+        + [decimal(m["position bias"].get(method), 2) for method in methods]
+        for m in chosen
+    ]
+    header = ["model", "chance", "invalid answers", *(f"position bias, {shown[method]}" for method in methods)]
+    made = ["Multiple choice: what to compare with\n\n" + markdown(header, rows)]
+    topics = list(chosen[0]["by topic"])
+    if len(topics) > 1:
+        rows = [[topic, *(percent(m["by topic"][topic]) for m in chosen)] for topic in topics]
+        header = ["topic", *(m["model"] for m in chosen)]
+        made.append("Multiple choice: accuracy by topic (letter)\n\n" + markdown(header, rows))
     return made
 
 

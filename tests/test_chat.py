@@ -419,7 +419,7 @@ from data import ChatML, load_tokenizer
 from model import Phi
 if sys.stdin.isatty():
     import fcntl, termios
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of this session: it sends the signal for Ctrl-C
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the controlling terminal, which sends the signal for Ctrl-C
 model, chat = Phi.from_pretrained(directory), ChatML(load_tokenizer(directory))
 model.config.max_position_embeddings = 40_000
 model.lm_head.bias.data[list(chat.control_ids)] = -1e9  # answers never end by themselves

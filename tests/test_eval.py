@@ -1,9 +1,11 @@
 """--stage eval end to end on a tiny model: every kind of rows, several models, a judge, and what goes wrong."""
 
 import json
+import shutil
 
 import pytest
 from openai_server import Server
+from rows import pair_rows
 
 import teacher
 from files import read_json, write_json, write_jsonl
@@ -12,10 +14,7 @@ from train import main
 
 def rows_of(kind: str, count: int = 12) -> list[dict]:
     if kind == "pairs":
-        return [
-            {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"}
-            for i in range(count)
-        ]
+        return pair_rows(count)
     if kind == "mcq":
         return [
             {"question": f"{i} + 1?", "choices": [str(i), str(i + 1), "0"][: 2 + i % 2], "answer": "B", "topic": f"t{i % 3}"}
@@ -162,11 +161,8 @@ def test_a_judge_that_is_down_costs_the_judgement_alone(run, monkeypatch, capsys
 
 
 def test_a_model_that_cannot_be_read_costs_its_own_row(run, tiny, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in tiny.iterdir():
-        if file.is_file():
-            (broken / file.name).write_bytes(file.read_bytes()[: 2000 if file.suffix == ".safetensors" else None])
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:2000])
     status, made = run("pairs", "--samples", "2", models=(tiny, broken, tmp_path / "missing"))
     assert status == 2 and [r["model"] for r in made["results"]] == [str(tiny)] and len(made["failed"]) == 2
     printed = capsys.readouterr()
@@ -174,11 +170,7 @@ def test_a_model_that_cannot_be_read_costs_its_own_row(run, tiny, tmp_path, caps
 
 
 def test_a_tokenizer_of_another_model_is_an_error(run, tiny, tmp_path, capsys):
-    small = tmp_path / "small"
-    small.mkdir()
-    for file in tiny.iterdir():
-        if file.is_file():
-            (small / file.name).write_bytes(file.read_bytes())
+    small = shutil.copytree(tiny, tmp_path / "small")
     write_json(small / "config.json", {**read_json(tiny / "config.json"), "vocab_size": 700})
     assert run("pairs", models=(small,))[0] == 2
     assert "the tokenizer does not fit the model" in capsys.readouterr().err
@@ -248,11 +240,7 @@ def test_questions_that_a_model_was_trained_on_are_pointed_out(run, tiny, tmp_pa
 
 
 def test_a_reference_that_reads_other_tokens_is_an_error(run, tiny, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in tiny.iterdir():
-        if file.is_file():
-            (other / file.name).write_bytes(file.read_bytes())
+    other = shutil.copytree(tiny, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from rows import pair_rows
 
 from claims import FORMATS, answer_claims, better
 from data import Example
@@ -41,10 +42,7 @@ def test_the_right_answer_of_a_flipped_pair_is_the_one_labelled_rejected():
 
 
 def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys):
-    rows = [
-        {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"} for i in range(90)
-    ]
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(90))
     flags = ["--stage", "sweep", "--preset", "report", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl")]
     flags += [
         "--out",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rows import pair_rows
 
 from config import Config, parse
 from files import InputError, read_json, write_jsonl
@@ -19,13 +20,6 @@ from sweep import make_points, parse_grid, point_name
 from train import main
 
 ROOT = Path(__file__).parent.parent
-
-
-def pair_rows(count: int) -> list[dict]:
-    return [
-        {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"}
-        for i in range(count)
-    ]
 
 
 @pytest.fixture
@@ -123,7 +117,7 @@ def test_no_question_is_on_two_sides(command, tmp_path):
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(command, tmp_path, capsys):
     assert main(command("--grid", "lr=1e-3,1e30", "--clip", "1e30")) == 2
     made = read_json(tmp_path / "s" / "sweep.json")
-    assert list(made["failed"]) == ["lr=1e_30"] or list(made["failed"]) == ["lr=1e+30"]
+    assert list(made["failed"]) == ["lr=1e+30"]
     assert [r["setting"] for r in made["results"]] == ["defaults"]
     printed = capsys.readouterr()
     assert "FAILED" in printed.out and "Traceback" not in printed.out + printed.err
@@ -204,19 +198,19 @@ def test_the_pick_is_the_eps_nearest_to_the_flip_rate_among_those_alike():
     base = Config(eps=0.1)
     good, bad = [1] * 95 + [0] * 5, [1] * 60 + [0] * 40
     results = [
-        result("eps=0.0", [1] * 96 + [0] * 4, {"eps": 0.0}, loss=0.5),
+        result("eps=0.0", [1] * 96 + [0] * 4, {"eps": 0.0}, rate=0.25, loss=0.5),
         result("defaults", good, {}, loss=0.4),
         result("eps=0.3", good, {"eps": 0.3}, loss=-1.0),
         result("eps=0.22", bad, {"eps": 0.22}, loss=-9.0),
         result("beta=1", good, {"beta": 1.0}),
     ]
     picked = pick_eps(results, base)
-    assert picked.name in ("defaults", "eps=0.3")  # both .1 from the rate of .2; not the nearer one that is worse
+    assert picked.name == "eps=0.3"  # .05 from the rate of .25; 0.22 is nearer, but worse
     assert pick_eps(results[4:], base) is None
     assert min(results, key=lambda r: r.own_loss).name == "eps=0.22"  # what the robust loss would have picked
 
 
-def test_several_values_of_model_are_one_flag():
+def test_a_grid_for_each_flag_adds_up():
     config, given = parse(["--stage", "sweep", "--grid", "beta=1", "--grid", "eps=0"])
     assert config.grid == ["beta=1", "eps=0"] and given == {"stage", "grid"}
 

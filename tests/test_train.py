@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rows import pair_rows
 
 import dpo
 import train as driver
@@ -26,13 +27,6 @@ from quant import Linear4bit, quantize_model
 from train import learning_rate, main, make_objective, step_gradients
 
 ROOT = Path(__file__).parent.parent
-
-
-def pair_rows(count: int) -> list[dict]:
-    return [
-        {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": f"{i}{i} I think!"}
-        for i in range(count)
-    ]
 
 
 @pytest.fixture
