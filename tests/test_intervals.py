@@ -9,9 +9,9 @@ import demo
 from config import Config
 from data import ChatML, Ledger, Row, encode, load_tokenizer, parse_pair
 from intervals import bootstrap, debiased, estimate_flip_rate, mean, ratio, share
+from loop import make_objective, step_gradients
 from model import Phi
 from passes import all_logprobs
-from train import make_objective, step_gradients
 
 
 def test_wilson_by_hand():

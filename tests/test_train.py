@@ -21,10 +21,12 @@ from checks import resolve
 from config import Config, parse
 from data import ChatML, Example, load_tokenizer
 from files import InputError, read_json, write_jsonl
+from loop import make_objective, step_gradients
 from model import Phi
+from optimizer import learning_rate
 from passes import divergence
 from quant import Linear4bit, quantize_model
-from train import learning_rate, main, make_objective, step_gradients
+from train import main
 
 ROOT = Path(__file__).parent.parent
 
