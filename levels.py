@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Codes for weights. "dynamic8-unsigned" is not among them: it is for AdamW's second moment (optimizer.py).
 CODES = ("nf4", "fp4", "int4", "int4-asym", "nf3", "nf2", "dynamic8")
 
 # -------------------------------------------------------------------------------------------------- tables of levels
@@ -53,14 +54,15 @@ def unsigned(bits: int) -> Tensor:
     return torch.arange(2**bits) / (2**bits - 1)
 
 
-def dynamic_map() -> Tensor:
-    """The signed dynamic 8-bit map (Dettmers 2016): seven decades, 10^-6 .. 1, each with twice the levels of the one below,
-    so that small values keep their relative precision. Ascending, fp32 [256], with 0 and 1."""
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The dynamic 8-bit map (Dettmers 2016): seven decades, 10^-6 .. 1, each with twice the levels of the one below, so that
+    small values keep their relative precision. Ascending, fp32 [256], with 0 and 1. Unsigned, for what is never negative:
+    each decade has twice as many levels, 2 .. 128, and none is below 0."""
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*centres.tolist(), *(-centres).tolist()]
+        values += [*centres.tolist(), *(-centres).tolist()] if signed else centres.tolist()
     return torch.tensor(sorted(values))
 
 
@@ -75,12 +77,44 @@ def levels(code: str, device: torch.device | str = "cpu") -> Tensor:
         "int4": lambda: integers(4),
         "int4-asym": lambda: unsigned(4),
         "dynamic8": dynamic_map,
+        "dynamic8-unsigned": lambda: dynamic_map(signed=False),
     }
     return tables[code]().to(device)
 
 
 def bits(code: str) -> int:
-    return {"nf3": 3, "nf2": 2, "dynamic8": 8}.get(code, 4)
+    return {"nf3": 3, "nf2": 2, "dynamic8": 8, "dynamic8-unsigned": 8}.get(code, 4)
+
+
+def nearest(x: Tensor, code: str) -> Tensor:
+    """The code of the level nearest to each x, for tables in ascending order: x fp32 within [-1, 1] -> uint8, in x's shape.
+    In "dynamic8-unsigned" the code of 0 is for 0 alone: what is larger gets at least the next level, 3.25e-7.
+
+    A code is the number of midpoints below x, which torch.bucketize searches for. Where midpoints are many, two look-ups are
+    several times faster: numbers that agree in their upper 16 bits (sign, exponent, 7 bits of the fraction) lie so close
+    together that at most one midpoint is among them, and that one is compared with x.
+    """
+    below, midpoint = _cells(code, x.device)
+    shape, x = x.shape, x.flatten()
+    cell = (x.view(torch.int32) >> 16).add_(2**15)  # 0 .. 2^16 - 1
+    codes = torch.index_select(below, 0, cell)
+    codes += x > torch.index_select(midpoint, 0, cell)
+    return codes.view(shape)
+
+
+@functools.cache
+def _cells(code: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the 2^16 cells of numbers with the same upper half: how many midpoints lie below the cell, uint8, and the next
+    midpoint, fp32."""
+    table = levels(code)
+    midpoints = (table[1:] + table[:-1]) / 2
+    if code == "dynamic8-unsigned":
+        midpoints[0] = 0
+    first = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
+    smallest = torch.stack((first, first + 0xFFFF)).view(torch.float32).amin(dim=0)
+    below = torch.bucketize(smallest, midpoints)
+    following = F.pad(midpoints, (0, 1), value=math.inf)[below]
+    return below.to(device, torch.uint8), following.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------- codes in bytes
