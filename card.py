@@ -21,7 +21,7 @@ from config import Config
 from data import ChatML, Example, Ledger
 from display import markdown, picture
 from files import InputError, read_json, write_json, write_text
-from inputs import encode_for, rows_to_measure, tuned_from
+from inputs import encode_for, refuse_adapters, rows_to_measure, tuned_from
 from model import Phi, generate
 from passes import all_logprobs, divergence
 from quant import FrozenLinear, quantize_model, use_kernels
@@ -32,6 +32,7 @@ BATCH = 16  # examples per forward pass
 
 def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None:
     """Measures every format of `config.precisions`, prints the table, and writes eval.json, precisions.md and a figure."""
+    refuse_adapters(source)
     if "quantization_config" in read_json(source / "config.json"):
         raise InputError(f"{source} is quantized; the card needs the full-precision model that it was made of")
     rows, kind, where = rows_to_measure(config, source, Ledger())

@@ -8,20 +8,27 @@ Training draws no random numbers besides the order of the batches, which follows
 moments and the step number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import parallel
 from data import ChatML
 from files import InputError, read_json, whole_directory, whole_file, write_json, write_jsonl
 from model import Phi
 
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json")
+MODEL_FILES = (
+    "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json tokenizer*.json "
+    "special_tokens_map.json"
+).split()
 
 
 def fingerprint(model: Phi) -> str:
@@ -29,36 +36,62 @@ def fingerprint(model: Phi) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parallel.whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def save_model(directory: Path, model: Phi, chat: ChatML) -> None:
+    """Model and tokenizer. Of several ranks the main one writes, and all must call this."""
     model.save_pretrained(directory)
+    if not parallel.is_main():
+        return
     with whole_file(directory / "tokenizer.json") as temporary:
         chat.tokenizer.save(str(temporary))
 
 
 def save_checkpoint(run: Path, step: int, model: Phi, chat: ChatML, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Writes checkpoints/step-N, complete or not at all. `state`: the loop's counters, as JSON."""
+    """Writes checkpoints/step-N, complete or not at all. `state`: the loop's counters, as JSON. Of several ranks the main
+    one writes whole tensors, and all must call this; so a run goes on with any number of them."""
     path = run / "checkpoints" / f"step-{step}"
-    with whole_directory(path) as temporary:
+    with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as temporary:
         save_model(temporary, model, chat)
-        save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, **state})
+        moments = parallel.gathered((n, parallel.whole(x, beside=p)) for n, x, p in _moments(model, optimizer))
+        if parallel.is_main():
+            save_file(moments, temporary / "optimizer.safetensors")
+            write_json(temporary / "state.json", {"step": step, **state})
     return path
 
 
-def _moments(model: Phi, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+def _moments(model: Phi, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """("exp_avg.lm_head.bias", tensor, parameter): what the optimizer keeps of each trained parameter, as it is. (8-bit
+    codes stay codes: the dynamic map has no level at -1, so rounding their values once more would change them.)"""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            yield from ((f"{key}.{name}", value, p) for key, value in optimizer.state[p].items())
+
+
+DTYPES = {"F32": torch.float32, "U8": torch.uint8}  # of an optimizer's state, by the names of safetensors
 
 
 def load_optimizer(path: Path, model: Phi, optimizer: torch.optim.Optimizer) -> dict:
-    """Fills the optimizer's moments from a checkpoint; returns the loop's counters."""
-    stored = load_file(path / "optimizer.safetensors")
-    for name, p in model.named_parameters():
-        moments = {key: stored[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-        optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in moments.items()}
+    """Fills the optimizer's state, in place, from a checkpoint, a rank's own rows alone; returns the loop's counters.
+    InputError if the checkpoint is of an optimizer with another state."""
+    file = path / "optimizer.safetensors"
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        for name, value, p in _moments(model, optimizer):
+            saved = stored.get_slice(name) if name in names else None
+            form = (tuple(saved.get_shape()), DTYPES.get(saved.get_dtype())) if saved else None
+            if form != (parallel.whole_shape(value, beside=p), value.dtype):
+                key, _, parameter = name.partition(".")
+                what = f"a {str(form[1]).removeprefix('torch.')} {saved.get_shape()} as" if saved else "no"
+                raise InputError(
+                    f"{file} holds {what} {key} of {parameter}; resume with the --optimizer that it was written with"
+                )
+            if value.ndim == 0:
+                value.copy_(stored.get_tensor(name))
+            else:
+                parallel.fill(value, saved, beside=p)
     return read_json(path / "state.json")
 
 
@@ -97,12 +130,14 @@ def truncate_metrics(run: Path, step: int) -> None:
 
 
 def cached_logprobs(path: Path, compute) -> tuple[Tensor, bool]:
-    """The table stored at `path`, or `compute()` stored there; and whether it was there already."""
-    if path.exists():
+    """The table stored at `path`, or `compute()` stored there; and whether it was there already. Ranks decide together."""
+    missing = parallel.largest(not path.exists())
+    if not missing:
         return load_file(path)["logprobs"], True
     table = compute()
-    with whole_file(path) as temporary:
-        save_file({"logprobs": table}, temporary)
+    if parallel.is_main():
+        with whole_file(path) as temporary:
+            save_file({"logprobs": table}, temporary)
     return table, False
 
 

@@ -34,6 +34,8 @@ def resolve(config: Config, given: set[str]) -> Config:
         raise InputError("--dtype fp16: Phi-2's attention scores overflow fp16's 65,504; use bf16 or fp32")
     if stage in (*TRAINING, "sweep"):
         values |= _training_values(config, given, objective)
+        cuda = values["device"].startswith("cuda")
+        values["attention"] = config.attention or ("flex" if config.pack and cuda else "sdpa")
         _check_training(Config(**values))
     if stage in ("quantize", "qat"):
         _check_format(config, given)
@@ -184,16 +186,35 @@ def _check_not_negative(config: Config, names: list[str]) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
 
 
+def _check_lora(config: Config) -> None:
+    if config.lora is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "base"):
+            if getattr(config, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} is for adapters; add --lora RANK (such as 16) or leave it out")
+        return
+    _check_positive(config, ["lora", "lora_alpha"])
+    if config.stage == "qat":
+        raise InputError("--lora: --stage qat tunes the weights, which adapters keep frozen; leave it out")
+    if config.lora_dropout is not None and not 0 <= config.lora_dropout < 1:
+        raise InputError(f"--lora-dropout {config.lora_dropout}: must lie in [0, 1)")
+    if config.base == "bf16" and config.dtype != "bf16":
+        raise InputError("--base bf16 needs --dtype bf16: weights and inputs of a product have one type")
+
+
 def _check_training(config: Config) -> None:
     if config.attention == "flex" and not config.device.startswith("cuda"):
         raise InputError("--attention flex trains on CUDA only; leave it out to use scaled-dot-product attention")
+    if config.compile and config.base in FORMATS:
+        raise InputError(
+            f"--compile would keep the decoded weights of --base {config.base} in memory; leave one of them out"
+        )
     if config.metric not in METRICS[config.objective]:
         raise InputError(
             f"--metric {config.metric}: choose one of {', '.join(METRICS[config.objective])}. (A robust loss ranks "
             "diverging runs first, so it is not offered.)"
         )
     _check_positive(config, "max_length max_prompt_length epochs max_steps batch_size micro_batch_size eval_every".split())
-    _check_positive(config, "save_every keep patience demo_rows lr clip".split())
+    _check_positive(config, "save_every keep patience demo_rows lr clip pack".split())
     _check_not_negative(config, ["warmup_steps", "weight_decay", "nll_weight", "samples"])
     if not 0 < config.adam_beta2 < 1:
         raise InputError(f"--adam-beta2 {config.adam_beta2}: must lie between 0 and 1")
@@ -206,5 +227,6 @@ def _check_training(config: Config) -> None:
         )
     if config.flip_rate is not None and not 0 <= config.flip_rate < 0.5:
         raise InputError(f"--flip-rate {config.flip_rate}: must lie in [0, 0.5)")
+    _check_lora(config)
     if config.objective == "dpo":
         check_loss(config.loss, config.beta, config.eps)

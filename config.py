@@ -9,12 +9,14 @@ import shlex
 import typing
 from dataclasses import dataclass, field, fields
 
+import parallel
 from dpo import LOSSES
 from quant import FORMATS
 
 TRAINING = ("sft", "dpo", "mcq", "qat")
-RUNS = ("data", *TRAINING, "quantize", "eval", "sweep")  # stages that leave a directory behind
+RUNS = ("data", *TRAINING, "quantize", "merge", "eval", "sweep")  # stages that leave a directory behind
 STAGES = (*RUNS, "chat")
+PRESETS = ("report", "8gb", "24gb", "80gb")
 OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
 PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card
 # What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
@@ -52,11 +54,13 @@ class Config:
         ("quantize",),
     )
     output_layer: bool = flag(False, "quantize the output layer too", ("quantize",))
-    compile: bool = flag(False, "fuse the quantizers and quantized layers with torch.compile", ("quantize", "qat", "eval"))
+    compile: bool = flag(
+        False, "fuse operations with torch.compile: a block's in training, the quantizers'", (*TRAINING, "quantize", "eval")
+    )
     objective: str | None = flag(None, "what to minimize (default sft)", ("qat",), OBJECTIVES)
     precisions: str | None = flag(None, "report card: formats to compare, such as fp32,int8,nf4-double", ("eval",))
     data: str | None = flag(
-        None, "JSONL file to measure on (default: what was held out of the training rows)", ("eval", "sweep")
+        None, "JSONL file to measure on (default: what was held out of the training rows)", ("merge", "eval", "sweep")
     )
     reference_model: str | None = flag(
         None,
@@ -71,7 +75,13 @@ class Config:
     grid: list[str] | None = flag(None, "values to try, such as beta=0.1,0.3; once for each flag to vary", ("sweep",))
     full_grid: bool = flag(False, "try all combinations (default: vary one flag at a time)", ("sweep",))
     seeds: int = flag(1, "runs of each setting, with seeds SEED, SEED + 1, ...", ("sweep",))
-    preset: str | None = flag(None, "report: the report's tables, figure and claims", ("sweep",), ("report",))
+    preset: str | None = flag(
+        None,
+        "report: what the report's authors ran (sweep: the report's tables, figure and claims); 8gb, 24gb, 80gb: settings "
+        "that fit on a GPU of that size. Flags that are given win over the preset",
+        (*TRAINING, "sweep"),
+        PRESETS,
+    )
 
     prompt: str | None = flag(None, "answer this once and exit (- reads it from standard input)", ("chat",))
     temperature: float | None = flag(
@@ -134,6 +144,22 @@ class Config:
         choices=("cached", "live"),
     )
 
+    lora: int | None = flag(None, "train adapters of this rank instead of all weights", ("sft", "dpo"))
+    lora_alpha: float | None = flag(
+        None, "the adapters' output is scaled by ALPHA / RANK (default: the rank)", ("sft", "dpo")
+    )
+    lora_dropout: float | None = flag(
+        None, "share of an adapter's inputs that a training step drops (default 0)", ("sft", "dpo")
+    )
+    lora_targets: str | None = flag(
+        None,
+        "layers that get adapters, such as q_proj,v_proj (default all-linear: all but the output layer)",
+        ("sft", "dpo"),
+    )
+    base: str | None = flag(
+        None, "number format of the frozen weights under --lora (default fp32)", ("sft", "dpo"), ("fp32", "bf16", *FORMATS)
+    )
+
     lr: float | None = flag(None, "peak learning rate")
     schedule: str = flag("cosine", "decay of the learning rate to 0 after the warm-up", choices=("cosine", "linear"))
     warmup_steps: int | None = flag(None, "steps in which the learning rate rises from 0")
@@ -143,11 +169,20 @@ class Config:
     micro_batch_size: int | None = flag(
         None, "examples per forward pass; the gradients of a step add up", (*TRAINING, "eval")
     )
+    optimizer: str = flag("adamw", "adamw8bit keeps AdamW's two moments in 8 bits", choices=("adamw", "adamw8bit"))
+    offload_optimizer: bool = flag(False, "keep AdamW's moments in the CPU's memory; needs CUDA")
     adam_beta2: float | None = flag(None, "AdamW's memory of squared gradients")
     weight_decay: float = flag(0.0, "AdamW's decay of the weight matrices")
     clip: float = flag(1.0, "largest norm of the gradient")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
-    attention: str = flag("sdpa", "attention kernel; flex needs CUDA", choices=("sdpa", "flex"))
+    pack: int | None = flag(
+        None,
+        "let several examples share a row of up to this many tokens in training; a longer one has its own, and "
+        "--micro-batch-size is for evaluation then (default: a row each)",
+    )
+    attention: str | None = flag(
+        None, "attention kernel; flex needs CUDA (default: flex with --pack on CUDA, else sdpa)", choices=("sdpa", "flex")
+    )
     dtype: str | None = flag(
         None,
         "compute type; weights are fp32, but in chat (default: bf16 on CUDA, fp32 on the CPU)",
@@ -265,6 +300,8 @@ def default_name(config: Config) -> str:
     if config.stage == "data":
         return "data"
     model = config.model.rstrip("/").rpartition("/")[2] or "model"
+    if config.stage == "merge":
+        return f"{model}-merged"
     if config.stage == "quantize":
         return f"{model}-{config.to}" + ("-double" if config.double else "")
     if config.stage == "sweep" and config.preset:
@@ -275,4 +312,4 @@ def default_name(config: Config) -> str:
 def resume_command(config: Config) -> str:
     """The command line that continues this run; everything else is read from its run.json."""
     where = [] if config.out == Config.out else ["--out", config.out]
-    return shlex.join(["python", "train.py", "--stage", config.stage, "--name", config.name, *where, "--resume"])
+    return shlex.join([*parallel.launcher(), "train.py", "--stage", config.stage, "--name", config.name, *where, "--resume"])

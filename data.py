@@ -1,8 +1,8 @@
 """From rows of text to batches of tokens.
 
     rows.jsonl --read_rows--> Row --encode--> Example --collate--> Batch
-                 checked        ChatML, trimmed      one prompt,      one row per prompt
-                                                     k completions
+                 checked        ChatML, trimmed      one prompt,      one row per prompt,
+                                                     k completions    or several prompts a row
 
 One shape serves every stage: a prompt with its completions. SFT has one completion, DPO two (chosen, rejected),
 multiple choice four or five. The prompt stands in the batch once, its completions one after the other behind it:
@@ -14,6 +14,14 @@ multiple choice four or five. The prompt stands in the batch once, its completio
 A completion attends to the prompt and to itself, never to its sibling (`model.sibling_mask`), so the log-probabilities
 and gradients are those of two separate rows, but the prompt goes through the network once.
 
+Rows of unlike length are padded to the longest. To save that, several examples may share a row (`pack_rows`), one after the
+other and each as above; no token attends to another example:
+
+    tokens     p0 p1 p2 c0 c1 r0 | q0 q1 d0 d1 d2 s0 | .. ..
+    example     0  0  0  0  0  0 |  1  1  1  1  1  1 | -1 -1       number in its row, -1 = padding
+    segment     0  0  0  1  1  2 |  0  0  1  1  1  2 | -1 -1       0 = the example's prompt, k = its k-th completion
+    position    0  1  2  3  4  3 |  0  1  2  3  4  2 |  0  0       every example starts from 0
+
 Letters: B rows of a batch, T tokens of its longest row, N completions in the batch, M predicted tokens.
 """
 
@@ -22,6 +30,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -421,37 +430,74 @@ class Batch:
     """The layout in the head of this file as tensors. All int64; completions are numbered through the whole batch."""
 
     tokens: Tensor  # [B, T] token ids, 0 in the padding (its value is never used)
-    segment: Tensor  # [B, T] 0 prompt, k the k-th completion of its row, -1 padding
+    example: Tensor  # [B, T] number of the token's example in its row, -1 padding
+    segment: Tensor  # [B, T] 0 prompt, k the k-th completion of its example, -1 padding
     position: Tensor  # [B, T]
     source: Tensor  # [M] index into the flattened [B*T] of the token whose output predicts ...
     target: Tensor  # [M] ... this token id ...
     owner: Tensor  # [M] ... of this completion, 0 .. N-1
     lengths: Tensor  # [N] predicted tokens of each completion
 
+    @property
+    def needs_mask(self) -> bool:
+        """Whether some row holds two completions or more, so that a token must not attend to all tokens before it. (Every
+        row holds one at least.)"""
+        return len(self.lengths) > len(self.tokens)
+
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 def collate(examples: list[Example]) -> Batch:
-    """Examples to one Batch, padded on the right to the longest."""
-    width = max(len(e) for e in examples)
-    tokens, segment, position = [], [], []
+    """Examples to one Batch, each in a row of its own."""
+    return collate_rows([[example] for example in examples])
+
+
+def collate_rows(rows: list[list[Example]]) -> Batch:
+    """Rows of one example or more to one Batch, padded on the right to the longest."""
+    width = max(sum(map(len, row)) for row in rows)
+    tokens, number, segment, position = [], [], [], []  # row after row, as if flattened
     source, target, owner, lengths = [], [], [], []
-    for b, example in enumerate(examples):
-        start = len(example.prompt)
-        row_tokens, row_segment, row_position = list(example.prompt), [0] * start, list(range(start))
-        for k, completion in enumerate(example.completions, start=1):
-            first = len(row_tokens)
-            # The prompt's last token predicts a completion's first; then each token predicts the next.
-            source += [b * width + start - 1, *range(b * width + first, b * width + first + len(completion) - 1)]
-            target += completion
-            owner += [len(lengths)] * len(completion)
-            lengths.append(len(completion))
-            row_tokens += completion
-            row_segment += [k] * len(completion)
-            row_position += range(start, start + len(completion))
-        padding = width - len(row_tokens)
-        tokens.append(row_tokens + [0] * padding)
-        segment.append(row_segment + [-1] * padding)
-        position.append(row_position + [0] * padding)
-    return Batch(*map(torch.tensor, (tokens, segment, position, source, target, owner, lengths)))
+    for row in rows:
+        for n, example in enumerate(row):
+            start = len(example.prompt)
+            last = len(tokens) + start - 1
+            tokens += example.prompt
+            segment += [0] * start
+            position += range(start)
+            for k, completion in enumerate(example.completions, start=1):
+                first, size = len(tokens), len(completion)
+                # The prompt's last token predicts a completion's first; then each token predicts the next.
+                source += [last, *range(first, first + size - 1)]
+                target += completion
+                owner += [len(lengths)] * size
+                lengths.append(size)
+                tokens += completion
+                segment += [k] * size
+                position += range(start, start + size)
+            number += [n] * len(example)
+        padding = -len(tokens) % width  # up to the row's end
+        tokens += [0] * padding
+        number += [-1] * padding
+        segment += [-1] * padding
+        position += [0] * padding
+    layout = (torch.tensor(values).view(-1, width) for values in (tokens, number, segment, position))  # four of [B, T]
+    return Batch(*layout, *map(torch.tensor, (source, target, owner, lengths)))
+
+
+def pack_rows(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Which examples share a row of at most `tokens` tokens: their indices, row by row. A longer one has its own row.
+
+    First-fit decreasing: the longest example first, each into the first row with room for it, else into a new one. No two
+    rows would fit into one, so there are fewer than 2 sum(lengths) / tokens + 1 of them; and if no example is too long, at
+    most 11/9 of the smallest possible number, + 6/9 (Dosa 2007). Examples of the same length keep their order.
+    """
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(tokens)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows

@@ -32,7 +32,7 @@ from choices import Choices, parse_letter, score_options
 from config import Config
 from data import LETTERS, ChatML, Example, Ledger, Row
 from files import InputError, first_line
-from inputs import encode_for, load_chat, rows_to_measure, seen_in_training, tuned_from
+from inputs import encode_for, load_chat, load_reference, rows_to_measure, seen_in_training, tuned_from
 from intervals import mean, share
 from model import Phi
 from passes import all_logprobs, completion_lengths, flips, grades, sample_answers
@@ -166,7 +166,7 @@ def measure_model(config: Config, name: str, contest: Contest, asked: list[int])
     """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
     source, kind, (chat, examples) = contest.sources[name], contest.kind, contest.encoded[name]
     parent = contest.references[name]
-    reference = reference_logprobs(config, parent, examples) if parent else None
+    reference = reference_logprobs(config, parent, source, examples) if parent else None
     model = Phi.from_pretrained(source, device=config.device)  # after the reference is gone: one model in memory
     passes = (config.micro_batch_size, config.device, config.dtype)
     policy = all_logprobs(model, examples, *passes, "reading")  # [E, completions]
@@ -196,9 +196,9 @@ def measure_model(config: Config, name: str, contest: Contest, asked: list[int])
     return result, answers
 
 
-def reference_logprobs(config: Config, parent: Path, examples: list[Example]) -> torch.Tensor:
-    """Log-probabilities [E, 2] under the model that rewards are measured from."""
-    model = Phi.from_pretrained(parent, device=config.device)
+def reference_logprobs(config: Config, parent: Path, source: Path, examples: list[Example]) -> torch.Tensor:
+    """Log-probabilities [E, 2] under the model that the rewards of the one in `source` are measured from."""
+    model = load_reference(parent, source, config.device)
     return all_logprobs(model, examples, config.micro_batch_size, config.device, config.dtype, "reference")
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import demo
+import parallel
 from checkpoint import cached_logprobs, fingerprint, save_model
+from coded import coded_layers
 from config import TRAINING, Config
 from data import (
     ChatML,
@@ -28,8 +30,11 @@ from data import (
     supervise_everything,
 )
 from files import InputError, read_json, write_jsonl
-from model import Phi, PhiConfig
+from lora import LoraLinear, add_lora, base_format, lora_layers, merge_lora
+from model import Phi, PhiConfig, read_config
 from passes import all_logprobs
+from quant import FORMATS, FrozenLinear
+from weights import base_directory, is_adapter, stored_tensors
 
 # Where each stage's questions stand in the demo's one list of distinct questions: none is asked in two stages.
 QUESTIONS = {"sft": (0, 26_000), "qat": (26_000, 30_000), "dpo": (30_000, demo.MOST_QUESTIONS)}
@@ -71,9 +76,11 @@ def demo_base(run: Path, seed: int) -> Path:
 
 
 def load_chat(directory: Path, system_prompt: str | None) -> ChatML:
-    """The ChatML of a model's directory; InputError if its tokenizer has ids that the model has no embedding for."""
-    chat = ChatML(load_tokenizer(directory), system_prompt)
-    rows = PhiConfig.from_dict(read_json(directory / "config.json"), f"{directory}/config.json").vocab_size
+    """The ChatML of a model's directory (adapters may leave the tokenizer to their base's); InputError if the tokenizer has
+    ids that the model has no embedding for."""
+    own = (directory / "tokenizer.json").exists() or not is_adapter(directory)
+    chat = ChatML(load_tokenizer(directory if own else base_directory(directory)), system_prompt)
+    rows = read_config(directory).vocab_size
     largest = max(chat.tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
@@ -98,6 +105,15 @@ def run_config(run: Path) -> Config:
     return Config(**{name: value for name, value in read_json(run / "run.json")["config"].items() if name in known})
 
 
+def refuse_adapters(directory: Path) -> None:
+    """InputError if a directory holds adapters where a whole model is needed."""
+    if is_adapter(directory):
+        raise InputError(
+            f"{directory} holds adapters; make one plain model of them and their base first: "
+            f"python train.py --stage merge --model {directory}"
+        )
+
+
 def trained_system_prompt(directory: Path) -> str | None:
     """The system prompt that a model was tuned with, if it is one of this program's runs."""
     run = training_run(directory)
@@ -110,7 +126,7 @@ def tuned_from(directory: Path) -> Path | None:
     if run is None or not (run / "results.json").exists():
         return None
     parent = Path(read_json(run / "results.json").get("parent", ""))
-    return parent if (parent / "config.json").exists() else None
+    return parent if (parent / "config.json").exists() or is_adapter(parent) else None
 
 
 def row_kind(config: Config) -> str:
@@ -199,7 +215,7 @@ def encode_for(source: Path, rows: list[Row], system_prompt: str | None) -> tupl
     """The rows that fit a model's window, with its own tokenizer and, unless another is given, the system prompt that it was
     tuned with; and what became of the others. InputError if none fits."""
     chat = load_chat(source, trained_system_prompt(source) if system_prompt is None else system_prompt)
-    window, ledger = PhiConfig.from_dict(read_json(source / "config.json")).max_position_embeddings, Ledger()
+    window, ledger = read_config(source).max_position_embeddings, Ledger()
     examples = encode(rows, chat, window, window // 2, ledger)
     for example in list(examples):
         longest = max((len(chat.reply(choice)) for choice in example.extra.get("choices", ())), default=0)
@@ -208,6 +224,68 @@ def encode_for(source: Path, rows: list[Row], system_prompt: str | None) -> tupl
     if not examples:
         raise InputError(f"{source}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
     return chat, examples, ledger
+
+
+def load_model(directory: Path, config: Config) -> Phi:
+    """A model as a stage trains and measures it: under --lora with its frozen weights as --base says, else in fp32."""
+    bf16 = config.base == "bf16" or (config.base in FORMATS and config.dtype == "bf16")
+    to = config.base if config.base in FORMATS else None
+    return Phi.from_pretrained(directory, torch.bfloat16 if bf16 else torch.float32, config.device, base=to)
+
+
+def load_reference(parent: Path, tuned: Path, device: str) -> Phi:
+    """The model that a tuned model's rewards are measured from, its weights rounded as under the tuned one's adapters."""
+    same_base = base_format(tuned) if is_adapter(tuned) and not is_adapter(parent) else None
+    return Phi.from_pretrained(parent, device=device, base=same_base)
+
+
+def load_to_tune(directory: Path, config: Config) -> Phi:
+    """The model that tuning starts from. Its own adapters are what --lora goes on with; without --lora they are merged.
+    Several ranks each hold all of a model under --lora, whose weights do not move, and their share of it without."""
+    if is_adapter(directory) and config.base and (trained_on := base_format(directory) or "unrounded") != config.base:
+        if trained_on in FORMATS or config.base in FORMATS:
+            raise InputError(f"{directory} holds adapters of {trained_on} weights, not of {config.base}: leave out --base")
+    if parallel.size() > 1 and config.lora is None:
+        refuse_adapters(directory)
+        if coded_layers([name for _, name in stored_tensors(directory)]):
+            raise InputError(f"{directory} is quantized, and codes cannot be tuned: add --lora 16")
+        return Phi.sharded(directory, config.device)
+    model = load_model(directory, config)
+    adapters = lora_layers(model)
+    if config.lora is None and adapters:
+        merge_lora(model)
+        print(f"{directory} holds adapters: merged, and all weights are tuned (--lora would go on with them)")
+    if config.lora is None and any(isinstance(layer, FrozenLinear) for layer in model.modules()):
+        raise InputError(
+            f"{directory} is quantized, and codes cannot be tuned: add --lora 16, or start from what it was made of"
+        )
+    if config.lora is not None and adapters:
+        _check_goes_on(directory, config, adapters)
+    name = config.model
+    if name != "demo" and not Path(name).is_dir() and not adapters:  # adapters then name the hub's model, not its local copy
+        model.origin = (name, config.revision, model.origin[2])
+    return model
+
+
+def _check_goes_on(directory: Path, config: Config, adapters: dict[str, LoraLinear]) -> None:
+    """InputError if the flags ask for other adapters than those that a model has."""
+    one = next(iter(adapters.values()))
+    for flag, asked, has in (("lora", config.lora, one.rank), ("lora-alpha", config.lora_alpha, one.alpha)):
+        if asked is not None and asked != has:
+            raise InputError(
+                f"{directory} holds adapters with --{flag} {has:g}, which tuning goes on with: give that, or make one plain "
+                f"model of it first: python train.py --stage merge --model {directory}"
+            )
+    if config.lora_targets:
+        raise InputError(f"--lora-targets: {directory} has its adapters already; leave it out")
+
+
+def add_adapters(model: Phi, config: Config) -> None:
+    """The adapters that --lora asks for; a model that has some goes on with them."""
+    if config.lora and not lora_layers(model):
+        add_lora(model, config.lora, config.lora_alpha, config.lora_targets or "all-linear", seed=config.seed)
+    for layer in lora_layers(model).values():
+        layer.dropout = config.lora_dropout or 0.0
 
 
 def reference_tables(config: Config, model: Phi, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, V v
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -27,11 +27,25 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import parallel
 from coded import checkpoint_config, coded_layers, layer_from_tensors, layer_tensors
 from data import Batch
 from files import InputError, read_json, write_json
-from quant import FrozenLinear, compute_dtype, use_kernels
-from weights import modern_tensors, resolve, save_tensors, stored_tensors
+from lora import add_lora as add_lora
+from lora import base_format, load_lora, lora_layers, save_lora
+from lora import merge_lora as merge_lora
+from lora import unmerge_lora as unmerge_lora
+from quant import SKIP, FrozenLinear, compute_dtype, quantize_layer, use_kernels
+from weights import (
+    ADAPTER_CONFIG,
+    base_directory,
+    is_adapter,
+    modern_rows,
+    modern_tensors,
+    resolve,
+    save_tensors,
+    stored_tensors,
+)
 
 LOGIT_CHUNK = 2**24  # logits alive at a time in `completion_logprobs`: 64 MB in fp32
 
@@ -175,36 +189,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((right, left, rest), dim=-1), sin)
 
 
-def sibling_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Who attends to whom in the shared-prompt layout: to earlier tokens of one's own segment and of the prompt.
+def sibling_mask(example: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """Who attends to whom in the shared-prompt layout: to earlier tokens of the same example, if they stand in one's own
+    segment or in the prompt.
 
-    segment [B, T] -> additive mask [B, 1, T, T], 0 where query t may see key s, -inf where not. Padding sees padding, so
-    that no row of the softmax is empty.
+        query t may see key s  <=>  t >= s, example_t = example_s, and (segment_s = segment_t or segment_s = 0)
+
+    example and segment [B, T] -> additive mask [B, 1, T, T], 0 where t may see s, -inf where not. Padding has the number -1
+    in both: it sees padding, so that no row of the softmax is empty.
     """
-    query, key = segment[:, :, None], segment[:, None, :]  # [B, T, 1], [B, 1, T]
+    same_example, same_segment = (x[:, :, None] == x[:, None, :] for x in (example, segment))  # two of [B, T, T]
     index = torch.arange(segment.shape[1], device=segment.device)
-    allowed = (index[:, None] >= index) & ((key == query) | ((key == 0) & (query >= 0)))  # [B, T, T]
+    allowed = (index[:, None] >= index) & same_example & (same_segment | (segment[:, None, :] == 0))
     return torch.zeros((), dtype=dtype, device=segment.device).where(allowed, float("-inf"))[:, None]
 
 
-def sibling_block_mask(segment: Tensor):
+def sibling_block_mask(example: Tensor, segment: Tensor):
     """The same rule for FlexAttention, which skips the 128x128 blocks where nothing is allowed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def allowed(b, h, query, key):
         own, other = segment[b, query], segment[b, key]
-        return (query >= key) & ((own == other) | ((other == 0) & (own >= 0)))
+        return (query >= key) & (example[b, query] == example[b, key]) & ((own == other) | (other == 0))
 
     B, T = segment.shape
     return create_block_mask(allowed, B, None, T, T, device=segment.device)
 
 
 @functools.cache
-def _flex_attention(device_type: str):
-    """FlexAttention is fast only when compiled, and compiled for CUDA here; on the CPU it runs as plain PyTorch."""
+def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    return torch.compile(flex_attention)
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, mask, grouped: bool) -> Tensor:
+    """FlexAttention is fast only when compiled: by itself here on CUDA, or as part of a block that is compiled. On the CPU
+    it runs as plain PyTorch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    attend = _compiled_flex_attention() if alone else flex_attention
+    return attend(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
 @dataclass
@@ -264,10 +290,10 @@ class Attention(nn.Module):
             k, v = store(k, v)
         grouped = q.shape[1] != k.shape[1]
         if mask is None or isinstance(mask, Tensor):
-            causal = mask is None and q.shape[2] > 1
+            causal = mask is None and (store is None or q.shape[2] > 1)  # one token sees all of its cache
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         else:
-            out = _flex_attention(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
+            out = _flex_attention(q, k, v, mask, grouped)
         return self.dense(out.transpose(1, 2).flatten(2))  # [B, H, T, h] -> [B, T, D]
 
 
@@ -306,11 +332,13 @@ class Backbone(nn.Module):
 
 class Phi(nn.Module):
     """Phi-2 with its output layer. `attention` is "sdpa" or "flex"; `gradient_checkpointing` recomputes each block's
-    activations in the backward pass instead of keeping them."""
+    activations in the backward pass instead of keeping them. `origin`: (directory or hub name, revision, number format that
+    it was quantized to on loading) of the whole model, for the adapters that may be added to it."""
 
     def __init__(self, config: PhiConfig):
         super().__init__()
         self.config = config
+        self.origin: tuple[str, str | None, str | None] = ("", None, None)
         self.attention = "sdpa"
         self.gradient_checkpointing = False
         self.model = Backbone(config)
@@ -332,13 +360,14 @@ class Phi(nn.Module):
         if attention_mask is None:
             return self.lm_head(self.hidden(input_ids))
         position = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self.lm_head(self.hidden(input_ids, position, self.mask(attention_mask - 1)))
+        number = attention_mask - 1  # one example, all of it a prompt: 0, padding -1
+        return self.lm_head(self.hidden(input_ids, position, self.mask(number, number)))
 
-    def mask(self, segment: Tensor):
-        """The attention mask of the shared-prompt layout, segment [B, T], for this model's kind of attention."""
+    def mask(self, example: Tensor, segment: Tensor):
+        """The attention mask of the shared-prompt layout, both [B, T], for this model's kind of attention."""
         if self.attention == "flex":
-            return sibling_block_mask(segment)
-        return sibling_mask(segment, compute_dtype(self.model.final_layernorm.weight))
+            return sibling_block_mask(example, segment)
+        return sibling_mask(example, segment, compute_dtype(self.model.final_layernorm.weight))
 
     def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache: KVCache | None = None) -> Tensor:
         """Outputs of the last LayerNorm [B, T, D] for tokens [B, T] at `position` [B, T] (default 0 .. T-1)."""
@@ -354,21 +383,56 @@ class Phi(nn.Module):
                 x = block(x, rotary, mask, store)
         return self.model.final_layernorm(x)
 
+    def logprobs(self, batch: Batch) -> Tensor:
+        """log pi(completion | prompt) [N] in nats, fp32: the sum over the completion's tokens, `<|im_end|>` included.
+
+        The one log-probability of this project: SFT, DPO, its reference, multiple choice and evaluation all call it, as
+        `completion_logprobs(model, batch)`. Summed, not averaged: the DPO derivation (Rafailov et al. 2023, eq. 5) needs the
+        probability of the whole answer, and a mean over tokens is not the logarithm of any probability of it.
+        """
+        hidden, head = self.predicting(batch), self.lm_head  # [M, D]
+        weight, bias = head.dense() if isinstance(head, FrozenLinear) else head.weight, head.bias
+        compute = compute_dtype(self.model.final_layernorm.weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            logprobs = TokenLogProbs.apply(hidden, weight, bias, batch.target, compute)  # [M]
+            # Hundreds of tokens sum to -1000 nats and more, where fp32 has steps of 1e-4: the running sum is kept in fp64.
+            sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logprobs.device)
+            return sums.index_add(0, batch.owner, logprobs.double()).float()  # [N]
+
+    def predicting(self, batch: Batch) -> Tensor:
+        """The outputs of the last LayerNorm [M, D] that predict the tokens of a batch's completions."""
+        mask = self.mask(batch.example, batch.segment) if batch.needs_mask else None  # else plain causal attention will do
+        return self.hidden(batch.tokens, batch.position, mask).flatten(0, 1)[batch.source]  # [B, T, D] -> [M, D]
+
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None
+        cls,
+        path_or_repo: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        revision: str | None = None,
+        base: str | None = None,
     ) -> "Phi":
-        """A model from a directory or a Hugging Face repository, whatever dtype it is stored in.
+        """A model from a directory or a Hugging Face repository, whatever dtype it is stored in; adapters in PEFT's format
+        (lora.py) come with the model that they belong to.
 
-        Built on the meta device, then filled one tensor at a time: the peak is the weights once plus the largest tensor.
-        InputError names the file or tensor that is missing, unexpected, mis-shaped or cut short.
+        base: one of quant.FORMATS, to quantize the linear layers, but the output layer, as they are read (adapters: default
+        as they were trained). Built on the meta device, then filled one tensor at a time: the peak is the weights once plus
+        the largest tensor. InputError names the file or tensor that is missing, unexpected, mis-shaped or cut short.
         """
         directory = resolve(path_or_repo, revision)
+        if is_adapter(directory):
+            model = cls.from_pretrained(base_directory(directory), dtype, device, base=base or base_format(directory))
+            named = read_json(directory / ADAPTER_CONFIG)
+            model.origin = (named["base_model_name_or_path"], named.get("revision"), model.origin[2])
+            return load_lora(model, directory)
         with torch.device("meta"):
-            model = cls(PhiConfig.from_dict(read_json(directory / "config.json"), f"{directory}/config.json"))
+            model = cls(read_config(directory))
+        model.origin = (str(directory.resolve()), None, base)
         missing = {name: p.shape for name, p in model.named_parameters()}
         stored = list(stored_tensors(directory))
         coded = {layer: {} for layer in coded_layers([name for _, name in stored])}  # the tensors of quantized layers
+        coded_on_reading: dict[str, FrozenLinear] = {}
         for shard, name in stored:
             layer = next((layer for layer in _prefixes(name) if layer in coded), None)
             # Opened anew for every tensor: closing the file gives back the pages it was mapped to.
@@ -377,16 +441,13 @@ class Phi(nn.Module):
                     coded[layer][name.removeprefix(f"{layer}.")] = file.get_tensor(name).to(device, copy=True)
                     continue
                 for new_name, tensor in modern_tensors(name, file.get_tensor(name)):
-                    expected = missing.pop(new_name, None)
-                    if expected is None:
-                        raise InputError(f"{shard}: unexpected tensor {name!r}; the config names no such parameter")
-                    if tensor.shape != expected:
-                        raise InputError(
-                            f"{shard}: tensor {name!r} has shape {list(tensor.shape)}, the config needs {list(expected)}"
-                        )
+                    _check_shape(shard, name, tensor.shape, missing.pop(new_name, None))
                     parent, _, leaf = new_name.rpartition(".")
                     if not tensor.is_floating_point():
                         raise InputError(f"{shard}: tensor {name!r} holds {tensor.dtype}, not floating-point weights")
+                    if base and leaf == "weight" and _is_linear(model, parent):
+                        coded_on_reading[parent] = _quantize(shard, new_name, tensor.to(device, dtype), base)
+                        continue
                     weight = tensor.to(device=device, dtype=dtype, copy=True)
                     setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
         for layer, tensors in coded.items():
@@ -402,16 +463,54 @@ class Phi(nn.Module):
             model.set_submodule(layer, frozen)
         if missing:
             raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {next(iter(missing))!r}")
-        if coded and str(device).startswith("cuda"):
+        if coded and base:
+            raise InputError(f"{directory} is stored quantized already; leave out --base {base}")
+        for layer, frozen in coded_on_reading.items():
+            frozen.bias = model.get_submodule(layer).bias
+            model.set_submodule(layer, frozen)
+        if (coded or coded_on_reading) and str(device).startswith("cuda"):
             line = use_kernels(model, device, compiled=False)
             if line:
                 warnings.warn(line, stacklevel=2)
         return model
 
+    @classmethod
+    def sharded(cls, directory: Path, device: str, prepare: Callable[["Phi"], None] = lambda model: None) -> "Phi":
+        """Of a model in fp32, this rank's rows of every weight (parallel.shard). `prepare` may change its layers before they
+        are split. No rank ever holds or reads more than its own rows."""
+        with torch.device("meta"):
+            model = cls(read_config(directory))
+        prepare(model)
+        parallel.shard(model, model.model.layers, "logprobs", device)
+        model.to_empty(device=device)
+        model.fill(directory)
+        return model
+
+    def fill(self, directory: Path) -> None:
+        """Reads a sharded model's own rows of all weights from a checkpoint."""
+        missing = dict(self.named_parameters())
+        for shard, name in stored_tensors(directory):
+            with safe_open(shard, framework="pt") as file:
+                stored = file.get_slice(name)
+                rows, *columns = stored.get_shape()
+                for new_name, first, end in modern_rows(name, rows):
+                    p = missing.pop(new_name, None)
+                    _check_shape(shard, name, (end - first, *columns), None if p is None else p.shape)
+                    parallel.fill(p, stored, first)
+        if missing:
+            raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {next(iter(missing))!r}")
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors (in shards with an index past 5 GB), each whole or not at all."""
+        """Writes config.json and model.safetensors (in shards with an index past 5 GB), each whole or not at all. Of a model
+        with adapters only those are written, in PEFT's format. Of several ranks the main one writes; all must call this."""
         directory, dtype = Path(directory), self.model.final_layernorm.weight.dtype
-        tensors = self.state_dict()
+        adapted = bool(lora_layers(self))
+        tensors = self.state_dict() if adapted or parallel.size() == 1 else parallel.gathered(self.state_dict().items())
+        if not parallel.is_main():
+            return
+        if adapted:
+            save_lora(self, directory, *self.origin)
+            return
         config = {**self.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("quantization_config", None)
         coded = {name: layer for name, layer in self.named_modules() if isinstance(layer, FrozenLinear)}
@@ -424,6 +523,35 @@ class Phi(nn.Module):
             config["quantization_config"] = checkpoint_config(next(iter(coded.values())), plain, dtype)
         save_tensors(directory, tensors)
         write_json(directory / "config.json", config)
+
+
+def read_config(directory: Path) -> PhiConfig:
+    """The config of the model in a directory, or of the model under the adapters there."""
+    path = base_directory(directory) / "config.json"
+    return PhiConfig.from_dict(read_json(path), str(path))
+
+
+def stored_dtype(config: PhiConfig) -> str:
+    """The dtype that a checkpoint's config.json names, "float32" if none."""
+    return config.other.get("dtype") or config.other.get("torch_dtype") or "float32"
+
+
+def _check_shape(shard: Path, name: str, shape: tuple[int, ...], expected: torch.Size | None) -> None:
+    if expected is None:
+        raise InputError(f"{shard}: unexpected tensor {name!r}; the config names no such parameter")
+    if tuple(shape) != tuple(expected):
+        raise InputError(f"{shard}: tensor {name!r} has shape {list(shape)}, the config needs {list(expected)}")
+
+
+def _is_linear(model: Phi, name: str) -> bool:
+    return name.rpartition(".")[2] not in SKIP and isinstance(model.get_submodule(name), nn.Linear)
+
+
+def _quantize(shard: Path, name: str, weight: Tensor, to: str) -> FrozenLinear:
+    try:
+        return quantize_layer(weight, None, to)
+    except InputError as error:
+        raise InputError(f"{shard}: {name} {error}") from None
 
 
 def _prefixes(name: str) -> list[str]:
@@ -491,24 +619,8 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def completion_logprobs(model: Phi, batch: Batch) -> Tensor:
-    """log pi(completion | prompt) [N] in nats, fp32: the sum over the completion's tokens, `<|im_end|>` included.
-
-    The one log-probability of this project: SFT, DPO, its reference, multiple choice and evaluation all call it. Summed,
-    not averaged: the DPO derivation (Rafailov et al. 2023, eq. 5) needs the probability of the whole answer, and a mean
-    over tokens is not the logarithm of any probability of it.
-    """
-    branches = bool((batch.segment > 1).any())
-    mask = model.mask(batch.segment) if branches else None  # one completion a row: plain causal attention is the same
-    hidden = model.hidden(batch.tokens, batch.position, mask)  # [B, T, D]
-    predicting = hidden.flatten(0, 1)[batch.source]  # [M, D]
-    head = model.lm_head
-    weight, bias = head.dense() if isinstance(head, FrozenLinear) else head.weight, head.bias
-    compute = compute_dtype(model.model.final_layernorm.weight)
-    with torch.autocast(weight.device.type, enabled=False):
-        logprobs = TokenLogProbs.apply(predicting, weight, bias, batch.target, compute)  # [M]
-        # Hundreds of tokens sum to -1000 nats and more, where fp32 has steps of 1e-4: the running sum is kept in fp64.
-        sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=logprobs.device)
-        return sums.index_add(0, batch.owner, logprobs.double()).float()  # [N]
+    """`Phi.logprobs`, the one log-probability of this project."""
+    return model.logprobs(batch)
 
 
 # ---------------------------------------------------------------------------------------------------------- generation

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import demo
+import parallel
 from data import ChatML, Example, collate
 from model import LOGIT_CHUNK, Phi, completion_logprobs, generate
 
@@ -23,15 +24,20 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 @torch.no_grad()
 def all_logprobs(model: Phi, examples: Sequence[Example], batch_size: int, device: str, dtype: str, label: str) -> Tensor:
-    """Summed log-probabilities of every completion, in the examples' own order: [E, completions per example], fp32, CPU."""
+    """Summed log-probabilities of every completion, in the examples' own order: [E, completions per example], fp32, CPU.
+    Each of several ranks runs its share, and all get the whole table."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))  # like lengths together: little padding
-    table = torch.empty(len(examples), len(examples[0].completions))
-    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch", leave=False, disable=None):
-        part = order[start : start + batch_size]
-        batch = collate([examples[i] for i in part]).to(device)
+    own = parallel.deal(order)
+    table = torch.zeros(len(examples), len(examples[0].completions))
+    rounds = range(parallel.rounds(len(order), batch_size))
+    for i in parallel.progress(rounds, desc=label, unit="batch", leave=False, disable=None):
+        part = own[i * batch_size : (i + 1) * batch_size]
+        batch = collate([examples[k] for k in part or order[:1]]).to(device)
         with autocast(device, dtype):
-            table[part] = completion_logprobs(model, batch).view(len(part), -1).cpu()
-    return table
+            logprobs = completion_logprobs(model, batch)
+        if part:  # else this rank has run out, and only keeps step with those that have not
+            table[part] = logprobs.view(len(part), -1).cpu()
+    return parallel.sum_over_ranks(table)
 
 
 @torch.no_grad()
@@ -46,13 +52,7 @@ def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: i
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
         batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
-        mask = None if int(batch.segment.max()) <= 1 else batch.segment
-        states = [
-            model.hidden(batch.tokens, batch.position, None if mask is None else model.mask(mask)).flatten(0, 1)[
-                batch.source
-            ]
-            for model in (full, other)
-        ]  # two of [M, D]
+        states = [model.predicting(batch) for model in (full, other)]  # two of [M, D]
         chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
         for h, h_other, target in zip(*(state.split(chunk) for state in states), batch.target.split(chunk), strict=True):
             p, q = full.lm_head(h).float().log_softmax(-1), other.lm_head(h_other).float().log_softmax(-1)  # [m, V]
@@ -96,14 +96,14 @@ def sample_answers(
     batch_size: int = 128,
 ) -> tuple[list[str], list[bool]]:
     """One sampled answer to each example's prompt, as text without the `<|im_end|>`, and whether it ended by itself."""
-    stops = tuple(chat.control_ids)
-    answers, ended = [], []
-    for start in tqdm(range(0, len(examples), batch_size), desc="sampling", unit="batch", leave=False, disable=None):
+    stops, made = tuple(chat.control_ids), []
+    # Ranks share whole batches: what is drawn depends on the batch and its seed, not on who draws it.
+    starts = parallel.deal(range(0, len(examples), batch_size))
+    for start in parallel.progress(starts, desc="sampling", unit="batch", leave=False, disable=None):
         prompts = [e.prompt for e in examples[start : start + batch_size]]
-        new = generate(model, prompts, max_new_tokens, temperature, seed=seed + start, stop_tokens=stops)
-        answers += [chat.decode(ids) for ids in new]
-        ended += [len(ids) < max_new_tokens for ids in new]
-    return answers, ended
+        made.append(generate(model, prompts, max_new_tokens, temperature, seed=seed + start, stop_tokens=stops))
+    new = [ids for batch in parallel.collect(made) for ids in batch]
+    return [chat.decode(ids) for ids in new], [len(ids) < max_new_tokens for ids in new]
 
 
 def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, list[bool]]:

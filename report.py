@@ -17,8 +17,9 @@ from config import PHI2_COMMAND, Config
 from data import ChatML, Example, collate, epoch_order
 from display import picture
 from files import read_json
-from inputs import Inputs
-from model import Phi, PhiConfig
+from inputs import Inputs, add_adapters, load_to_tune
+from lora import lora_layers
+from model import Phi, PhiConfig, read_config
 
 # ------------------------------------------------------------------------------------------------------ before training
 
@@ -127,7 +128,7 @@ def dry_run(config: Config, inputs: Inputs, objective: Callable, step_gradients:
 
 def show_memory(config: Config, inputs: Inputs, shape: tuple[int, int], predicted: int) -> bool:
     """Prints the memory estimate against what is free; returns whether it fits."""
-    phi = PhiConfig.from_dict(read_json(inputs.parent / "config.json"))
+    phi = read_config(inputs.parent)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Phi(phi).parameters())
     parts = memory_estimate(phi, parameters, shape, predicted, config)
@@ -145,7 +146,8 @@ def show_time(
     config: Config, inputs: Inputs, examples: list[Example], steps: int, objective: Callable, step_gradients: Callable
 ) -> None:
     """Prints the time of one step's gradients and what that makes for the whole run."""
-    model = Phi.from_pretrained(inputs.parent, device=config.device)
+    model = load_to_tune(inputs.parent, config)
+    add_adapters(model, config)
     model.gradient_checkpointing, model.attention = config.gradient_checkpointing, config.attention
     reference = torch.zeros(len(examples), 2) if config.objective == "dpo" else None
     for _ in range(2):  # the first one warms up
@@ -207,10 +209,29 @@ def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
         ]
         if "answer" in example.extra:
             lines.append(f"  right:  {example.extra['answer']}")
-    lines += ["", f"Model, metrics and figure: {run}/ (model.safetensors, metrics.jsonl, figures/training.png)"]
+    weights = "adapter_model.safetensors" if config.lora else "model.safetensors"
+    lines += ["", f"Model, metrics and figure: {run}/ ({weights}, metrics.jsonl, figures/training.png)"]
     if config.model == "demo" and config.stage == "dpo":
         lines.append(f"The same on Phi-2:\n  {PHI2_COMMAND}")
     return "\n".join(lines)
+
+
+def describe_reference(config: Config, parent: Path, model: Phi) -> str:
+    """What DPO measures rewards from, in words."""
+    what = f"{model.origin[0]} with its adapters, not without them" if lora_layers(model) else "the model that is tuned"
+    how = "run live, with the adapters off or at those values" if config.lora else "run live, a frozen copy"
+    return f"Reference: {parent} ({what}), " + (how if config.reference == "live" else "computed once")
+
+
+def merge_summary(run: Path, source: Path, change: dict | None, count: int) -> str:
+    """What --stage merge did to the outputs."""
+    told = "Give --data FILE.jsonl to see how far the merged model's outputs moved."
+    if change:
+        told = (
+            f"Outputs against those of the adapters beside their base, on {count} examples: KL {change['kl']:.2g} nats per "
+            f"token, the same likeliest token in {100 * change['top 1']:.2f}%"
+        )
+    return f"{told}\nWritten to {run}/, one plain model from {source}"
 
 
 def quantized_summary(config: Config, run: Path, done: dict) -> str:

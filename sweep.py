@@ -35,7 +35,7 @@ from config import Config, default_name
 from data import Example, Ledger, Row, check_no_leak, encode, parse_pair, read_rows, split_by_question
 from dpo import LOSSES_WITH_EPS, preference_loss
 from files import InputError, first_line, read_json, whole_file, write_json, write_jsonl
-from inputs import QUESTIONS, load_chat, reference_table
+from inputs import QUESTIONS, load_chat, load_model, reference_table
 from model import Phi
 from passes import all_logprobs, completion_lengths, flips
 
@@ -43,7 +43,7 @@ TEST_PAIRS = 3_000  # of the demo, at most
 # Other rows, or the same rows cut otherwise, could not be compared pair by pair; two models can, by --stage eval.
 NOT_VARIED = (
     "stage model name out resume overwrite dry_run device seed eval eval_share on_bad_row system_prompt max_length "
-    "max_prompt_length demo_rows flip_rate dtype attention"
+    "max_prompt_length demo_rows flip_rate dtype attention base"
 ).split()
 SWEEP_ONLY = {"grid", "full_grid", "seeds", "preset", "data", "name", "overwrite", "dry_run"}
 
@@ -273,7 +273,7 @@ def run_one(run: Run, where: Path, test: Path, run_stage: Callable[[Config], int
 
 def test_reference(config: Config, examples: list[Example]) -> Tensor:
     """Log-probabilities [E, 2] of the test pairs under the starting model, which is in memory only here."""
-    parent = Phi.from_pretrained(config.model, device=config.device)
+    parent = load_model(Path(config.model), config)
     return reference_table(config, parent, fingerprint(parent), examples, "test")
 
 

@@ -8,6 +8,8 @@
     python train.py --stage data --sources theoremqa,mmlu_stem=DIR           data sets from the report's sources
     python train.py --stage mcq --model DIR --train mcq-train.jsonl          multiple choice: explain, then the letter
     python train.py --stage quantize --model DIR --to nf4                    a quarter of the size
+    python train.py --stage dpo --lora 16 --base nf4 ...                     QLoRA: adapters on a 4-bit model
+    python train.py --stage merge --model DIR                                adapters and their base as one plain model
     python train.py --stage qat --to nf4 --model DIR --train sft.jsonl       tune the rounded weights
     python train.py --stage eval --model A B --data test.jsonl               models side by side, with intervals
     python train.py --stage eval --model DIR --precisions fp32,int8,nf4      what a number format costs and brings
@@ -19,6 +21,8 @@ Every flag is a field of config.Config. The one training loop is in loop.py.
 """
 
 import contextlib
+import copy
+import gc
 import platform
 import signal
 import sys
@@ -31,24 +35,40 @@ from torch import Tensor
 
 import card
 import chat
+import parallel
 import ranking
 import report
 import sweep
 from build import build_data, open_teacher
 from checkpoint import open_run, publish, save_model
 from checks import resolve
-from config import Config, default_name, parse, resume_command
+from config import TRAINING, Config, default_name, parse, resume_command
 from convert import quantize_checkpoint
+from data import Example, Ledger
 from eval import evaluate_models, gather
 from files import InputError, read_json, write_json
-from inputs import Inputs, load_chat, load_inputs, reference_tables, trained_system_prompt
+from inputs import (
+    Inputs,
+    encode_for,
+    load_chat,
+    load_inputs,
+    load_model,
+    load_to_tune,
+    reference_tables,
+    refuse_adapters,
+    rows_to_measure,
+    trained_system_prompt,
+    training_run,
+)
 from loop import compiles, make_objective, step_gradients, train
-from model import Phi
-from passes import all_logprobs, completion_lengths, flips, sample_answers
+from lora import merge_lora
+from model import Phi, read_config, stored_dtype
+from passes import all_logprobs, completion_lengths, divergence, flips, sample_answers
 from preferences import training_summary
-from quant import SKIP, FrozenLinear, linear_layers, round_to
+from quant import SKIP, linear_layers, round_to
 from replicate import replicate
 from texts import answer_summary
+from weights import is_adapter
 from weights import resolve as resolve_model
 
 # ---------------------------------------------------------------------------------------------------------- the stages
@@ -78,13 +98,13 @@ def demo_sft(config: Config) -> Path | None:
     """The demo's SFT model, which its other stages start from; trained now if it is not there (None in a dry run)."""
     name = f"demo-sft-seed{config.seed}"
     path = Path(config.out) / name
-    if (path / "results.json").exists():
+    finished, begun = parallel.gather([(path / file).exists() for file in ("results.json", "run.json")])[0]
+    if finished:
         print(f"Starting from the demo's SFT model in {path}.")
         return path
     if config.dry_run:
         print("There is no SFT model for the demo yet: a real run makes it first.")
         return None
-    begun = (path / "run.json").exists()
     print(f"There is no SFT model for the demo yet: {'resuming' if begun else 'running'} --stage sft first, in {path}.")
     given = {"stage", "name", "out", "seed", "device"}
     stage = Config(stage="sft", name=name, out=config.out, seed=config.seed, device=config.device, resume=begun)
@@ -96,7 +116,8 @@ def demo_sft(config: Config) -> Path | None:
 def find_parent(config: Config) -> Path | None:
     """Directory of the model to start from; None for the demo's random tiny Phi, which is made where it is needed."""
     if config.model != "demo":
-        return resolve_model(config.model, config.revision)
+        with parallel.main_first():
+            return resolve_model(config.model, config.revision)
     return None if config.stage == "sft" else demo_sft(config)
 
 
@@ -107,6 +128,8 @@ def run_stage(config: Config) -> int:
         return 0
     if config.stage == "quantize":
         return quantize_stage(config)
+    if config.stage == "merge":
+        return merge_stage(config)
     if config.stage == "eval":
         return eval_stage(config)
     if config.stage == "chat":
@@ -117,54 +140,64 @@ def run_stage(config: Config) -> int:
             inputs = load_inputs(config, Path(scratch), find_parent(config))
             report.dry_run(config, inputs, make_objective(config), step_gradients)
         return 0
-    if (run / "results.json").exists() and config.resume:
+    if config.resume and parallel.gather((run / "results.json").exists())[0]:
         print(f"{run} is finished; nothing to resume.")
         return 0
     parent = find_parent(config)
     start = begin_run(config)
-    inputs = load_inputs(config, run, parent)
-    write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
+    with parallel.main_first():  # it makes the demo's rows and its random tiny Phi
+        inputs = load_inputs(config, run, parent)
+    if parallel.is_main():
+        write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
     print(report.describe_inputs(inputs))
 
-    model = Phi.from_pretrained(inputs.parent, device=config.device)
-    if any(isinstance(layer, FrozenLinear) for layer in model.modules()):
-        raise InputError(f"{inputs.parent} is quantized, and codes cannot be tuned; start from the model it was made of")
+    model = load_to_tune(inputs.parent, config)
+    if config.objective == "dpo":
+        print(report.describe_reference(config, inputs.parent, model))
     tables = reference_tables(config, model, inputs) if config.objective == "dpo" else (None, None)
     stopped, state = train(config, run, model, inputs, tables, start)
     if stopped:
         print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {resume_command(config)}")
         return 128 + stopped
-    publish(run, state["best_step"])
+    with parallel.main_first():
+        if parallel.is_main():
+            publish(run, state["best_step"])
     del model
+    gc.collect()  # a sharded model holds on to itself
 
     measured = {"before": measure(config, inputs.parent, inputs, tables[1])}
     if config.stage == "qat":
-        round_published(config, run, inputs)
+        round_published(config, run)
         measured["rounded"] = measure(config, inputs.parent, inputs, tables[1], rounded=True)
     measured["after"] = measure(config, run, inputs, tables[1])
     results = {**measured, **state, "parent": str(inputs.parent)}
-    report.training_figure(run, config)
-    write_json(run / "results.json", results)
+    if parallel.is_main():
+        report.training_figure(run, config)
+        write_json(run / "results.json", results)
     print(report.summary(config, run, inputs, results))
     return 0
 
 
 def begin_run(config: Config) -> int:
-    """Makes the run's directory and writes run.json; returns the step to go on from."""
-    run = Path(config.out) / config.name
-    start = open_run(run, config.overwrite, config.resume)
-    if not config.resume:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(run / "run.json", {"config": asdict(config), "versions": versions})
-    return start
+    """Makes the run's directory and writes run.json, on the main rank; returns the step to go on from."""
+    run, start = Path(config.out) / config.name, None
+    if parallel.is_main():
+        start = open_run(run, config.overwrite, config.resume)
+        if not config.resume:
+            device = config.device if parallel.size() == 1 else torch.device(config.device).type  # each rank has its own
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
+            write_json(run / "run.json", {"config": asdict(replace(config, device=device)), "versions": versions})
+    return parallel.gather(start)[0]
 
 
 @torch.no_grad()
-def round_published(config: Config, run: Path, inputs: Inputs) -> None:
+def round_published(config: Config, run: Path) -> None:
     """Rounds the weights of a finished QAT run to its format, so that quantizing them later changes nothing any more."""
-    model = Phi.from_pretrained(run)
-    round_model(model, config)
-    save_model(run, model, inputs.chat)
+    with parallel.main_first():
+        if parallel.is_main():
+            model = Phi.from_pretrained(run)
+            round_model(model, config)
+            model.save_pretrained(run)
 
 
 def round_model(model: Phi, config: Config) -> None:
@@ -175,7 +208,7 @@ def round_model(model: Phi, config: Config) -> None:
 def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor | None, rounded: bool = False) -> dict:
     """What the final table says of one model: metrics on the evaluation side, and answers sampled to its first prompts.
     `rounded`: with its weights rounded to the format of `--to` first."""
-    model = Phi.from_pretrained(directory, device=config.device)
+    model = load_model(directory, config)
     if rounded:
         round_model(model, config)
     policy = all_logprobs(model, inputs.eval, config.micro_batch_size, config.device, config.dtype, "evaluating")
@@ -196,6 +229,7 @@ def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor |
 def quantize_stage(config: Config) -> int:
     """--stage quantize: a checkpoint in, a quantized one out."""
     source, run = find_parent(config), Path(config.out) / config.name
+    refuse_adapters(source)
     begin_run(config)
     options = {"threshold": config.threshold} if config.to == "int8" else {"block": config.block, "double": config.double}
     if config.to != "int8":
@@ -205,6 +239,32 @@ def quantize_stage(config: Config) -> int:
     write_json(run / "results.json", {**done, "parent": str(source)})
     print(report.quantized_summary(config, run, done))
     return 0
+
+
+def merge_stage(config: Config) -> int:
+    """--stage merge: adapters and their base in, one plain model out, and how far its outputs moved."""
+    source, run = find_parent(config), Path(config.out) / config.name
+    if not is_adapter(source):
+        raise InputError(f"{source} holds no adapters; there is nothing to merge")
+    examples = rows_for_merge(config, source)
+    begin_run(config)
+    bf16 = stored_dtype(read_config(source)) == "bfloat16"
+    model = Phi.from_pretrained(source, torch.bfloat16 if bf16 else torch.float32, config.device)
+    merged = copy.deepcopy(model)
+    merge_lora(merged)
+    change = divergence(model, merged, examples, 8, config.device) if examples else None
+    save_model(run, merged, load_chat(source, None))
+    write_json(run / "results.json", {"parent": str(source), "change": change})
+    print(report.merge_summary(run, source, change, len(examples)))
+    return 0
+
+
+def rows_for_merge(config: Config, source: Path, most: int = 100) -> list[Example]:
+    """Rows to see the change of outputs on: --data, or what the run of the adapters held out; none if there is neither."""
+    if config.data is None and training_run(source) is None:
+        return []
+    rows, _, _ = rows_to_measure(config, source, Ledger())
+    return encode_for(source, rows[:most], None)[1]
 
 
 def eval_stage(config: Config) -> int:
@@ -217,7 +277,10 @@ def eval_stage(config: Config) -> int:
     contest = gather(config, lambda name: find_parent(replace(config, model=name)))
     teacher, journal = open_teacher(config)
     begin_run(config)
-    return evaluate_models(config, contest, teacher, journal)
+    with contextlib.ExitStack() as stack:
+        if not parallel.is_main():  # all ranks find the same numbers; those of the others are thrown away
+            config = replace(config, out=stack.enter_context(tempfile.TemporaryDirectory()))
+        return evaluate_models(config, contest, teacher, journal)
 
 
 def chat_stage(config: Config) -> int:
@@ -255,21 +318,36 @@ def sweep_stage(raw: Config, given: set[str]) -> int:
     return sweep.run_all(runs, test, run_stage) or ranking.report_sweep(directory, runs, base)
 
 
+def check_ranks(config: Config) -> None:
+    """InputError if several ranks would do, each for itself, what is to be done once."""
+    alone = config.dry_run or config.teacher or config.precisions or config.stage not in (*TRAINING, "eval")
+    if parallel.size() > 1 and alone:
+        what = "--dry-run" if config.dry_run else f"--stage {config.stage}"
+        if config.stage == "eval":
+            what += " with --teacher or --precisions"
+        raise InputError(f"{what} is for one process: start it with python instead of torchrun")
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
-        config, given = parse(argv)
-        if config.stage == "sweep":
-            return sweep_stage(config, given)
-        return run_stage(settle(config, given))
+        with parallel.job():
+            config, given = parse(argv)
+            check_ranks(config)
+            if config.stage == "sweep":
+                return sweep_stage(config, given)
+            config = settle(config, given)
+            return run_stage(replace(config, device=parallel.own_device(config.device)))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if parallel.first_to_report():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(
-            f"error: {str(error).splitlines()[0]}\nA smaller --micro-batch-size or --max-length, or "
-            "--gradient-checkpointing, needs less; --dry-run estimates how much.",
-            file=sys.stderr,
-        )
+        if parallel.first_to_report():
+            print(
+                f"error: {str(error).splitlines()[0]}\nA smaller --micro-batch-size or --max-length, or "
+                "--gradient-checkpointing, needs less; --dry-run estimates how much.",
+                file=sys.stderr,
+            )
         return 2
     except KeyboardInterrupt:
         print(

@@ -14,6 +14,7 @@ from torch import Tensor
 from files import InputError, read_json, whole_file, write_json
 
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT calls them
 SHARD_BYTES = 5 * 10**9  # a checkpoint larger than this is written in several files
 
 
@@ -27,6 +28,28 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     if path.is_file() or len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
         raise InputError(f"{path_or_repo}: no such directory (a hub name looks like microsoft/phi-2)")
     return hub_snapshot(str(path_or_repo), revision, ["*.json", "*.safetensors"])
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters (lora.py) rather than a whole model."""
+    return (directory / ADAPTER_CONFIG).exists() and not (directory / "config.json").exists()
+
+
+def base_directory(directory: Path) -> Path:
+    """The directory of the whole model: the directory itself or, if it holds adapters, that of the model under them."""
+    if not is_adapter(directory):
+        return directory
+    config = read_json(directory / ADAPTER_CONFIG)
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is missing: whose adapters are these?")
+    try:
+        return resolve(name, config.get("revision"))
+    except InputError as error:
+        raise InputError(
+            f"{directory} holds adapters of {name}, and {error}. If that model moved, write its place into "
+            f"base_model_name_or_path of {directory / ADAPTER_CONFIG}"
+        ) from None
 
 
 def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str = "model") -> Path:
@@ -96,16 +119,24 @@ OLD_NAMES = (
 )
 
 
-def modern_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """A stored tensor under its current name; the older fused `mixer.Wqkv` [3D, ...] as q_proj, k_proj and v_proj."""
+def modern_rows(name: str, rows: int) -> list[tuple[str, int, int]]:
+    """Where the rows of a stored tensor belong, as (current name, first row, last row + 1): all of them to one tensor, but
+    for the older fused `mixer.Wqkv` [3D, ...], whose thirds are q_proj, k_proj and v_proj."""
     for old, new in OLD_NAMES:
         name = name.replace(old, new)
     if ".rotary_emb." in name:  # older files store the rotary frequencies, which are computed here
         return []
-    if ".mixer.Wqkv." in name:
-        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3))
-        return [(name.replace(".mixer.Wqkv.", f".self_attn.{proj}."), part) for proj, part in parts]
-    return [(name, tensor)]
+    if ".mixer.Wqkv." not in name:
+        return [(name, 0, rows)]
+    names = [name.replace(".mixer.Wqkv.", f".self_attn.{proj}_proj.") for proj in "qkv"]
+    return [(new, i * rows // 3, (i + 1) * rows // 3) for i, new in enumerate(names)]
+
+
+def modern_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The parts of a stored tensor under their current names."""
+    if tensor.ndim == 0:
+        return [(name, tensor)]
+    return [(new, tensor[first:end]) for new, first, end in modern_rows(name, len(tensor))]
 
 
 def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:

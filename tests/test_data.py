@@ -15,10 +15,12 @@ from data import (
     Row,
     check_no_leak,
     collate,
+    collate_rows,
     encode,
     epoch_order,
     kind_of,
     load_tokenizer,
+    pack_rows,
     parse_mcq,
     question_key,
     read_rows,
@@ -460,6 +462,7 @@ def test_collate_makes_the_layout_of_the_docstring():
     batch = collate([Example([10, 11, 12], [[20, 21, 22], [30, 31]]), Example([13], [[23], [33, 34]])])
     expected = dict(
         tokens=[[10, 11, 12, 20, 21, 22, 30, 31], [13, 23, 33, 34, 0, 0, 0, 0]],
+        example=[[0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, -1, -1, -1, -1]],
         segment=[[0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, -1, -1, -1, -1]],
         position=[[0, 1, 2, 3, 4, 5, 3, 4], [0, 1, 1, 2, 0, 0, 0, 0]],
         # 20 is predicted by 12 in place 2, 21 by 20 in place 3, ... and 30 by 12 again; the second row begins at 8
@@ -472,6 +475,39 @@ def test_collate_makes_the_layout_of_the_docstring():
         assert torch.equal(getattr(batch, name), torch.tensor(value)), name
     moved = batch.to("cpu")
     assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in expected)
+
+
+def test_packed_rows_are_the_layout_of_the_docstring():
+    first, second = Example([10, 11, 12], [[20, 21], [30]]), Example([40, 41], [[50, 51, 52], [60]])
+    batch = collate_rows([[first, second], [Example([70], [[80]])]])
+    expected = dict(
+        tokens=[[10, 11, 12, 20, 21, 30, 40, 41, 50, 51, 52, 60], [70, 80, *[0] * 10]],
+        example=[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, *[-1] * 10]],
+        segment=[[0, 0, 0, 1, 1, 2, 0, 0, 1, 1, 1, 2], [0, 1, *[-1] * 10]],
+        position=[[0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 2], [0, 1, *[0] * 10]],
+        # 20 is predicted by 12 in place 2, 21 by 20 in place 3, 30 by 12 again; 50 and 60 by 41 in place 7; 80 by 70 in 12
+        source=[2, 3, 2, 7, 8, 9, 7, 12],
+        target=[20, 21, 30, 50, 51, 52, 60, 80],
+        owner=[0, 0, 1, 2, 2, 2, 3, 4],
+        lengths=[2, 1, 3, 1, 1],
+    )
+    for name, value in expected.items():
+        assert torch.equal(getattr(batch, name), torch.tensor(value)), name
+
+
+@pytest.mark.parametrize(
+    "rows, needed",
+    [
+        ([[1]], False),  # one completion: plain causal attention
+        ([[1], [1]], False),
+        ([[2]], True),  # siblings
+        ([[1, 1]], True),  # two examples of one completion
+        ([[1], [1, 1]], True),
+    ],
+)
+def test_a_row_of_more_than_one_completion_needs_a_mask(rows, needed):
+    examples = [[Example([1, 2], [[3, 4]] * completions) for completions in row] for row in rows]
+    assert collate_rows(examples).needs_mask is needed
 
 
 def test_every_target_is_predicted_by_the_token_before_it():
@@ -495,6 +531,36 @@ def test_every_target_is_predicted_by_the_token_before_it():
     assert list(zip(flat[batch.source].tolist(), batch.target.tolist(), position[batch.source].tolist())) == expected
     lengths = [len(completion) for example in examples for completion in example.completions]
     assert batch.lengths.tolist() == batch.owner.bincount().tolist() == lengths
+
+
+def test_packing_by_hand():
+    # 7 opens a row, 6 does not fit behind it; 4 fits behind 6, the two 3s behind 7 and in a new row, where 2 joins
+    assert pack_rows([3, 7, 2, 6, 4, 3], tokens=10) == [[1, 0], [3, 4], [5, 2]]
+    assert pack_rows([5, 12, 5], tokens=10) == [[1], [0, 2]]  # what is too long stands alone
+    assert pack_rows([], tokens=10) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_rows_hold_every_example_once_within_the_limit(seed):
+    draw = random.Random(seed)
+    lengths, tokens = draw.choices(range(1, 120), k=draw.randint(1, 80)), 100
+    rows = pack_rows(lengths, tokens)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in row) for row in rows]
+    assert all(size <= tokens or len(row) == 1 for size, row in zip(sizes, rows))
+    assert all(a + b > tokens for a, b in itertools.combinations(sizes, 2))  # no two rows would fit into one
+    assert len(rows) < 2 * sum(lengths) / tokens + 1
+    assert pack_rows(lengths, tokens) == rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_takes_at_most_eleven_ninths_of_the_rows_that_are_needed(seed):
+    draw, lengths, full = random.Random(seed), [], 30
+    for _ in range(full):  # rows of 100 tokens without a gap, cut into examples
+        cuts = sorted(draw.sample(range(1, 100), k=draw.randint(1, 5)))
+        lengths += [b - a for a, b in itertools.pairwise([0, *cuts, 100])]
+    draw.shuffle(lengths)
+    assert full <= len(pack_rows(lengths, tokens=100)) <= (11 * full + 6) / 9
 
 
 def test_supervise_everything_predicts_all_tokens_but_the_first():

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # a file imports only from floors below its own
     ["files", "intervals", "kernels", "levels"],
-    ["data", "demo", "display", "quant", "teacher", "weights"],
-    ["bertscore", "coded", "judge", "preferences", "sources"],
+    ["data", "demo", "display", "parallel", "quant", "teacher", "weights"],
+    ["bertscore", "coded", "judge", "lora", "preferences", "sources"],
     ["model"],
     ["sft", "dpo", "checkpoint", "convert", "passes", "chat"],
     ["choices", "config", "mixture"],

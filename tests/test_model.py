@@ -8,8 +8,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as model_file
-from data import Example, collate
-from model import Linear, Phi, PhiConfig, TokenLogProbs, completion_logprobs, generate, rotary_angles, rotate, sample, stream
+from data import Example, collate, collate_rows
+from model import (
+    Linear,
+    Phi,
+    PhiConfig,
+    TokenLogProbs,
+    completion_logprobs,
+    generate,
+    rotary_angles,
+    rotate,
+    sample,
+    sibling_block_mask,
+    sibling_mask,
+    stream,
+)
 
 VOCABULARY = 64
 TINY = dict(vocab_size=VOCABULARY, hidden_size=40, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -119,6 +132,54 @@ def test_padding_does_not_matter(completions):
     torch.testing.assert_close(together[:completions], alone, rtol=1e-6, atol=1e-6)
 
 
+MASK = """
+    1.........
+    11........
+    111.......
+    11.1......
+    ....1.....
+    ....11....
+    ....1.1...
+    .......1..
+    .......11.
+    .........1
+""".split()  # a prompt of two tokens with two completions of one; one of one; one of two with nothing; padding
+
+
+def test_mask_of_a_packed_row_by_hand():
+    example = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, -1]])
+    segment = torch.tensor([[0, 0, 1, 2, 0, 1, 2, 0, 0, -1]])
+    visible = torch.tensor([[mark == "1" for mark in line] for line in MASK])
+    mask = sibling_mask(example, segment, torch.float32)
+    assert mask.shape == (1, 1, 10, 10) and torch.equal(mask[0, 0], torch.zeros(10, 10).where(visible, float("-inf")))
+    rule, zero, place = sibling_block_mask(example, segment).mask_mod, torch.tensor(0), torch.arange(10)
+    assert torch.equal(rule(zero, zero, place[:, None], place), visible)
+
+
+@pytest.mark.parametrize("completions", [1, 2, 4])
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[2, 0], [3, 1]], [[3], [1, 2, 0]]])
+def test_packed_examples_have_value_and_gradient_of_separate_rows(completions, rows):
+    model, examples = make_phi(), make_examples(completions, prompts=(5, 1, 9, 20))
+    got = completion_logprobs(model, collate_rows([[examples[i] for i in row] for row in rows]))
+    expected = completion_logprobs(model, collate([examples[i] for row in rows for i in row]))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+    assert_same_gradients(gradients(model, got), gradients(model, expected))
+
+
+@pytest.mark.parametrize("completions", [1, 2])
+def test_an_example_does_not_see_the_others_of_its_row(completions):
+    model = make_phi()
+    before, own, other, behind = make_examples(completions, prompts=(4, 5, 6, 3))
+    before_too = Example([7] * 4, [[8] * len(c) for c in before.completions])  # other tokens, same lengths
+    with torch.no_grad():
+        one = completion_logprobs(model, collate_rows([[before, own, behind]]))
+        two = completion_logprobs(model, collate_rows([[before_too, own, other]]))
+        alone = completion_logprobs(model, collate([own]))
+    mine = slice(completions, 2 * completions)
+    torch.testing.assert_close(one[mine], alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(two[mine], alone, rtol=1e-6, atol=1e-6)
+
+
 def test_probabilities_of_all_answers_of_two_tokens_sum_to_one():
     model = make_phi(vocab_size=16)
     answers = [[a, b] for a in range(16) for b in range(16)]
@@ -136,8 +197,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("key_value_heads", [2, 1])
-def test_flex_attention_equals_sdpa(key_value_heads):
-    model, batch = make_phi(num_key_value_heads=key_value_heads), collate(make_examples(2, prompts=(5, 1, 140)))
+@pytest.mark.parametrize("packed", [False, True])
+def test_flex_attention_equals_sdpa(key_value_heads, packed):
+    model, (short, *others) = make_phi(num_key_value_heads=key_value_heads), make_examples(2, prompts=(5, 1, 140, 30))
+    batch = collate_rows([others, [short]] if packed else [[example] for example in (short, *others)])
     with torch.no_grad():
         sdpa = completion_logprobs(model, batch)
         model.attention = "flex"

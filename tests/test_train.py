@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ from checks import resolve
 from config import Config, parse
 from data import ChatML, Example, load_tokenizer
 from files import InputError, read_json, write_jsonl
-from loop import make_objective, step_gradients
-from model import Phi
+from loop import compile_blocks, make_objective, micro_batches, step_gradients
+from model import Phi, PhiConfig
 from optimizer import learning_rate
 from passes import divergence
-from quant import Linear4bit, quantize_model
+from quant import Linear4bit, compile_missing, quantize_model
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -79,26 +80,71 @@ def weights(run: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(tiny):
+def step_examples(tiny: Path, objective: str) -> list[Example]:
+    """Eight examples of all different lengths."""
     chat = ChatML(load_tokenizer(tiny))
-    examples = [
+    return [
         Example(
             chat.prompt([{"role": "user", "content": f"Question {'x' * i}?"}]),
-            [chat.reply("yes " * (i + 1)), chat.reply("no")],
+            [chat.reply("yes " * (i + 1)), chat.reply("no")][: 1 if objective == "sft" else 2],
         )
         for i in range(8)
     ]
-    config, model = Config(), Phi.from_pretrained(tiny)
-    config.objective, config.loss, config.beta, config.eps, config.nll_weight = "dpo", "robust", 0.1, 0.1, 0.5
-    config.device, config.dtype = "cpu", "fp32"
-    reference, results = torch.randn(8, 2) - 20, {}
-    for size in (1, 8):
-        config.micro_batch_size = size
-        model.zero_grad()
-        metrics = step_gradients(model, examples, reference, make_objective(config), config)
-        results[size] = metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(results[1][1], results[8][1], atol=1e-6, rtol=1e-5)
-    assert results[1][0] == pytest.approx(results[8][0], rel=1e-5, abs=1e-5)
+
+
+def step_config(objective: str, **settings) -> Config:
+    losses = dict(loss="robust", beta=0.1, eps=0.1, nll_weight=0.5)
+    return Config(objective=objective, device="cpu", dtype="fp32", **losses, **settings)
+
+
+def one_step(model: Phi, examples: list[Example], config: Config) -> tuple[dict, torch.Tensor]:
+    """Metrics and the gradient [parameters] of a step; DPO's reference differs from pair to pair."""
+    reference = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) - 20 if config.objective == "dpo" else None
+    model.zero_grad()
+    metrics = step_gradients(model, examples, reference, make_objective(config), config)
+    return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def assert_same_step(a: tuple[dict, torch.Tensor], b: tuple[dict, torch.Tensor]) -> None:
+    torch.testing.assert_close(a[1], b[1], atol=1e-6, rtol=1e-5)
+    assert a[0] == pytest.approx(b[0], rel=1e-5, abs=1e-5)
+
+
+def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(tiny):
+    examples, model = step_examples(tiny, "dpo"), Phi.from_pretrained(tiny)
+    one, eight = (one_step(model, examples, step_config("dpo", micro_batch_size=size)) for size in (1, 8))
+    assert_same_step(one, eight)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("pack, fewest, most", [(1, 8, 8), (100, 2, 7), (10_000, 1, 1)])
+def test_a_packed_step_has_the_gradient_and_metrics_of_one_that_is_not(tiny, objective, pack, fewest, most):
+    examples, model = step_examples(tiny, objective), Phi.from_pretrained(tiny)
+    config = step_config(objective, micro_batch_size=3, pack=pack)
+    parts, batches, _ = zip(*micro_batches(examples, config))
+    assert sorted(i for part in parts for i in part) == list(range(8)) and fewest <= len(parts) <= most
+    assert all(len(batch.tokens) == 1 and (batch.example >= 0).all() for batch in batches)  # one row, no padding
+    assert_same_step(one_step(model, examples, config), one_step(model, examples, replace(config, pack=None)))
+
+
+def test_a_compiled_step_is_the_eager_one_with_one_graph_for_all_layers_and_lengths(tiny):
+    missing = compile_missing()
+    if missing:
+        pytest.skip(missing)
+    from torch._dynamo.utils import counters
+
+    examples = step_examples(tiny, "dpo")
+    shape = dict(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config, model = step_config("dpo", micro_batch_size=3), Phi(PhiConfig(**shape)).init_weights(0)
+    eager = one_step(model, examples, config)
+    counters.clear()
+    compile_blocks(model)
+    assert_same_step(one_step(model, examples, config), eager)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    model.gradient_checkpointing = True
+    assert_same_step(one_step(model, examples, config), eager)
+    with pytest.raises(InputError, match="quantized"):
+        compile_blocks(quantize_model(Phi.from_pretrained(tiny), "nf4"))
 
 
 def test_the_learning_rate_rises_linearly_then_falls_to_zero():
@@ -149,6 +195,14 @@ def test_a_live_reference_gives_the_same_curve_as_the_cached_one(tiny, pairs, tm
     main(flags(tiny, pairs, tmp_path / "cached", *small))
     main(flags(tiny, pairs, tmp_path / "live", *small, "--reference", "live"))
     for a, b in zip(curve(tmp_path / "cached" / "run"), curve(tmp_path / "live" / "run"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+
+
+def test_packed_rows_give_the_same_curve_as_rows_of_their_own(tiny, pairs, tmp_path):
+    small = ["--max-steps", "4", "--samples", "0", "--lr", "1e-5"]
+    main(flags(tiny, pairs, tmp_path / "alone", *small))
+    main(flags(tiny, pairs, tmp_path / "packed", *small, "--pack", "120"))
+    for a, b in zip(curve(tmp_path / "alone" / "run"), curve(tmp_path / "packed" / "run"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
@@ -296,6 +350,8 @@ def test_a_reference_that_is_not_the_starting_model_is_noticed_at_step_0(tiny, p
         (["--demo-rows", "10"], "demo"),
         (["--max-prompt-length", "4000"], "no room"),
         (["--batch-size", "0"], "positive"),
+        (["--pack", "0"], "--pack 0: must be positive"),
+        (["--lora", "4", "--base", "nf4", "--compile"], "--compile would keep the decoded weights of --base nf4"),
         (["--metric", "loss"], "robust loss"),
         (["--model", "no/such/place"], "no such directory"),
         (["--eval-share", "1.5"], "between 0 and 1"),

@@ -1,0 +1,363 @@
+"""What tests/test_parallel.py runs under torchrun: `ranks.py MODEL FOLDER ENDING`. Every function named check_* runs on all
+ranks; FOLDER/checks.json says for each which ranks it failed on, and how. Then the job comes to one of the ENDINGs: "killed"
+in mid-step, or a "mistake" that one rank alone notices."""
+
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import parallel  # noqa: E402
+from data import Example, collate  # noqa: E402
+from files import InputError  # noqa: E402
+from model import Phi, completion_logprobs  # noqa: E402
+from quant import train_quantized  # noqa: E402
+
+TINY, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=1e-5)
+
+
+def pairs(count: int) -> list[Example]:
+    """Pairs of all lengths, the same on every rank."""
+    draw = torch.Generator().manual_seed(count)
+    ids = lambda n: torch.randint(1, 256, (n,), generator=draw).tolist()  # noqa: E731
+    return [Example(ids(3 + 5 * i % 11), [ids(2 + 3 * i % 7), ids(1 + i % 4)]) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+class Counted:
+    """A slice of a safetensors file that counts the values that are read from it."""
+
+    read = 0
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def __getitem__(self, rows):
+        part = self.stored[rows]
+        Counted.read += part.numel()
+        return part
+
+
+def load_sharded(directory: Path, quantized: bool = False) -> Phi:
+    return Phi.sharded(directory, "cpu", lambda model: train_quantized(model, "nf4", 32) if quantized else None)
+
+
+def check_each_rank_reads_and_holds_its_share():
+    whole, Counted.read, fill = Phi.from_pretrained(TINY), 0, parallel.fill
+    parallel.fill = lambda x, stored, first: fill(x, Counted(stored), first)
+    model = load_sharded(TINY)
+    parallel.fill = fill
+    held = 0
+    for (name, p), (expected, q) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        begin, end = parallel.own_rows(p)
+        assert name == expected and end - begin <= -(-len(q) // parallel.size())
+        assert torch.equal(parallel.own(p), q[begin:end])
+        held += parallel.own(p).numel()
+    assert Counted.read == held
+    total = sum(p.numel() for p in whole.parameters())
+    assert parallel.sum_over_ranks(torch.tensor(held)).item() == total
+
+
+def check_fused_weights_of_older_files_are_read_by_rows():
+    """And from bf16."""
+    old = FOLDER / "old"
+    with parallel.main_first():
+        if parallel.is_main():
+            old.mkdir()
+            tensors = {k: v.to(torch.bfloat16) for k, v in load_file(TINY / "model.safetensors").items()}
+            for kind in ("weight", "bias"):
+                parts = [tensors.pop(f"model.layers.0.self_attn.{x}_proj.{kind}") for x in "qkv"]
+                tensors[f"transformer.h.0.mixer.Wqkv.{kind}"] = torch.cat(parts)
+            save_file(tensors, old / "model.safetensors")
+            (old / "config.json").write_text((TINY / "config.json").read_text())
+    whole = Phi.from_pretrained(old)
+    for p, q in zip(load_sharded(old).parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parallel.own(p), q[slice(*parallel.own_rows(p))])
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def optimizer_for(model: Phi) -> torch.optim.Optimizer:
+    """A large eps: without it, a gradient that is 0 but for rounding, as that of the keys' bias, moves weights by +-lr."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, eps=1e-3, fused=True)
+
+
+def bf16(on: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=on)
+
+
+def whole_step(model: Phi, examples: list[Example], low: bool = False) -> None:
+    with bf16(low):
+        loss = -completion_logprobs(model, collate(examples)).sum() / len(examples)
+    loss.backward()
+
+
+def dealt_step(model: Phi, examples: list[Example], micro: int, low: bool = False) -> None:
+    """A rank's part of the same gradient. Where it has none left for a round, it runs an example that does not count."""
+    own = parallel.deal(examples)
+    for i in range(parallel.rounds(len(examples), micro)):
+        part = own[i * micro : (i + 1) * micro]
+        with bf16(low):
+            loss = -model.logprobs(collate(part or examples[:1])).sum() / len(examples)
+        (loss if part else 0 * loss).backward()
+
+
+@torch.no_grad()
+def dealt_table(model: Phi, examples: list[Example], micro: int) -> torch.Tensor:
+    table, own = torch.zeros(len(examples), 2), parallel.deal(range(len(examples)))
+    for i in range(parallel.rounds(len(examples), micro)):
+        part = own[i * micro : (i + 1) * micro]
+        logprobs = model.logprobs(collate([examples[k] for k in part or [0]])).view(-1, 2)
+        if part:
+            table[list(part)] = logprobs
+    return parallel.sum_over_ranks(table)
+
+
+def check_gradients_norms_weights_and_tables_are_those_of_one_process(quantized=False):
+    """Over several updates, with evaluations in between; one batch has fewer examples than there are ranks."""
+    one, many = Phi.from_pretrained(TINY), load_sharded(TINY, quantized)
+    if quantized:
+        train_quantized(one, "nf4", 32)
+    one_optimizer, many_optimizer = optimizer_for(one), optimizer_for(many)
+    many.gradient_checkpointing = True
+    for step, count in enumerate((8, 7, 1, 6)):
+        examples = pairs(count)
+        whole_step(one, examples)
+        dealt_step(many, examples, micro=1 + step % 2)
+        for (name, p), q in zip(one.named_parameters(), many.parameters(), strict=True):
+            close(parallel.whole(q.grad), p.grad, msg=lambda text, name=name, step=step: f"step {step}, {name}: {text}")
+        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model in (one, many)]
+        close(parallel.whole(norms[1]), norms[0])
+        if step % 2:  # an evaluation between gradient and update leaves nothing old behind
+            dealt_table(many, examples, micro=2)
+        for optimizer in (one_optimizer, many_optimizer):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            expected = completion_logprobs(one, collate(examples)).view(-1, 2)
+        close(dealt_table(many, examples, micro=2), expected, atol=2e-5)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        close(parallel.whole(q), p)
+
+
+def check_so_are_those_of_quantization_aware_training():
+    check_gradients_norms_weights_and_tables_are_those_of_one_process(quantized=True)
+
+
+def check_bf16_compute_gives_about_the_gradients_of_one_process():
+    one, many = Phi.from_pretrained(TINY), load_sharded(TINY)
+    whole_step(one, pairs(5), low=True)
+    dealt_step(many, pairs(5), micro=1, low=True)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        assert q.grad.dtype == torch.float32
+        assert (parallel.whole(q.grad) - p.grad).norm() <= 0.02 * p.grad.norm() + 1e-3
+
+
+def check_data_parallel_gradients_are_those_of_one_process():
+    """Every rank holds the whole model, as under --lora; frozen parameters stay without a gradient."""
+    one, many = Phi.from_pretrained(TINY), Phi.from_pretrained(TINY)
+    for model in (one, many):
+        model.model.embed_tokens.weight.requires_grad_(False)
+    whole_step(one, pairs(7))
+    dealt_step(many, pairs(7), micro=2)
+    parallel.sum_gradients(many.parameters())
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        assert (q.grad is None) == (p.grad is None)
+        if p.grad is not None:
+            close(q.grad, p.grad)
+            assert len(set(parallel.gather(q.grad.double().sum().item()))) == 1  # to the bit, or the ranks drift apart
+
+
+def check_rows_can_be_filled_again_after_a_pass():
+    """A resumed DPO run measures the reference with the first weights, then goes on with those of its checkpoint."""
+    one, many, examples = Phi.from_pretrained(TINY).init_weights(7), load_sharded(TINY), pairs(5)
+    before = dealt_table(many, examples, micro=2)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        parallel.fill(q, p)
+    with torch.no_grad():
+        expected = completion_logprobs(one, collate(examples)).view(-1, 2)
+    after = dealt_table(many, examples, micro=2)
+    close(after, expected, atol=2e-5)
+    assert not torch.allclose(before, after)
+
+
+class Odd(torch.nn.Module):
+    """Neither 5 rows nor 1 divide among the ranks; some get none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 5), torch.nn.Linear(5, 1)
+
+    def squares(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh()).square().sum()
+
+
+def check_rows_that_do_not_divide():
+    torch.manual_seed(0)
+    one = Odd()
+    with torch.device("meta"):
+        many = Odd()
+    parallel.shard(many, [many.first], "squares", "cpu")
+    many.to_empty(device="cpu")
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        parallel.fill(q, p)
+        begin, end = parallel.own_rows(q)
+        assert torch.equal(parallel.own(q), p[begin:end]) and torch.equal(parallel.whole(q), p)
+        assert torch.equal(parallel.whole(p[begin:end].detach(), beside=q), p)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01, fused=True) for model in (one, many)]
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        one.squares(x).backward()
+        for part in parallel.deal(x.split(1)):
+            many.squares(part).backward()
+        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) for model in (one, many)]
+        close(parallel.whole(norms[1]), norms[0])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        close(parallel.whole(q), p)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def check_whole_weights_and_moments_reach_the_main_process_and_go_back():
+    one, many = Phi.from_pretrained(TINY), load_sharded(TINY)
+    optimizer = optimizer_for(many)
+    dealt_step(many, pairs(5), micro=2)
+    weights = parallel.gathered(many.named_parameters())
+    optimizer.step()
+    names = {p: name for name, p in many.named_parameters()}
+    moments = parallel.gathered((f"{key}.{names[p]}", x) for p in names for key, x in optimizer.state[p].items())
+    with parallel.main_first():
+        if parallel.is_main():
+            for name, p in one.named_parameters():
+                assert torch.equal(weights[name], p)
+            save_file({name: x.contiguous() for name, x in moments.items()}, FOLDER / "moments.safetensors")
+        else:
+            assert weights == moments == {}
+    with safe_open(FOLDER / "moments.safetensors", framework="pt") as stored:
+        for p, name in names.items():
+            assert optimizer.state[p]["step"].item() == stored.get_tensor(f"step.{name}").item() == 1
+            for key in ("exp_avg", "exp_avg_sq"):
+                mine = torch.zeros_like(p)
+                parallel.fill(mine, stored.get_slice(f"{key}.{name}"))
+                assert torch.equal(parallel.own(mine), parallel.own(optimizer.state[p][key]))
+
+
+def check_plain_tensors_beside_own_rows_are_gathered_and_filled_too():
+    """As an 8-bit optimizer keeps them: codes, and a scale for some of a row's codes."""
+    for name, p in load_sharded(TINY).named_parameters():
+        rows = slice(*parallel.own_rows(p))
+        codes = torch.arange(len(p) * 3).view(len(p), 3).to(torch.uint8)
+        for state in (codes, torch.arange(float(len(p)))):
+            own = state[rows].clone()
+            assert parallel.whole_shape(own, beside=p) == state.shape
+            assert torch.equal(parallel.whole(own, beside=p), state), name
+            parallel.fill(own, torch.cat((state[:1], 2 * state)), first=1, beside=p)
+            assert torch.equal(own, 2 * state[rows])
+        step = torch.tensor(7.0)
+        assert parallel.whole(step, beside=p) is step and parallel.whole_shape(step, beside=p) == ()
+
+
+# ---------------------------------------------------------------------------------------------------------- small change
+
+
+def check_texts_and_numbers_are_gathered():
+    rank, size = parallel.rank(), parallel.size()
+    assert parallel.gather({"text": "ü\n" * rank, "none": None}) == [{"text": "ü\n" * r, "none": None} for r in range(size)]
+    for count in range(2 * size + 1):
+        items = [f"{i}. 数" for i in range(count)]
+        assert parallel.collect([x + "!" for x in parallel.deal(items)]) == [x + "!" for x in items]
+        most = max(map(len, parallel.gather(parallel.deal(items))))
+        assert parallel.rounds(count, 1) == most and parallel.rounds(count, 2) == -(-most // 2)
+    assert parallel.largest(rank * 1.5) == (size - 1) * 1.5
+    x = torch.tensor([rank, 1.0])
+    assert parallel.sum_over_ranks(x).tolist() == [size * (size - 1) / 2, size] and x.tolist() == [rank, 1.0]
+
+
+def check_the_main_process_goes_first():
+    file = FOLDER / "fetched"
+    with parallel.main_first():
+        found = file.exists()
+        if not found:
+            file.write_text("once")
+    assert found == (not parallel.is_main())
+    parallel.barrier()
+    assert list(parallel.progress(range(3), disable=False, file=sys.stdout)) == [0, 1, 2]
+
+
+def check_each_process_has_its_own_device():
+    assert parallel.own_device("cpu") == "cpu"
+    try:
+        parallel.own_device("cuda:1")
+    except InputError as error:
+        assert "--device cuda" in str(error)
+    else:
+        raise AssertionError("two processes on one GPU")
+
+
+# -------------------------------------------------------------------------------------------------------------- the job
+
+
+def run_checks() -> None:
+    results = {}
+    for name, check in [(name, check) for name, check in globals().items() if name.startswith("check_")]:
+        try:
+            check()
+            failure = None
+        except InputError:
+            raise
+        except Exception:
+            failure = traceback.format_exc()
+        results[name] = {r: text for r, text in enumerate(parallel.gather(failure)) if text}
+    if parallel.is_main():
+        (FOLDER / "checks.json").write_text(json.dumps(results))
+
+
+def end(how: str) -> None:
+    model, last = load_sharded(TINY), parallel.size() - 1
+    signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's to the others; the training loop also ends its step first
+    for step in range(1, 4):
+        with parallel.watching(f"in step {step}"):
+            if step == 3 and parallel.rank() == last and how == "mistake":
+                raise InputError("a mistake that one rank alone noticed")
+            loss = -model.logprobs(collate(pairs(2))).sum()
+            if step == 3 and parallel.rank() == last and how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss.backward()
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    try:
+        with parallel.job():
+            print("This is said once.")
+            run_checks()
+            end(sys.argv[3])
+        return 0
+    except InputError as error:
+        if parallel.first_to_report():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Adapters: by hand, by identities, by gradients; then through the driver: what DPO measures from, resume, merge."""
+
+import json
+
+import pytest
+import torch
+from rows import pair_rows
+from torch import nn
+
+from checkpoint import fingerprint, read_metrics
+from data import Example, collate
+from files import InputError, read_json, write_jsonl
+from inputs import load_to_tune
+from lora import LoraLinear, add_lora, load_lora, lora_layers, merge_lora, starting_point, trained_before, unmerge_lora
+from model import Phi, completion_logprobs
+from quant import FORMATS, Int8Linear, Linear4bit, linear_layers, quantize_model
+from train import main
+
+
+def batch():
+    return collate([Example([5, 6, 7], [[8, 9], [10, 11, 12]]), Example([20, 21], [[22], [23, 24]])])
+
+
+def stir(model, seed=0):
+    """Gives every B values, as training would."""
+    draw = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.05, generator=draw)
+    return model
+
+
+def logprobs(model):
+    with torch.no_grad():
+        return completion_logprobs(model, batch())
+
+
+def test_an_adapter_by_hand():
+    base = nn.Linear(2, 2)
+    base.weight.data, base.bias.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.5, -0.5])
+    layer = LoraLinear(base, rank=1, alpha=2.0)  # s = 2
+    layer.lora_A.data, layer.lora_B.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[10.0], [20.0]])
+    # x = (3, 1): W x + b = (5.5, 12.5), A x = 2, s B A x = (40, 80)
+    assert layer(torch.tensor([3.0, 1.0])).tolist() == [45.5, 92.5]
+    assert layer.delta().tolist() == [[20.0, -20.0], [40.0, -40.0]]
+    layer.on = False
+    assert layer(torch.tensor([3.0, 1.0])).tolist() == [5.5, 12.5]
+
+
+def test_new_adapters_change_nothing_and_alone_are_trained(tiny):
+    model = Phi.from_pretrained(tiny)
+    before, size = logprobs(model), model.config.hidden_size
+    add_lora(model, rank=4, alpha=8)
+    torch.testing.assert_close(logprobs(model), before, rtol=0, atol=0)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    (layer,) = {
+        layer.base.in_features: layer for layer in lora_layers(model).values() if layer.base.in_features == size
+    }.values()
+    assert (
+        layer.lora_A.abs().max() <= size**-0.5 and layer.lora_A.std() > 0.4 * size**-0.5
+    )  # uniform: 0.577 of its half-width
+    assert sorted(n.rpartition(".")[2] for n in lora_layers(model)) == ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
+
+
+def test_targets_by_name(tiny):
+    model = add_lora(Phi.from_pretrained(tiny), 2, targets="q_proj, fc2")
+    assert sorted(n.rpartition(".")[2] for n in lora_layers(model)) == ["fc2", "q_proj"]
+    with pytest.raises(InputError, match="no layer is called 'query'.*q_proj"):
+        add_lora(Phi.from_pretrained(tiny), 2, targets="query")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_gradients_are_those_through_the_dequantized_weights(tiny, to):
+    """QLoRA: the codes of W are not touched, yet A, B and all below W have the gradients that a dense W~ would give."""
+    coded = Phi.from_pretrained(tiny, base=to)
+    dense = Phi.from_pretrained(tiny)
+    for name, layer in linear_layers(dense, ("lm_head",)):
+        layer.weight.data = coded.get_submodule(name).dense()
+    gradients = []
+    for model in (coded, dense):
+        stir(add_lora(model, 4, seed=1))
+        completion_logprobs(model, batch()).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 12
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_quantizing_on_reading_gives_the_codes_of_quantizing_afterwards(tiny):
+    read, afterwards = Phi.from_pretrained(tiny, base="nf4"), quantize_model(Phi.from_pretrained(tiny), "nf4")
+    assert fingerprint(read) == fingerprint(afterwards)
+
+
+@pytest.mark.parametrize("base", [None, "nf4", "int8"])
+def test_merging_adds_the_product_and_unmerging_restores_every_bit(tiny, base):
+    model = stir(add_lora(Phi.from_pretrained(tiny, base=base), 4, alpha=8))
+    separate, weights = logprobs(model), fingerprint(model)
+    layers = merge_lora(model)
+    assert not lora_layers(model)
+    kind = {None: nn.Linear, "nf4": Linear4bit, "int8": Int8Linear}[base]
+    assert all(isinstance(model.get_submodule(name), kind) for name in layers)
+    for name, layer in layers.items():
+        merged = model.get_submodule(name)
+        if base is None:
+            torch.testing.assert_close(merged.weight, layer.base.weight + 2 * layer.lora_B @ layer.lora_A)
+        else:  # rounded once more: no further than half of the widest step off
+            wanted = layer.base.dense() + layer.delta()
+            error = (merged.dense() - wanted).abs().max() / wanted.abs().max()
+            assert error <= (0.304 / 2 if base == "nf4" else 1 / 254) + 1e-6
+    if base is None:
+        torch.testing.assert_close(logprobs(model), separate, rtol=1e-5, atol=1e-4)
+    unmerge_lora(model, layers)
+    assert fingerprint(model) == weights
+    torch.testing.assert_close(logprobs(model), separate, rtol=0, atol=0)
+
+
+def test_the_starting_point_is_the_base_or_the_adapters_as_they_were(tiny):
+    plain = logprobs(Phi.from_pretrained(tiny))
+    model = add_lora(Phi.from_pretrained(tiny), 4)
+    start = trained_before(model)
+    stir(model)
+    with starting_point(model, start):
+        torch.testing.assert_close(logprobs(model), plain, rtol=0, atol=0)
+    tuned = logprobs(model)
+    assert (tuned - plain).abs().min() > 1e-4
+    start = trained_before(model)  # DPO on top of SFT's adapters
+    stir(model, seed=1)
+    with starting_point(model, start):
+        torch.testing.assert_close(logprobs(model), tuned, rtol=0, atol=0)
+    assert (logprobs(model) - tuned).abs().min() > 1e-4
+
+
+def test_dropout_drops_in_training_steps_only():
+    layer = LoraLinear(nn.Linear(64, 8), rank=4, alpha=4.0, dropout=0.5)
+    nn.init.ones_(layer.lora_A), nn.init.ones_(layer.lora_B)
+    x = torch.ones(1, 64)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x))
+        adapter = (layer(x) - layer.base(x))[0, 0]
+    draws = torch.stack([(layer(x) - layer.base(x))[0, 0] for _ in range(400)])
+    assert draws.std() > 0
+    torch.testing.assert_close(draws.mean(), adapter, rtol=0.05, atol=0)  # what is kept is scaled up: the mean stays
+
+
+def test_saved_and_read_again(tiny, tmp_path):
+    model = stir(add_lora(Phi.from_pretrained(tiny, base="nf4"), 4, alpha=6, targets="q_proj,fc1"))
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "base.json"]
+    again = Phi.from_pretrained(tmp_path)
+    assert fingerprint(again) == fingerprint(model) and again.origin == model.origin
+    torch.testing.assert_close(logprobs(again), logprobs(model), rtol=0, atol=0)
+
+
+def broken(directory, **changes):
+    config = read_json(directory / "adapter_config.json")
+    (directory / "adapter_config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "not plain LoRA .use_dora"),
+        ({"peft_type": "IA3"}, "not plain LoRA .IA3"),
+        ({"r": 5}, "do not fit rank 5"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, "holds adapters of /nowhere/at/all.*no such directory"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_refused(tiny, tmp_path, changes, message):
+    add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
+        Phi.from_pretrained(broken(tmp_path, **changes))
+
+
+def test_a_cut_file_and_a_foreign_layer_are_refused(tiny, tmp_path):
+    add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no such layer"):
+        load_lora(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        Phi.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- through train.py
+
+
+def dpo(out, model, name, *flags):
+    rows = out / "pairs.jsonl"
+    if not rows.exists():
+        write_jsonl(rows, pair_rows(24))
+    common = (
+        "--stage dpo --batch-size 4 --micro-batch-size 4 --epochs 1 --eval-every 2 --lr 1e-3 --samples 2 --max-length 256"
+    )
+    return main(
+        [
+            *common.split(),
+            *f"--train {rows} --max-prompt-length 128 --model {model} --out {out} --name {name}".split(),
+            *flags,
+        ]
+    )
+
+
+LORA = ("--lora", "4", "--lora-alpha", "8", "--lora-dropout", "0.1")
+
+
+def test_a_run_leaves_adapters_and_the_base_alone(tiny, tmp_path, capsys):
+    base = fingerprint(Phi.from_pretrained(tiny))
+    assert dpo(tmp_path, tiny, "run", *LORA, "--base", "nf4") == 0
+    printed = capsys.readouterr().out
+    assert f"Reference: {tiny} (the model that is tuned), computed once" in printed
+    run = tmp_path / "run"
+    assert not (run / "model.safetensors").exists() and (run / "tokenizer.json").exists()
+    model = Phi.from_pretrained(run)
+    assert all(isinstance(layer.base, Linear4bit) for layer in lora_layers(model).values())
+    assert any(layer.lora_B.any() for layer in lora_layers(model).values())
+    assert fingerprint(Phi.from_pretrained(tiny)) == base
+    first, *_, last = [row for row in read_metrics(run) if "loss" in row]
+    assert first["drift/absolute"] == 0 and last["drift/absolute"] > 0
+
+
+def test_live_and_cached_references_give_the_same_curve_on_top_of_adapters(tiny, tmp_path, capsys):
+    """The second run goes on with the first one's adapters. Its reference is the first run's model: at its first step no
+    answer has drifted, which would not be so if the reference were the base, adapters off."""
+    assert dpo(tmp_path, tiny, "sft", "--lora", "4") == 0
+    curves = {}
+    for reference in ("cached", "live"):
+        capsys.readouterr()
+        assert dpo(tmp_path, tmp_path / "sft", reference, "--lora", "4", "--reference", reference) == 0
+        assert f"Reference: {tmp_path}/sft ({tiny} with its adapters, not without them)" in capsys.readouterr().out
+        curves[reference] = [row["loss"] for row in read_metrics(tmp_path / reference) if "loss" in row]
+        assert read_metrics(tmp_path / reference)[0]["drift/absolute"] <= 1e-4
+    assert curves["live"] == pytest.approx(curves["cached"], abs=1e-5)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path):
+    """With dropout: what is dropped follows from the seed and the step."""
+    assert dpo(tmp_path, tiny, "whole", *LORA) == 0
+    assert dpo(tmp_path, tiny, "cut", *LORA) == 0
+    import shutil
+
+    saved = sorted((tmp_path / "cut" / "checkpoints").iterdir(), key=lambda p: int(p.name.removeprefix("step-")))
+    shutil.rmtree(saved[-1])
+    (tmp_path / "cut" / "results.json").unlink()
+    assert main(["--stage", "dpo", "--out", str(tmp_path), "--name", "cut", "--resume"]) == 0
+    losses = [[row["loss"] for row in read_metrics(tmp_path / n) if "loss" in row] for n in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    assert fingerprint(Phi.from_pretrained(tmp_path / "whole")) == fingerprint(Phi.from_pretrained(tmp_path / "cut"))
+
+
+def test_merging_a_run_tells_how_far_its_outputs_moved(tiny, tmp_path, capsys):
+    assert dpo(tmp_path, tiny, "run", *LORA, "--base", "nf4") == 0
+    assert main(["--stage", "merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert "KL" in capsys.readouterr().out
+    merged = Phi.from_pretrained(tmp_path / "run-merged")
+    assert not lora_layers(merged) and isinstance(merged.model.layers[0].mlp.fc1, Linear4bit)
+    assert 0 < read_json(tmp_path / "run-merged" / "results.json")["change"]["kl"] < 0.1
+    assert main(["--stage", "merge", "--model", str(tmp_path / "run-merged"), "--out", str(tmp_path), "--name", "x"]) == 2
+    assert "holds no adapters" in capsys.readouterr().err
+
+
+def test_flags_that_would_do_nothing_and_adapters_that_differ(tiny, tmp_path, capsys):
+    add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path / "adapters")
+    (tmp_path / "adapters" / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    for flags, message in [
+        (("--base", "nf4"), "--base is for adapters; add --lora"),
+        (("--lora", "4", "--base", "bf16"), "--base bf16 needs --dtype bf16"),
+        (("--lora", "0"), "--lora 0: must be positive"),
+        (("--lora", "4", "--lora-targets", "query"), "no layer is called 'query'"),
+    ]:
+        assert dpo(tmp_path, tiny, "bad", *flags, "--overwrite") == 2
+        assert message in capsys.readouterr().err
+    assert dpo(tmp_path, tmp_path / "adapters", "bad", "--lora", "8", "--overwrite") == 2
+    assert "adapters with --lora 4" in capsys.readouterr().err
+    assert main(["--stage", "quantize", "--to", "nf4", "--model", str(tmp_path / "adapters"), "--out", str(tmp_path)]) == 2
+    assert "--stage merge --model" in capsys.readouterr().err
+
+
+def test_without_lora_adapters_are_merged_and_everything_is_tuned(tiny, tmp_path, capsys):
+    stir(add_lora(Phi.from_pretrained(tiny), 4)).save_pretrained(tmp_path / "adapters")
+    assert dpo(tmp_path, tmp_path / "adapters", "full") == 0
+    assert "holds adapters: merged" in capsys.readouterr().out
+    assert (tmp_path / "full" / "model.safetensors").exists() and not (tmp_path / "full" / "adapter_config.json").exists()
+
+
+def test_a_quantized_model_is_tuned_through_adapters(tiny, tmp_path, capsys):
+    assert main(["--stage", "quantize", "--to", "nf4", "--model", str(tiny), "--out", str(tmp_path), "--name", "q"]) == 0
+    assert dpo(tmp_path, tmp_path / "q", "run") == 2
+    assert "add --lora 16" in capsys.readouterr().err
+    assert dpo(tmp_path, tmp_path / "q", "run", "--lora", "4", "--overwrite") == 0
+    assert load_to_tune(tmp_path / "run", _config(tmp_path / "run")).origin[0] == str((tmp_path / "q").resolve())
+
+
+def _config(run):
+    from inputs import run_config
+
+    return run_config(run)
