@@ -2,18 +2,31 @@
 checked before anything is done. An option that would do nothing is an error, and so is what makes no sense together.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 
-from config import METRICS, PRECISIONS, RECIPES, RUNS, TRAINING, Config, default_name
+from config import METRICS, PRECISIONS, PRESETS, RECIPES, RUNS, TRAINING, Config, default_name
 from dpo import check_loss
 from files import InputError
 from quant import FORMATS
 
 
+def with_preset(config: Config, given: set[str]) -> Config:
+    """The config with its preset's values for the flags that were not given. (In a sweep "report" is a plan, not values.)"""
+    if config.preset is None or config.stage not in TRAINING:
+        return config
+    values = {name: value for name, value in PRESETS[config.preset].items() if name not in given}
+    if config.preset == "report" and config.stage != "dpo":
+        raise InputError(f"--preset report is for --stage dpo and sweep; leave it out of --stage {config.stage}")
+    if config.stage == "qat" and "lora" in values:
+        raise InputError(f"--preset {config.preset} trains adapters, --stage qat all weights; leave it out, or take 80gb")
+    return replace(config, **values)
+
+
 def resolve(config: Config, given: set[str]) -> Config:
     """Fills every unset field and checks every value; InputError says what is wrong and what to type."""
+    config = with_preset(config, given)
     stage, demo = config.stage, config.model == "demo"
     objective = {"mcq": "sft", "qat": config.objective or "sft", "sweep": "dpo"}.get(stage, stage)
     if config.other_models and stage != "eval":
@@ -71,6 +84,8 @@ def _training_values(config: Config, given: set[str], objective: str) -> dict:
         raise InputError("--eval-share does nothing beside --eval; leave one of them out")
     kind = "demo" if demo else "phi"
     recipe = RECIPES[kind, objective] | (RECIPES[kind, "qat"] if config.stage == "qat" and objective == "sft" else {})
+    if config.lora and objective == "dpo":
+        recipe = recipe | RECIPES.get((kind, "lora"), {})
     if config.loss is not None and config.eps is None:
         recipe = recipe | {"eps": None}  # the recipe's eps belongs to the recipe's loss
     values = {name: recipe[name] for name in recipe if getattr(config, name) is None}
@@ -143,6 +158,8 @@ def _check_eval(config: Config, given: set[str]) -> None:
 def _check_sweep(config: Config) -> None:
     if config.resume or config.dry_run and config.preset:
         raise InputError("a sweep needs no --resume: the same command goes on; --preset has no --dry-run")
+    if config.preset not in (None, "report"):
+        raise InputError(f"--preset {config.preset} is for the training stages; a sweep has --preset report")
     if bool(config.grid) == bool(config.preset):
         raise InputError("--stage sweep takes either --grid FLAG=VALUES (such as --grid beta=0.1,0.3) or --preset report")
     if config.preset and config.loss not in (None, "robust"):
@@ -228,5 +245,7 @@ def _check_training(config: Config) -> None:
     if config.flip_rate is not None and not 0 <= config.flip_rate < 0.5:
         raise InputError(f"--flip-rate {config.flip_rate}: must lie in [0, 0.5)")
     _check_lora(config)
+    if config.offload_optimizer and not config.device.startswith("cuda"):
+        raise InputError("--offload-optimizer moves AdamW's moments from the GPU to the CPU, where they are; leave it out")
     if config.objective == "dpo":
         check_loss(config.loss, config.beta, config.eps)

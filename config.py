@@ -16,7 +16,37 @@ from quant import FORMATS
 TRAINING = ("sft", "dpo", "mcq", "qat")
 RUNS = ("data", *TRAINING, "quantize", "merge", "eval", "sweep")  # stages that leave a directory behind
 STAGES = (*RUNS, "chat")
-PRESETS = ("report", "8gb", "24gb", "80gb")
+# Values of flags that are not given. `report` is what the report's authors ran, from their code; the others fit Phi-2, with
+# rows as long as --max-length allows, on a GPU of that size by the estimate of memory.py (tests/test_memory.py).
+LORA = dict(lora=16, lora_alpha=16.0, lora_targets="all-linear")
+PRESETS = {
+    "report": LORA
+    | dict(
+        model="rhysjones/phi-2-orange-v2",
+        system_prompt="You are a helpful EPFL chatbot.",
+        lora_dropout=0.1,
+        dtype="fp32",
+        loss="robust",
+        beta=0.3,
+        eps=0.1,
+        lr=1e-5,
+        schedule="cosine",
+        warmup_steps=5,
+        clip=1.0,
+        epochs=3,
+        batch_size=32,
+        micro_batch_size=1,
+        gradient_checkpointing=True,
+        max_length=2048,
+        max_prompt_length=1024,
+        eval_every=500,
+    ),
+    "8gb": LORA | dict(base="nf4", dtype="bf16", gradient_checkpointing=True, micro_batch_size=4, max_length=1024),
+    "24gb": LORA | dict(base="bf16", dtype="bf16", gradient_checkpointing=True, micro_batch_size=8, max_length=2048),
+    "80gb": dict(dtype="bf16", gradient_checkpointing=True, micro_batch_size=8, max_length=2048),
+}
+for name in ("8gb", "24gb", "80gb"):
+    PRESETS[name]["max_prompt_length"] = PRESETS[name]["max_length"] // 2
 OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
 PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card
 # What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
@@ -80,7 +110,7 @@ class Config:
         "report: what the report's authors ran (sweep: the report's tables, figure and claims); 8gb, 24gb, 80gb: settings "
         "that fit on a GPU of that size. Flags that are given win over the preset",
         (*TRAINING, "sweep"),
-        PRESETS,
+        tuple(PRESETS),
     )
 
     prompt: str | None = flag(None, "answer this once and exit (- reads it from standard input)", ("chat",))
@@ -247,16 +277,13 @@ RECIPES = {
         eval_every=50,
         samples=1000,
     ),
+    ("demo", "lora"): dict(lr=2e-3),  # on top of ("demo", "dpo"): adapters start from 0 and want longer steps
     ("demo", "qat"): dict(demo_rows=4_000, eval_share=0.2, epochs=2, lr=5e-4, eval_every=200),  # on top of ("demo", "sft")
     ("phi", "qat"): {},
     ("phi", "sft"): PHI | dict(warmup_steps=20, epochs=1, eval_every=200, samples=3),
     ("phi", "dpo"): PHI | dict(loss="robust", beta=0.3, eps=0.1, warmup_steps=5, epochs=3, eval_every=500, samples=16),
 }
-PHI2_COMMAND = (
-    "python train.py --stage dpo --model rhysjones/phi-2-orange-v2 --train pairs.jsonl "
-    '--system-prompt "You are a helpful EPFL chatbot." --loss robust --beta 0.3 --eps 0.1 --lr 1e-5 '
-    "--epochs 3 --batch-size 32 --micro-batch-size 1 --gradient-checkpointing"
-)
+PHI2_COMMAND = "python train.py --stage dpo --preset report --train pairs.jsonl"
 
 
 def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
@@ -306,7 +333,9 @@ def default_name(config: Config) -> str:
         return f"{model}-{config.to}" + ("-double" if config.double else "")
     if config.stage == "sweep" and config.preset:
         return f"{model}-{config.preset}"
-    return f"{model}-{config.stage}" + (f"-{config.to}" if config.to else "")
+    base = config.base if config.base in FORMATS else None
+    parts = [model, config.stage, config.to, "lora" if config.lora else None, base]
+    return "-".join(part for part in parts if part)
 
 
 def resume_command(config: Config) -> str:

@@ -15,6 +15,7 @@ Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, V v
 
 import functools
 import math
+import platform
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -253,14 +254,23 @@ class KVCache:
         return keys[:, :, : self.used], values[:, :, : self.used]
 
 
+@functools.cache
+def _on_intel() -> bool:
+    """Whether this is an Intel CPU, on which MKL's product of a matrix and one or two rows reads at the memory's speed."""
+    info = Path("/proc/cpuinfo")
+    return "Intel" in (info.read_text() if info.exists() else platform.processor())
+
+
 class Linear(nn.Linear):
     """y = x W^T + b. For the few rows of a decoding step on the CPU, W is cut into slices of about 512 KB that run as one
     batched product: MKL's own product of a large matrix and a few rows leaves most of the memory bandwidth unused."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
         weight, rows = self.weight, x.numel() // x.shape[-1]
+        if rows > 16 or x.is_cuda or weight.dtype != torch.float32 or torch.is_grad_enabled() or (rows <= 2 and _on_intel()):
+            return super().forward(x)
         slices = math.gcd(len(weight), 2 ** int(math.log2(max(1, weight.numel() // 2**17))))
-        if slices == 1 or rows > 16 or x.is_cuda or weight.dtype != torch.float32 or torch.is_grad_enabled():
+        if slices == 1:
             return super().forward(x)
         columns = x.reshape(rows, -1).T.expand(slices, -1, -1)  # [slices, I, rows]
         y = torch.baddbmm(self.bias.view(slices, -1, 1), weight.view(slices, -1, weight.shape[1]), columns)
@@ -630,7 +640,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """Next token ids [B] of logits [B, V]: greedy at temperature 0, else from softmax(logits / temperature) restricted to
     the smallest set of likeliest tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020)."""
     if temperature < 1e-6:  # 0, or so near to it that logits / temperature may overflow
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices  # argmax, which takes three times as long on the CPU
     p = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
         sorted_p, order = p.sort(dim=-1, descending=True)

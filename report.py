@@ -3,7 +3,6 @@
 Plain text and one picture; every number comes from eval.py or metrics.jsonl.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,14 +11,16 @@ from pathlib import Path
 
 import torch
 
+import fits
+import memory
 from checkpoint import read_metrics
 from config import PHI2_COMMAND, Config
-from data import ChatML, Example, collate, epoch_order
+from data import ChatML, Example, epoch_order
 from display import picture
 from files import read_json
 from inputs import Inputs, add_adapters, load_to_tune
 from lora import lora_layers
-from model import Phi, PhiConfig, read_config
+from model import Phi
 
 # ------------------------------------------------------------------------------------------------------ before training
 
@@ -63,47 +64,6 @@ def coloured(example: Example, chat: ChatML, colour: bool) -> str:
     return "\n".join(lines)
 
 
-def memory_estimate(
-    phi: PhiConfig, parameters: int, batch_shape: tuple[int, int], predicted: int, config: Config
-) -> dict[str, int]:
-    """Bytes of a training step, by what holds them. An estimate: allocator overhead is not in it.
-
-    Weights, gradients and AdamW's two moments are 4 fp32 copies of the parameters. A block keeps about 16 D values of every
-    token for the backward pass (LayerNorm's input and output 2, q k v and their rotated copies 5, attention's output and
-    its projection 2, the MLP's hidden layer before and after GELU 8 at intermediate_size = 4 D, less what is shared); with
-    gradient checkpointing only its input, 1 D. The logits live a chunk at a time.
-    """
-    from model import LOGIT_CHUNK
-
-    rows, width = batch_shape
-    value = 2 if config.dtype == "bf16" else 4
-    per_token = phi.hidden_size * 9 + 2 * phi.intermediate_size
-    blocks = phi.num_hidden_layers
-    kept = (
-        rows
-        * width
-        * value
-        * (blocks * phi.hidden_size + per_token if config.gradient_checkpointing else blocks * per_token)
-    )
-    logits = 2 * 4 * min(LOGIT_CHUNK, predicted * phi.vocab_size)
-    reference = 4 * parameters if config.reference == "live" and config.objective == "dpo" else 0
-    return {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "AdamW moments": 8 * parameters,
-        "activations": kept,
-        "logits": logits,
-        "live reference": reference,
-    }
-
-
-def available_memory(device: str) -> int:
-    """Bytes free on the device."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def dry_run(config: Config, inputs: Inputs, objective: Callable, step_gradients: Callable) -> None:
     """Prints what a run would do: config, ledger, two examples, batch shapes, memory, steps and time. Trains nothing."""
     print("Configuration")
@@ -115,31 +75,28 @@ def dry_run(config: Config, inputs: Inputs, objective: Callable, step_gradients:
 
     batches = epoch_order(inputs.train, config.batch_size, config.seed, epoch=0)
     steps = config.max_steps or config.epochs * len(batches)
-    micro = (sorted((inputs.train[i] for i in part), key=len)[-config.micro_batch_size :] for part in batches)
-    largest = collate(max(micro, key=lambda part: len(part) * len(part[-1])))
-    rows, width = largest.tokens.shape
+    largest = memory.largest_load(inputs.train, config)
     print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all")
-    print(f"  {config.batch_size} examples a step, in micro-batches of {config.micro_batch_size}")
-    print(f"  largest micro-batch: {rows} rows x {width} tokens, {len(largest.target):,} predicted")
-    if show_memory(config, inputs, (rows, width), len(largest.target)):
+    cut = f"rows of {config.pack} tokens" if config.pack else f"micro-batches of {config.micro_batch_size}"
+    print(f"  {config.batch_size} examples a step, in {cut}")
+    print(f"  largest micro-batch: {largest.rows} rows x {largest.width} tokens, {largest.predicted:,} predicted")
+    if show_memory(config, inputs):
         show_time(config, inputs, [inputs.train[i] for i in batches[0]], steps, objective, step_gradients)
     print("Nothing was trained.")
 
 
-def show_memory(config: Config, inputs: Inputs, shape: tuple[int, int], predicted: int) -> bool:
-    """Prints the memory estimate against what is free; returns whether it fits."""
-    phi = read_config(inputs.parent)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Phi(phi).parameters())
-    parts = memory_estimate(phi, parameters, shape, predicted, config)
-    need, have = sum(parts.values()), available_memory(config.device)
-    print(f"\nMemory ({parameters:,} parameters)")
-    for name, size in parts.items():
-        print(f"  {name:24} {size / 2**20:10,.1f} MiB")
-    print(f"  {'sum':24} {need / 2**20:10,.1f} MiB of {have / 2**20:,.0f} MiB free on {config.device}")
-    if need > have:
-        print("  It will not fit. --gradient-checkpointing and a smaller --micro-batch-size or --max-length need less.")
-    return need <= have
+def show_memory(config: Config, inputs: Inputs) -> bool:
+    """Prints what a training step needs against what is free; returns whether it fits."""
+    phi, need = fits.run_need(inputs.parent, config, inputs.train)
+    print(f"\nMemory ({memory.parameters(phi):,} parameters), at the moment when a step needs most")
+    for name, size in need.parts.items():
+        print(f"  {name:24} {size / 1e6:10,.1f} MB")
+    print(f"  {'sum':24} {need.total / 1e6:10,.1f} MB, {need.free / 1e6:,.0f} MB are free on {config.device}")
+    if need.offloaded:
+        print(f"  {'offloaded':24} {need.offloaded / 1e6:10,.1f} MB, {need.host_free / 1e6:,.0f} MB are free on the CPU")
+    if not need.fits():
+        print(f"It will not fit. {fits.way_out(inputs.parent, config, inputs.train, need)}")
+    return need.fits()
 
 
 def show_time(
@@ -210,6 +167,9 @@ def summary(config: Config, run: Path, inputs: Inputs, results: dict) -> str:
         if "answer" in example.extra:
             lines.append(f"  right:  {example.extra['answer']}")
     weights = "adapter_model.safetensors" if config.lora else "model.safetensors"
+    measured, estimated = (results["memory"][which] for which in ("measured", "estimated"))
+    if measured:
+        lines += ["", f"Peak memory of training: {measured / 1e9:.2f} GB measured, {estimated / 1e9:.2f} GB estimated"]
     lines += ["", f"Model, metrics and figure: {run}/ ({weights}, metrics.jsonl, figures/training.png)"]
     if config.model == "demo" and config.stage == "dpo":
         lines.append(f"The same on Phi-2:\n  {PHI2_COMMAND}")

@@ -35,13 +35,14 @@ from torch import Tensor
 
 import card
 import chat
+import fits
 import parallel
 import ranking
 import report
 import sweep
 from build import build_data, open_teacher
 from checkpoint import open_run, publish, save_model
-from checks import resolve
+from checks import resolve, with_preset
 from config import TRAINING, Config, default_name, parse, resume_command
 from convert import quantize_checkpoint
 from data import Example, Ledger
@@ -78,6 +79,7 @@ def settle(config: Config, given: set[str]) -> Config:
     """The settings of a run: the flags and, for the rest, the recipe; with --resume those that the run was started with."""
     if not config.resume:
         return resolve(config, given)
+    config = with_preset(config, given)
     if config.overwrite or config.dry_run:
         raise InputError("--resume continues a run: it goes with neither --overwrite nor --dry-run")
     run = Path(config.out) / (config.name or default_name(config))
@@ -151,11 +153,13 @@ def run_stage(config: Config) -> int:
         write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
     print(report.describe_inputs(inputs))
 
+    need, peak = fits.check_fits(inputs.parent, config, inputs.train), fits.watch_peak(config.device)
     model = load_to_tune(inputs.parent, config)
     if config.objective == "dpo":
         print(report.describe_reference(config, inputs.parent, model))
     tables = reference_tables(config, model, inputs) if config.objective == "dpo" else (None, None)
     stopped, state = train(config, run, model, inputs, tables, start)
+    used_most = peak()
     if stopped:
         print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {resume_command(config)}")
         return 128 + stopped
@@ -170,7 +174,8 @@ def run_stage(config: Config) -> int:
         round_published(config, run)
         measured["rounded"] = measure(config, inputs.parent, inputs, tables[1], rounded=True)
     measured["after"] = measure(config, run, inputs, tables[1])
-    results = {**measured, **state, "parent": str(inputs.parent)}
+    used = {"estimated": need.total, "measured": used_most}
+    results = {**measured, **state, "parent": str(inputs.parent), "memory": used}
     if parallel.is_main():
         report.training_figure(run, config)
         write_json(run / "results.json", results)

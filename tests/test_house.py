@@ -8,13 +8,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # a file imports only from floors below its own
     ["files", "intervals", "kernels", "levels"],
-    ["data", "demo", "display", "parallel", "quant", "teacher", "weights"],
-    ["bertscore", "coded", "judge", "lora", "preferences", "sources"],
+    ["data", "demo", "display", "parallel", "quant", "teacher", "timing", "weights"],
+    ["bench_peers", "bertscore", "coded", "judge", "lora", "preferences", "sources"],
     ["model"],
-    ["sft", "dpo", "checkpoint", "convert", "passes", "chat"],
-    ["choices", "config", "mixture"],
-    ["checks", "inputs", "optimizer", "texts"],
-    ["report", "card", "build", "loop", "scores", "sweep"],
+    ["sft", "dpo", "checkpoint", "convert", "passes", "chat", "flops", "bench_formats"],
+    ["bench_training", "choices", "config", "mixture"],
+    ["bench_inference", "bench_scaling", "checks", "inputs", "optimizer", "texts"],
+    ["memory"],
+    ["fits"],
+    ["report", "card", "build", "loop", "scores", "sweep", "bench_gpu"],
     ["eval", "ranking"],
     ["claims"],
     ["replicate"],
@@ -53,7 +55,7 @@ def test_imports_point_only_down_the_floors(path):
 
 
 def test_peers_are_imported_only_under_tests_parity_and_in_bench():
-    allowed = {ROOT / "bench.py", *ROOT.glob("tests/parity/**/*.py")}
+    allowed = {*ROOT.glob("bench*.py"), *ROOT.glob("tests/parity/**/*.py")}
     files = {*TOP_FILES, *ROOT.glob("tests/**/*.py")} - allowed
     assert {path.name: roots(path) & PEERS for path in files if roots(path) & PEERS} == {}
 

@@ -15,7 +15,10 @@ from files import read_json, write_jsonl
 from train import main
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--batch-size 6 --micro-batch-size 2 --epochs 3 --eval-every 2 --lr 1e-3 --samples 3 --max-length 256 --max-prompt-length 128"
+FLAGS = (
+    "--batch-size 6 --micro-batch-size 2 --epochs 3 --eval-every 2 --lr 1e-3 --samples 3 --max-length 256 "
+    "--max-prompt-length 128"
+)
 
 
 @pytest.fixture(scope="module")
