@@ -17,6 +17,8 @@ def with_preset(config: Config, given: set[str]) -> Config:
     if config.preset is None or config.stage not in TRAINING:
         return config
     values = {name: value for name, value in PRESETS[config.preset].items() if name not in given}
+    if "loss" in given:
+        values.pop("eps", None)  # the preset's eps belongs to the preset's loss
     if config.preset == "report" and config.stage != "dpo":
         raise InputError(f"--preset report is for --stage dpo and sweep; leave it out of --stage {config.stage}")
     if config.stage == "qat" and "lora" in values:

@@ -39,9 +39,11 @@ def process_bytes(device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a process could still have. On the CPU files that the system merely caches make room (MemAvailable)."""
+    """Memory that a process could still have. On CUDA that is also what its allocator keeps of earlier runs without using it;
+    on the CPU files that the system merely caches make room (MemAvailable)."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
@@ -149,7 +151,10 @@ def check_fits(directory: Path, config: Config, examples: Sequence[Example]) -> 
     fit, with a tenth to spare."""
     _, has = run_need(directory, config, examples)
     if parallel.largest(not has.fits()):
-        raise InputError(f"{describe(has, config.device)}.\n{way_out(directory, config, examples, has)}")
+        instead = "A resumed run keeps its settings, so it goes on only where more memory is free."
+        if not config.resume:
+            instead = way_out(directory, config, examples, has)
+        raise InputError(f"{describe(has, config.device)}.\n{instead}")
     if not config.device.startswith("cuda") and has.total > LARGE:
         give_back_at_once()
     return has
@@ -188,6 +193,7 @@ def way_out(directory: Path, config: Config, examples: Sequence[Example], has: N
         if would.fits(ROOM):
             left = len(shortened(examples, changed))
             fewer = f"; {left:,} of {len(examples):,} examples are that short" if "max_length" in change else ""
-            return f"It would fit, with {would.total / 1e9:.1f} GB, if you add\n  {as_flags(change)}{fewer}"
+            again = {} if config.dry_run or config.overwrite else {"overwrite": True}  # its directory has been made
+            return f"It would fit, with {would.total / 1e9:.1f} GB, if you add\n  {as_flags(change | again)}{fewer}"
         least = min(least, would.total)
     return f"No flag makes it fit: the least is {least / 1e9:.1f} GB, with adapters, 4 bits, and short examples."

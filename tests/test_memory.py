@@ -100,6 +100,8 @@ def test_a_preset_fills_what_is_not_given():
     assert (config.model, config.lora, config.eps) == ("rhysjones/phi-2-orange-v2", 8, 0.2)
     assert (config.beta, config.lora_alpha, config.lora_dropout, config.lr) == (0.3, 16, 0.1, 1e-5)
     assert config.system_prompt == "You are a helpful EPFL chatbot." and config.dtype == "fp32"
+    other = Config(preset="report", train="x.jsonl", device="cpu", loss="sigmoid")
+    assert resolve(other, {"preset", "train", "device", "loss"}).eps is None
     for flags, message in [
         (dict(preset="report", stage="sft"), "--preset report is for --stage dpo"),
         (dict(preset="8gb", stage="qat", to="nf4"), "--preset 8gb trains adapters"),
@@ -198,6 +200,8 @@ def test_a_run_that_cannot_fit_says_what_would(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"\n  --micro-batch-size 1") as told:  # mild ones are enough
         check_fits(directory, replace(config, micro_batch_size=8), examples)
     assert "--lora" not in str(told.value)
+    with pytest.raises(InputError, match="A resumed run keeps its settings"):
+        check_fits(directory, replace(config, micro_batch_size=8, resume=True), examples)
 
 
 def test_it_is_said_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capsys):
@@ -207,7 +211,10 @@ def test_it_is_said_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(fits, "free_bytes", lambda device: 16 * 10**9)
     flags = ["--stage", "dpo", "--model", str(directory), "--train", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path)]
     assert main(flags) == 2
-    assert "It would fit" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "It would fit" in error
+    assert main([*flags, *error.splitlines()[-1].split(";")[0].split()]) == 2  # as told, it comes as far as the weights
+    assert "model.safetensors" in capsys.readouterr().err
 
 
 def test_a_run_tells_its_estimate_and_its_peak(tiny, tmp_path, capsys):

@@ -384,7 +384,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tiny, pairs, tmp_path, ca
         "[<|im_end|>]",
         "supervised",
         "predicted",
-        "MiB free",
+        "MB are free",
         "steps",
         "Nothing was trained",
     ):
