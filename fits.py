@@ -39,8 +39,8 @@ def process_bytes(device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a process could still have. On CUDA that is also what its allocator keeps of earlier runs without using it;
-    on the CPU files that the system merely caches make room (MemAvailable)."""
+    """Memory that a process could still have. On CUDA what its allocator keeps of earlier runs is free for the next one; on
+    the CPU files that the system merely caches make room (MemAvailable)."""
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

@@ -135,7 +135,7 @@ def table(rows: list[dict]) -> str:
         ratio = "-" if r["ratio"] is None else f"{r['ratio']:.2f}"
         met = {True: ", met", False: ", missed", None: ""}[r["met"]]
         lines.append(f"| {r['case']} | {r['unit']} | {ours} | {peer} | {ratio} | {r['target'] or '-'}{met} |")
-    notes = [f"- {r['case']}: {r['note']}" for r in rows if r["note"]]
+    notes = list(dict.fromkeys(f"- {r['case'].strip()}: {r['note']}" for r in rows if r["note"]))
     return "\n".join(lines + ([""] + notes if notes else []))
 
 
