@@ -19,7 +19,7 @@ STAGES = (*RUNS, "chat")
 # Values of flags that are not given. `report` is what the report's authors ran, from their code; the others fit Phi-2, with
 # rows as long as --max-length allows, on a GPU of that size by the estimate of memory.py (tests/test_memory.py).
 LORA = dict(lora=16, lora_alpha=16.0)  # on all linear layers
-SMALL = dict(dtype="bf16", gradient_checkpointing=True)
+LEAN = dict(dtype="bf16", gradient_checkpointing=True)
 PRESETS = {
     "report": LORA
     | dict(
@@ -42,9 +42,9 @@ PRESETS = {
         max_prompt_length=1024,
         eval_every=500,
     ),
-    "8gb": LORA | dict(base="nf4", max_length=1024, max_prompt_length=512, micro_batch_size=4) | SMALL,
-    "24gb": LORA | dict(base="bf16", max_length=2048, max_prompt_length=1024, micro_batch_size=8) | SMALL,
-    "80gb": dict(max_length=2048, max_prompt_length=1024, micro_batch_size=8) | SMALL,
+    "8gb": LORA | dict(base="nf4", max_length=1024, max_prompt_length=512, micro_batch_size=4) | LEAN,
+    "24gb": LORA | dict(base="bf16", max_length=2048, max_prompt_length=1024, micro_batch_size=8) | LEAN,
+    "80gb": dict(max_length=2048, max_prompt_length=1024, micro_batch_size=8) | LEAN,
 }
 OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
 PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card

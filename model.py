@@ -1,4 +1,4 @@
-"""Phi-2 in plain PyTorch: network, weights in and out, log-probabilities, generation.
+"""Phi-2 in plain PyTorch: network, weights in and out (adapters of lora.py too), log-probabilities, generation.
 
 Phi-2 (Microsoft 2023) is a decoder-only transformer whose block computes attention and MLP *in parallel* from one
 LayerNorm, x <- x + Attention(LN(x)) + MLP(LN(x)); rotary positions turn only the first part of each head (32 of 80
