@@ -399,7 +399,7 @@ class Int8Linear(FrozenLinear):
             return llm_int8(x, self.weight, self.SCB, self.threshold)
         rows = x.reshape(-1, self.in_features)  # [N, I]
         if self.kernel == "triton":
-            from kernels import int8_product
+            from quant_kernels import int8_product
 
             y = int8_product(rows, self.weight, self.SCB)
         elif self.kernel == "compiled" and len(rows) == 1:
@@ -438,7 +438,7 @@ class Linear4bit(FrozenLinear):
         table, absmax, width = levels(q.code, x.device), scales(q), bits(q.code)
         in_rows = self.in_features % q.block == 0  # no block reaches from one row of W into the next
         if self.kernel == "triton" and width == 4 and q.block % 2 == 0 and self.in_features % 2 == 0:
-            from kernels import blockwise_product
+            from quant_kernels import blockwise_product
 
             y = blockwise_product(rows, q.packed, table, absmax, q.low, q.block)
         elif self.kernel == "compiled" and len(rows) == 1 and width == 4 and in_rows and q.block % 2 == 0 and q.low is None:
@@ -505,7 +505,7 @@ def use_kernels(model: nn.Module, device: str, compiled: bool) -> str | None:
     kernel, missing = "eager", None
     if str(device).startswith("cuda"):
         try:
-            import kernels  # noqa: F401
+            import quant_kernels  # noqa: F401
 
             kernel = "triton"
         except ImportError as error:

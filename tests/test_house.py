@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # a file imports only from floors below its own
-    ["files", "intervals", "kernels", "levels"],
+    ["files", "intervals", "levels", "quant_kernels"],
     ["data", "demo", "display", "parallel", "quant", "teacher", "timing", "weights"],
     ["bench_peers", "bertscore", "coded", "judge", "lora", "preferences", "sources"],
     ["model"],

@@ -442,7 +442,7 @@ def test_without_a_compiler_the_eager_path_runs_and_one_line_says_so(tmp_path):
 
 
 def test_without_triton_the_eager_path_runs_and_one_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kernels", None)  # what an import of a missing module finds
+    monkeypatch.setitem(sys.modules, "quant_kernels", None)  # what an import of a missing module finds
     _, quantized = layer("nf4")
     assert use_kernels(quantized, "cuda", compiled=False).startswith("Triton is missing")
     assert quantized.kernel == "eager"

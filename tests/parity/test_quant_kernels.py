@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+import quant_kernels
 from levels import levels
 from quant import dequantize, dequantize_int8, quantize_4bit, quantize_int8, quantize_layer, scales, use_kernels
 
@@ -22,7 +22,7 @@ def error(y, expected):
 
 
 def product(q, x):
-    return kernels.blockwise_product(x, q.packed, levels(q.code, x.device), scales(q), q.low, q.block)
+    return quant_kernels.blockwise_product(x, q.packed, levels(q.code, x.device), scales(q), q.low, q.block)
 
 
 @pytest.mark.parametrize("code", ["nf4", "fp4", "int4", "int4-asym"])
@@ -44,7 +44,7 @@ def test_products_in_the_dtype_of_their_input(rows, dtype):
     q, (codes, scale) = quantize_4bit(w), quantize_int8(w)
     for y, rounded in (
         (product(q, x), dequantize(q)),
-        (kernels.int8_product(x, codes, scale), dequantize_int8(codes, scale)),
+        (quant_kernels.int8_product(x, codes, scale), dequantize_int8(codes, scale)),
     ):
         assert y.dtype == dtype and error(y, x.float() @ rounded.T) < TOLERANCE[dtype]
 
@@ -54,7 +54,7 @@ def test_products_in_the_dtype_of_their_input(rows, dtype):
 def test_int8_products(rows, shape):
     codes, scale = quantize_int8(normal(*shape))
     x = normal(rows, shape[1], seed=1)
-    assert error(kernels.int8_product(x, codes, scale), x @ dequantize_int8(codes, scale).T) < 1e-6
+    assert error(quant_kernels.int8_product(x, codes, scale), x @ dequantize_int8(codes, scale).T) < 1e-6
 
 
 @pytest.mark.parametrize("to", ["nf4", "int4-asym", "int8", "nf3"])
