@@ -16,7 +16,7 @@ from config import Config
 from data import LETTERS, load_tokenizer
 from files import InputError, read_json, whole_directory, write_json
 from sources import Item, read_source
-from teacher import Journal, Teacher, ask_all, ask_in_batch, estimate
+from teacher import Journal, Teacher, ask_all, estimate
 from weights import resolve
 
 
@@ -80,19 +80,14 @@ def check_output(run: Path, config: Config) -> None:
 def asked(config: Config, items: list[Item]) -> bool:
     """Lets the teacher, if there is one, fill in what the items lack; in a dry run says what that would take: False."""
     teacher, journal = open_teacher(config)
-    share = 0.5 if config.batch else 1.0
     if config.dry_run:
         wanted = mixture.requests(items, config.seed)
         without = f"{len(wanted):,} answers are missing; --teacher MODEL asks"
-        print(estimate(wanted, journal, teacher, share) if teacher else without)
+        print(estimate(wanted, journal, teacher) if teacher else without)
         return False
     if teacher:
-
-        def ask(requests, label):
-            return ask_in_batch(requests, journal, teacher) if config.batch else ask_all(requests, journal, teacher, label)
-
-        mixture.teach(items, ask, config.seed)
-        spent = share * teacher.cost(journal.tokens)
+        mixture.teach(items, lambda requests, label: ask_all(requests, journal, teacher, label), config.seed)
+        spent = teacher.cost(journal.tokens)
         print(f"teacher {teacher.model}: {journal.tokens[0]:,} tokens in and {journal.tokens[1]:,} out so far, {spent:.2f}")
     return True
 

@@ -187,8 +187,8 @@ def _check_data(config: Config) -> None:
         raise InputError(f"--eval-share {config.eval_share}: must lie between 0 and 1")
     if config.concurrency < 1:
         raise InputError(f"--concurrency {config.concurrency}: must be positive")
-    if not config.teacher and (config.batch or config.price or config.budget is not None):
-        raise InputError("--batch, --price and --budget are for a teacher; add --teacher MODEL or leave them out")
+    if not config.teacher and (config.price or config.budget is not None):
+        raise InputError("--price and --budget are for a teacher; add --teacher MODEL or leave them out")
 
 
 def _check_positive(config: Config, names: list[str]) -> None:

@@ -134,7 +134,6 @@ class Config:
         None, "model that writes missing answers, or judges two (OPENAI_API_KEY, OPENAI_BASE_URL)", ("data", "eval")
     )
     concurrency: int = flag(8, "calls to the teacher at a time", ("data", "eval"))
-    batch: bool = flag(False, "ask through the Batch API: half the price, within a day", ("data",))
     price: str | None = flag(None, "of a million tokens in and out, such as 0.5,1.5", ("data", "eval"))
     budget: float | None = flag(
         None, "stop before the teacher has cost more than this, in the price's currency", ("data", "eval")

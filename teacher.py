@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import InputError, read_json, write_json
+from files import InputError
 
 ATTEMPTS = 8  # per request
 FIRST_WAIT = 0.5  # seconds, doubled after each attempt up to a minute
@@ -191,11 +191,11 @@ def missing(requests: list[Request], journal: Journal, teacher: Teacher) -> dict
     return {key: request for key, request in keyed.items() if key not in journal.answers}
 
 
-def estimate(requests: list[Request], journal: Journal, teacher: Teacher, share: float = 1.0) -> str:
+def estimate(requests: list[Request], journal: Journal, teacher: Teacher) -> str:
     """What asking would take, for --dry-run."""
     todo = missing(requests, journal, teacher).values()
     tokens = [sum(part) for part in zip(*map(teacher.at_most, todo))] or [0, 0]
-    answered, cost = len(requests) - len(todo), share * teacher.cost(tokens)
+    answered, cost = len(requests) - len(todo), teacher.cost(tokens)
     return (
         f"{len(requests):,} requests, {answered:,} answered in the journal or asked twice; {len(todo):,} calls of "
         f"{teacher.model}: at most about {tokens[0]:,} tokens in and {tokens[1]:,} out, {cost:,.2f}"
@@ -333,71 +333,3 @@ def _retry_after(error) -> float:
         return min(60.0, float(error.response.headers.get("retry-after", 0)))
     except ValueError:
         return 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------ Batch API
-
-
-def ask_in_batch(
-    requests: list[Request], journal: Journal, teacher: Teacher, poll_seconds: float = 30.0
-) -> list[str | None]:
-    """As `ask_all`, through the Batch API: half the price, an answer within a day. Its id is kept beside the journal, so a
-    run that was stopped while waiting goes on waiting for the same batch."""
-    todo, state = missing(requests, journal, teacher), journal.path.with_suffix(".batch.json")
-    if todo or state.exists():
-        asyncio.run(_batch(todo, journal, teacher, state, poll_seconds))
-    return [_parsed(request, journal.answers.get(request.key(teacher.model))) for request in requests]
-
-
-async def _batch(todo: dict[str, Request], journal: Journal, teacher: Teacher, state: Path, poll_seconds: float) -> None:
-    import openai
-
-    async with client() as api:
-        try:
-            if not state.exists():
-                bound = sum(teacher.cost(teacher.at_most(request)) for request in todo.values()) / 2
-                if teacher.budget is not None and teacher.cost(journal.tokens) / 2 + bound > teacher.budget:
-                    raise InputError(f"the batch may cost {bound:.4f}, which passes the budget of {teacher.budget}")
-                url = "/v1/chat/completions"
-                lines = [
-                    json.dumps({"custom_id": key, "method": "POST", "url": url, "body": request.body(teacher.model)})
-                    for key, request in todo.items()
-                ]
-                file = await api.files.create(file=("requests.jsonl", "\n".join(lines).encode()), purpose="batch")
-                made = await api.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
-                write_json(state, {"id": made.id})
-            batch = await api.batches.retrieve(read_json(state)["id"])
-            while batch.status not in ("completed", "failed", "expired", "cancelled"):
-                done = batch.request_counts.completed if batch.request_counts else 0
-                print(
-                    f"batch {batch.id}: {batch.status}, {done:,} done; Ctrl-C is safe, the same command waits on", flush=True
-                )
-                await asyncio.sleep(poll_seconds)
-                batch = await api.batches.retrieve(batch.id)
-            if batch.output_file_id:
-                content = await api.files.content(batch.output_file_id)
-                _collect(content.text, todo, journal)
-        except openai.APIError as error:
-            raise InputError(f"the Batch API: {_reason(error)}; the same command goes on") from None
-    state.unlink()
-    if batch.status != "completed":
-        raise InputError(f"batch {batch.id} ended as {batch.status}; the same command asks for what is missing")
-
-
-def _collect(text: str, todo: dict[str, Request], journal: Journal) -> None:
-    """Writes the batch's answers to the journal; those of no use are left out and asked for again by the next run."""
-    for line in filter(None, text.splitlines()):
-        result = json.loads(line)
-        key, response = result["custom_id"], result.get("response") or {}
-        if response.get("status_code") != 200 or key in journal.answers or key not in todo:
-            continue
-        choice, usage = response["body"]["choices"][0], response["body"]["usage"]
-        message, cut = choice["message"], choice.get("finish_reason") == "length"
-        tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
-        try:
-            todo[key].parse("" if cut else message.get("content") or "")
-        except ValueError:
-            if message.get("refusal"):
-                journal.add(key, None, tokens)
-            continue
-        journal.add(key, message["content"], tokens)

@@ -14,7 +14,7 @@ from openai_server import FAULTS, Server
 
 import teacher
 from files import InputError
-from teacher import Journal, Teacher, ask_all, ask_in_batch, estimate, explanation, judgement, rejected, topic
+from teacher import Journal, Teacher, ask_all, estimate, explanation, judgement, rejected, topic
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,17 +196,3 @@ def test_a_thousand_rows_with_faults_on_a_third_and_a_kill_in_the_middle(serve, 
     assert answers == [f"Answer to What is {i} + {i}?" for i in range(1000)]
     twice = [name for name, count in server.answered.items() if count > 1]
     assert len(server.answered) == 1000 and len(twice) <= 16 and max(server.answered.values()) <= 2
-
-
-def test_the_batch_api_resumes_waiting(serve, tmp_path, capsys):
-    server, journal = serve(), Journal.open(tmp_path / "j.jsonl")
-    asked = questions(7)
-    answers = ask_in_batch(asked, journal, Teacher("m"), poll_seconds=0.01)
-    assert answers == [f"Answer to What is {i} + {i}?" for i in range(7)]
-    assert "in_progress" in capsys.readouterr().out and not (tmp_path / "j.batch.json").exists()
-    # A run that was stopped while waiting left the batch's id: nothing is submitted again.
-    (tmp_path / "j.jsonl").unlink()
-    (tmp_path / "j.batch.json").write_text('{"id": "batch-1"}')
-    server.files["file-in"], created = server.files["file-in"], server.batches["batch-1"]["created"]
-    assert ask_in_batch(asked, Journal.open(tmp_path / "j.jsonl"), Teacher("m"), poll_seconds=0.01) == answers
-    assert server.batches["batch-1"]["created"] == created

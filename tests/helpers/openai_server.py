@@ -1,11 +1,10 @@
-"""A local HTTP server that speaks OpenAI's protocol, chat completions and batches, and fails as real ones do."""
+"""A local HTTP server that speaks OpenAI's chat completions and fails as real ones do."""
 
 import hashlib
 import json
 import threading
 import time
 from collections import Counter
-from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("429", "500", "cut", "not json", "empty", "too many words", "slow")
@@ -18,7 +17,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.fault, self.key, self.structured = answer, fault, key, structured
         self.attempts, self.answered, self.bodies = Counter(), Counter(), []
-        self.files, self.batches, self.lock = {}, {}, threading.Lock()
+        self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -70,50 +69,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        if not self.allowed():
-            return
-        if self.path == "/v1/chat/completions":
+        if self.allowed():
             self.chat(json.loads(data))
-        elif self.path == "/v1/files":
-            message = BytesParser().parsebytes(
-                b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + data
-            )
-            part = next(p for p in message.get_payload() if p.get_filename())
-            self.server.files["file-in"] = part.get_payload(decode=True).decode()
-            self.reply(
-                200, {"id": "file-in", "object": "file", "bytes": 1, "created_at": 1, "filename": "x", "purpose": "batch"}
-            )
-        elif self.path == "/v1/batches":
-            self.server.batches["batch-1"] = {"polls": 0, "created": len(self.server.batches) + 1}
-            self.reply(200, self.batch())
-
-    def do_GET(self):
-        if not self.allowed():
-            return
-        if self.path == "/v1/batches/batch-1":
-            self.server.batches["batch-1"]["polls"] += 1
-            self.reply(200, self.batch())
-        elif self.path == "/v1/files/file-out/content":
-            lines = []
-            for line in self.server.files["file-in"].splitlines():
-                request = json.loads(line)
-                response = {"status_code": 200, "request_id": "r", "body": self.completion(request["body"])}
-                lines.append(json.dumps({"id": "b", "custom_id": request["custom_id"], "response": response, "error": None}))
-            self.reply(200, "\n".join(lines).encode())
-
-    def batch(self):
-        done = self.server.batches["batch-1"]["polls"] > 2
-        return {
-            "id": "batch-1",
-            "object": "batch",
-            "endpoint": "/v1/chat/completions",
-            "input_file_id": "file-in",
-            "completion_window": "24h",
-            "status": "completed" if done else "in_progress",
-            "created_at": 1,
-            "output_file_id": "file-out" if done else None,
-            "request_counts": {"total": 1, "completed": 1 if done else 0, "failed": 0},
-        }
 
     def chat(self, body):
         name = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
