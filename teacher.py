@@ -5,9 +5,9 @@
     topic         one of a list, or "Unknown"
     judgement     which of two answers is better: "A", "B" or "tie"
 
-Each job is one prompt and one parser. An answer is appended to the journal, under the hash of its request, before it is
-used: a second run asks only what is missing, and a kill loses at most the calls in flight. OPENAI_API_KEY and
-OPENAI_BASE_URL come from the environment alone; the key is written nowhere.
+Each job is one prompt. An answer is appended to the journal, under the hash of its request, before it is used: a second run
+asks only what is missing, and a kill loses at most the calls in flight. OPENAI_API_KEY and OPENAI_BASE_URL come from the
+environment alone; the key is written nowhere.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,27 +31,21 @@ TIMEOUT = 120.0  # seconds for one answer
 
 @dataclass(frozen=True)
 class Request:
-    """One question to the teacher and how its answer is read; `parse` raises ValueError for an answer of no use."""
+    """One question to the teacher, and how its answer is read."""
 
     messages: tuple[tuple[str, str], ...]  # (role, text)
-    parse: Callable[[str], str]
+    choices: tuple[str, ...] = ()  # the only answers that make sense; without any, all text does
     max_tokens: int = 1024
-    choices: tuple[str, ...] = ()  # the only answers that make sense: structured output, where the server has it
 
     def body(self, model: str, structured: bool = True, limit: str = "max_tokens") -> dict:
-        """The JSON of the request. `limit`: newer models take "max_completion_tokens"."""
-        body = {
-            "model": model,
-            "messages": [{"role": role, "content": text} for role, text in self.messages],
-            limit: self.max_tokens,
-        }
+        """The JSON of the request. `structured`: have the server hold the answer to the choices, if it can; `limit`: newer
+        models take "max_completion_tokens"."""
+        messages = [{"role": role, "content": text} for role, text in self.messages]
+        body = {"model": model, "messages": messages, limit: self.max_tokens}
         if self.choices and structured:
-            schema = {
-                "type": "object",
-                "properties": {"answer": {"type": "string", "enum": list(self.choices)}},
-                "required": ["answer"],
-                "additionalProperties": False,
-            }
+            answer = {"type": "string", "enum": list(self.choices)}
+            schema = {"type": "object", "properties": {"answer": answer}, "required": ["answer"]}
+            schema |= {"additionalProperties": False}  # what OpenAI asks for beside "strict"
             body["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "strict": True, "schema": schema},
@@ -62,65 +55,52 @@ class Request:
     def key(self, model: str) -> str:
         return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()[:32]
 
-
-# ----------------------------------------------------------------------------------------------------------- the four jobs
-
-
-def _text(answer: str) -> str:
-    if not answer.strip():
-        raise ValueError("an empty answer")
-    return answer.strip()
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
-    """Reads {"answer": choice}, or the bare choice from a server without structured output."""
-
-    def parse(answer: str) -> str:
+    def parse(self, answer: str) -> str:
+        """The text of an answer, or which choice {"answer": choice} or bare words name. ValueError if it is of no use."""
+        if not answer.strip():
+            raise ValueError("an empty answer")
+        if not self.choices:
+            return answer.strip()
         try:
             value = json.loads(answer)["answer"]
         except (ValueError, KeyError, TypeError):
             value = answer
-        found = [choice for choice in choices if str(value).strip().strip('."').casefold() == choice.casefold()]
-        if not found:
-            raise ValueError(f"{answer[:60]!r} is none of {', '.join(choices)}")
-        return found[0]
-
-    return parse
+        for choice in self.choices:
+            if str(value).strip().strip('."').casefold() == choice.casefold():
+                return choice
+        raise ValueError(f"{answer[:60]!r} is none of {', '.join(self.choices)}")
 
 
-def _options(choices: list[str]) -> str:
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
+# ----------------------------------------------------------------------------------------------------------- the four jobs
 
 
 def explanation(question: str, choices: list[str], answer: str) -> Request:
     """Why `answer` is right, in steps."""
-    options = f"\n\nOptions:\n{_options(choices)}" if choices else ""
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
+    options = f"\n\nOptions:\n{options}" if choices else ""
     task = (
         "Explain step by step how to arrive at the given answer, then state it. Do not say that it was given, and do not "
         "name options by their letters."
     )
-    return Request((("system", task), ("user", f"{question}{options}\n\nAnswer: {answer}")), _text)
+    return Request((("system", task), ("user", f"{question}{options}\n\nAnswer: {answer}")))
 
 
 def rejected(question: str, choices: list[str], wrong: str | None) -> Request:
     """An answer that is worse than the right one. A wrong option is argued for in the words of `explanation`, so that style
     does not tell the two apart; without options, it is what the teacher answers to the bare question."""
-    if wrong is None:
-        return Request((("user", question),), _text)
-    return explanation(question, choices, wrong)
+    return Request((("user", question),)) if wrong is None else explanation(question, choices, wrong)
 
 
 def topic(question: str, topics: tuple[str, ...]) -> Request:
     choices = (*topics, "Unknown")
     task = f"To which topic does the question belong? Answer with one of: {', '.join(choices)}."
-    return Request((("system", task), ("user", question)), _one_of(choices), max_tokens=30, choices=choices)
+    return Request((("system", task), ("user", question)), choices, max_tokens=30)
 
 
 def judgement(question: str, a: str, b: str) -> Request:
-    choices = ("A", "B", "tie")
     task = "Which answer to the question is better? Judge correctness first, then clarity. Answer with A, B or tie."
     text = f"Question:\n{question}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}"
-    return Request((("system", task), ("user", text)), _one_of(choices), max_tokens=30, choices=choices)
+    return Request((("system", task), ("user", text)), ("A", "B", "tie"), max_tokens=30)
 
 
 # ------------------------------------------------------------------------------------------------------ journal and prices
@@ -142,11 +122,8 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                with open(path, "r+b") as file:
-                    file.truncate(len(whole))
-            for number, line in enumerate(whole.splitlines(), start=1):
+            os.truncate(path, data.rfind(b"\n") + 1)
+            for number, line in enumerate(data.split(b"\n")[:-1], start=1):
                 try:
                     journal._take(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
@@ -225,15 +202,11 @@ def ask_all(requests: list[Request], journal: Journal, teacher: Teacher, label: 
         try:
             asyncio.run(_ask_missing(todo, journal, teacher, label))
         except Stop as stop:
-            raise InputError(
-                f"{stop} ({len(missing(requests, journal, teacher)):,} of {len(requests):,} answers are missing; "
-                "the same command asks only for those)"
-            ) from None
-    return [_parsed(request, journal.answers.get(request.key(teacher.model))) for request in requests]
-
-
-def _parsed(request: Request, answer: str | None) -> str | None:
-    return None if answer is None else request.parse(answer)
+            left = len(missing(requests, journal, teacher))
+            hint = f"{left:,} of {len(requests):,} answers are missing; the same command asks only for those"
+            raise InputError(f"{stop} ({hint})") from None
+    answers = [journal.answers.get(request.key(teacher.model)) for request in requests]
+    return [None if answer is None else request.parse(answer) for request, answer in zip(requests, answers)]
 
 
 async def _ask_missing(todo: dict[str, Request], journal: Journal, teacher: Teacher, label: str) -> None:
@@ -312,7 +285,7 @@ async def _ask(api, request: Request, model: str) -> tuple[str | None, list[int]
         except openai.RateLimitError as error:
             if getattr(error, "code", None) == "insufficient_quota":
                 raise Stop(f"the teacher's account is empty: {_reason(error)}") from None
-            wait = max(wait, _retry_after(error))
+            wait, last = max(wait, _retry_after(error)), error
         except (openai.APIError, ValueError, AttributeError, IndexError, TypeError) as error:
             # By name: which HTTP library the SDK brings depends on its version.
             if type(error.__cause__).__name__ == "ConnectError" and attempt + 1 == UNREACHED:
