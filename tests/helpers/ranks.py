@@ -18,8 +18,11 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import parallel  # noqa: E402
+from config import Config  # noqa: E402
 from data import Example, collate  # noqa: E402
 from files import InputError  # noqa: E402
+from inputs import add_adapters  # noqa: E402
+from loop import make_objective, update  # noqa: E402
 from model import Phi, completion_logprobs  # noqa: E402
 from quant import train_quantized  # noqa: E402
 
@@ -86,6 +89,24 @@ def check_fused_weights_of_older_files_are_read_by_rows():
     whole = Phi.from_pretrained(old)
     for p, q in zip(load_sharded(old).parameters(), whole.parameters(), strict=True):
         assert torch.equal(parallel.own(p), q[slice(*parallel.own_rows(p))])
+
+
+def check_a_checkpoint_that_lacks_a_tensor_is_refused():
+    """Else a model would be trained with whatever stood in the memory of that tensor."""
+    short = FOLDER / "short"
+    with parallel.main_first():
+        if parallel.is_main():
+            short.mkdir()
+            tensors = load_file(TINY / "model.safetensors")
+            del tensors["lm_head.bias"]
+            save_file(tensors, short / "model.safetensors")
+            (short / "config.json").write_text((TINY / "config.json").read_text())
+    try:
+        load_sharded(short)
+    except InputError as error:
+        assert str(error).endswith("1 tensors are missing, the first 'lm_head.bias'")
+    else:
+        raise AssertionError("lm_head.bias was never read")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -182,6 +203,18 @@ def check_data_parallel_gradients_are_those_of_one_process():
         if p.grad is not None:
             close(q.grad, p.grad)
             assert len(set(parallel.gather(q.grad.double().sum().item()))) == 1  # to the bit, or the ranks drift apart
+
+
+def check_dropout_differs_from_rank_to_rank():
+    """And the step that is made of it does not."""
+    config = Config(objective="sft", device="cpu", dtype="fp32", micro_batch_size=1, lora=4, lora_dropout=0.5, lr=0.0)
+    config.warmup_steps, examples = 0, [Example(e.prompt, e.completions[:1]) for e in pairs(5)]
+    model = Phi.from_pretrained(TINY)
+    add_adapters(model, config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    row = update(model, optimizer, examples, None, make_objective(config), config, step=2, total=9)
+    assert len(set(parallel.gather(torch.initial_seed()))) == parallel.size()
+    assert len(set(parallel.gather(row["grad_norm"]))) == 1
 
 
 def check_rows_can_be_filled_again_after_a_pass():
