@@ -125,8 +125,7 @@ def _check_format(config: Config, given: set[str]) -> None:
 
 # Flags that a report card (--precisions) has no use for.
 NOT_ON_CARD = (
-    "other_models bert bert_layer bert_idf bert_baseline max_new_tokens teacher concurrency price budget beta eps samples "
-    "micro_batch_size dtype temperature"
+    "other_models bert max_new_tokens teacher concurrency price budget beta eps samples micro_batch_size dtype temperature"
 ).split()
 
 
@@ -145,12 +144,10 @@ def _check_eval(config: Config, given: set[str]) -> None:
         raise InputError("--model names a model twice")
     if not config.data and {"letter_only", "on_bad_row"} & given:
         raise InputError("--letter-only and --on-bad-row are for --data; what a run held out is read as the run read it")
-    _check_positive(config, ["max_new_tokens", "micro_batch_size", "concurrency", "beta", "bert_layer"])
+    _check_positive(config, ["max_new_tokens", "micro_batch_size", "concurrency", "beta"])
     _check_not_negative(config, ["samples", "temperature"])
     if config.eps is not None and not 0 <= config.eps < 0.5:
         raise InputError(f"--eps {config.eps}: a flip rate lies in [0, 0.5); at 0.5 the labels say nothing")
-    if not config.bert and {"bert_layer", "bert_idf", "bert_baseline"} & given:
-        raise InputError("--bert-layer, --bert-idf and --bert-baseline: for BERTScore, add --bert MODEL or leave them out")
     if not config.teacher and {"price", "budget", "concurrency"} & given:
         raise InputError("--price, --budget and --concurrency are for a judge; add --teacher MODEL or leave them out")
     if config.samples == 0 and {"bert", "teacher", "max_new_tokens", "temperature"} & given:

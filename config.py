@@ -97,9 +97,6 @@ class Config:
         ("eval",),
     )
     bert: str | None = flag(None, "BERT or RoBERTa for BERTScore: a directory or hub name with safetensors", ("eval",))
-    bert_layer: int | None = flag(None, "layer whose outputs BERTScore compares (default: the last)", ("eval",))
-    bert_idf: bool = flag(False, "BERTScore: rare words of the references weigh more", ("eval",))
-    bert_baseline: str | None = flag(None, "BERTScore: file of the bert-score package to rescale with", ("eval",))
 
     grid: list[str] | None = flag(None, "values to try, such as beta=0.1,0.3; once for each flag to vary", ("sweep",))
     full_grid: bool = flag(False, "try all combinations (default: vary one flag at a time)", ("sweep",))

@@ -27,7 +27,7 @@ import choices
 import judge
 import scores
 import texts
-from bertscore import Encoder, bert_score, load_encoder, read_baseline
+from bertscore import BEST_LAYERS, Encoder, bert_score, load_encoder
 from choices import Choices, parse_letter, score_options
 from config import Config
 from data import LETTERS, ChatML, Example, Ledger, Row
@@ -56,7 +56,6 @@ class Contest:
     encoded: dict[str, tuple[ChatML, list[Example]]]
     references: dict[str, Path | None]  # the model that each one's rewards are measured from
     encoder: Encoder | None  # for BERTScore
-    baseline: tuple[float, float, float] | None
     notes: list[str]
     failures: list[str]  # a line for every model that cannot be read
 
@@ -117,8 +116,10 @@ def gather(config: Config, find: Callable[[str], Path]) -> Contest:
     if not kept:
         raise InputError(f"none of the {len(rows):,} rows fits into every model's window")
     encoded = {name: (fitting[name][0], [e for e in fitting[name][1] if e.where in common]) for name in sources}
-    encoder = load_encoder(resolve(config.bert, None), config.bert_layer, config.device) if config.bert else None
-    baseline = read_baseline(config.bert_baseline, len(encoder.bert.layers)) if config.bert_baseline else None
+    encoder = None
+    if config.bert:
+        layers = BEST_LAYERS.get(Path(config.bert).name)
+        encoder = load_encoder(resolve(config.bert, None), layers, config.device)
     notes += (
         [f"{len(skipped.bad_rows):,} bad rows were skipped, the first {skipped.bad_rows[0]}"] if skipped.bad_rows else []
     )
@@ -126,7 +127,7 @@ def gather(config: Config, find: Callable[[str], Path]) -> Contest:
     if kind == "pairs":
         rate = f"debiased: of labels flipped at rate {config.eps}; " if config.eps is not None else ""
         notes.append(f"{rate}DPO loss at beta {config.beta or BETA}; reference answers are the chosen ones, as labelled.")
-    return Contest(kept, kind, where, sources, encoded, references, encoder, baseline, notes, failures)
+    return Contest(kept, kind, where, sources, encoded, references, encoder, notes, failures)
 
 
 def row_notes(sources: dict[str, Path], ledgers: dict[str, Ledger], rows: list[Row], left_out: int) -> list[str]:
@@ -210,8 +211,7 @@ def measure_answers(
     references = [e.texts[0] for e in drawn]
     measured, signature = texts.similarity(answers, references)
     if contest.encoder:
-        batch = (contest.encoder, config.bert_idf, contest.baseline, BATCH_OF_TEXTS)
-        measured["BERTScore"] = mean(bert_score(answers, references, *batch)[:, 2])
+        measured["BERTScore"] = mean(bert_score(answers, references, contest.encoder, BATCH_OF_TEXTS))
     graded = {"ends": ended} | grades(answers, drawn)
     return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}, signature
 

@@ -1,4 +1,4 @@
-"""BERTScore: matching, idf and rescaling by hand; the encoder written out; scores that depend on the two texts alone."""
+"""BERTScore: matching by hand; the encoder written out; scores that depend on the two texts alone."""
 
 import json
 import math
@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from bertscore import bert_score, embed, greedy_match, idf_weights, load_encoder, read_baseline, rescale
-from files import InputError
+from bertscore import BEST_LAYERS, bert_score, embed, greedy_match, load_encoder
+from files import InputError, read_json, write_jsonl
+from train import main
 
 WORDS = ["<pad>", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "sat", "on", "mat", "a", "dog", "ran", "▁the", "▁cat"]
 THE, CAT, SAT, DOG, SPACED_THE = (WORDS.index(w) for w in ("the", "cat", "sat", "dog", "▁the"))
@@ -80,92 +81,82 @@ def encoder(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- the score
 
 
+def match(candidate, reference, candidate_counts, reference_counts):
+    made = (torch.tensor(x) for x in (candidate, reference))
+    return greedy_match(*made, torch.tensor(candidate_counts), torch.tensor(reference_counts)).item()
+
+
 def test_matching_by_hand():
-    """Lengths do not count, only directions: candidate (1,0), (0,1); reference (1,0), (3,4)/5, (-1,0)."""
-    candidate = torch.tensor([[2.0, 0.0], [0.0, 7.0]])
-    reference = torch.tensor([[1.0, 0.0], [3.0, 4.0], [-5.0, 0.0]])
-    # cosines: 1, 0.6, -1 and 0, 0.8, 0. P = (1 + 0.8) / 2 = 0.9; R = (1 + 0.8 + 0) / 3 = 0.6; F = 1.08 / 1.5
-    scores = greedy_match(candidate, reference, torch.ones(2), torch.ones(3))
-    torch.testing.assert_close(scores, torch.tensor([0.9, 0.6, 0.72]))
-    # weighted: P = (3 * 1 + 1 * 0.8) / 4 = 0.95; R = (0 * 1 + 1 * 0.8 + 3 * 0) / 4 = 0.2; F = 0.38 / 1.15
-    scores = greedy_match(candidate, reference, torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0, 3.0]))
-    torch.testing.assert_close(scores, torch.tensor([0.95, 0.2, 0.38 / 1.15]))
+    """Lengths do not count, only directions: candidate (1,0), (0,1); reference (1,0), (3,4)/5, (-1,0). Their cosines are 1,
+    0.6, -1 and 0, 0.8, 0."""
+    candidate, reference = [[2.0, 0.0], [0.0, 7.0]], [[1.0, 0.0], [3.0, 4.0], [-5.0, 0.0]]
+    # P = (1 + 0.8) / 2 = 0.9; R = (1 + 0.8 + 0) / 3 = 0.6; F = 1.08 / 1.5
+    assert match(candidate, reference, [True, True], [True, True, True]) == pytest.approx(0.72)
+    # Only the candidate's first and the reference's last two count: P = 1; R = (0.8 + 0) / 2 = 0.4; F = 0.8 / 1.4. That 0.8
+    # is the cosine with a token that does not count itself.
+    assert match(candidate, reference, [True, False], [False, True, True]) == pytest.approx(0.8 / 1.4)
 
 
 def test_cosines_below_zero_stay_below_zero():
-    scores = greedy_match(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]), torch.ones(1), torch.ones(1))
-    assert scores.tolist() == [-1, -1, -1]
+    assert match([[1.0, 0.0]], [[-1.0, 0.0]], [True], [True]) == -1
 
 
-def test_a_side_without_weight_scores_zero():
-    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
-    zero, one = torch.zeros(1), torch.ones(1)
-    assert greedy_match(x, y, zero, one).tolist() == pytest.approx([0, 0.6, 0])
-    assert greedy_match(x, y, one, zero).tolist() == pytest.approx([0.6, 0, 0])
-    assert greedy_match(x, y, zero, zero).tolist() == [0, 0, 0]
+def test_a_text_in_which_nothing_counts_scores_zero():
+    x, y = [[1.0, 0.0]], [[0.6, 0.8]]
+    assert match(x, y, [False], [True]) == match(x, y, [True], [False]) == match(x, y, [False], [False]) == 0
+    assert match([[1.0, 0.0]], [[0.0, 1.0]], [True], [True]) == 0  # P = R = 0: not 0 / 0
 
 
-def test_idf_by_hand():
-    """Three references of tokens 0 .. 4: 0 in all three, 1 in two, 2 (twice in one) in one, 3 in one, 4 in none."""
-    weight = idf_weights([[0, 1, 2, 2], [0, 1], [3, 0]], 5)
-    assert weight.tolist() == pytest.approx([0, math.log(4 / 3), math.log(2), math.log(2), math.log(4)])
+def test_identical_texts_score_1_and_others_less(encoder):
+    scores = bert_score(["the cat sat", "a dog", "mat"], ["the cat sat", "a dog", "dog"], encoder, 2)
+    torch.testing.assert_close(scores[:2], torch.ones(2))
+    assert scores.shape == (3,) and scores.dtype == torch.float32 and scores[2] < 0.99
 
 
-def test_rescaling_by_hand():
-    scores = rescale(torch.tensor([[0.9, 0.8, 1.0], [0.5, 0.0, 0.7]]), (0.8, 0.6, 0.7))
-    torch.testing.assert_close(scores, torch.tensor([[0.5, 0.5, 1.0], [-1.5, -1.5, 0.0]]))
-
-
-@pytest.mark.parametrize("idf", [False, True])
-def test_identical_texts_score_1_and_others_less(encoder, idf):
-    scores = bert_score(["the cat sat", "a dog", "mat"], ["the cat sat", "a dog", "dog"], encoder, idf, None, 2)
-    torch.testing.assert_close(scores[:2], torch.ones(2, 3))
-    assert scores.shape == (3, 3) and scores.dtype == torch.float32 and (scores[2] < 0.99).all()
-
-
-def test_exchanging_the_texts_exchanges_precision_and_recall(encoder):
+def test_exchanging_the_texts_changes_nothing(encoder):
     a, b = ["the cat sat", "mat"], ["a dog ran on the mat", "on the dog"]
-    one, other = (bert_score(x, y, encoder, False, None, 8) for x, y in ((a, b), (b, a)))
-    torch.testing.assert_close(one, other[:, [1, 0, 2]])
-    assert (one[:, 0] - one[:, 1]).abs().min() > 1e-3  # or the test would say nothing
+    torch.testing.assert_close(bert_score(a, b, encoder, 8), bert_score(b, a, encoder, 8))
 
 
-@pytest.mark.parametrize("idf", [False, True])
-def test_the_whole_is_matching_of_states_with_the_tokens_weights(encoder, idf):
-    """[CLS] and [SEP] stand among the embeddings with weight 0. idf over two references: "the" log(3/3), "cat", "sat"
-    log(3/2), "dog" log(3/1)."""
-    candidates, references = ["the dog", "cat"], ["the cat", "the sat"]
-    ids = [[CLS, THE, DOG, SEP], [CLS, CAT, SEP], [CLS, THE, CAT, SEP], [CLS, THE, SAT, SEP]]
+def test_the_whole_is_matching_of_states_in_which_the_special_tokens_do_not_count(encoder):
+    candidates, references = ["the dog", "cat"], ["the cat", "[SEP] sat"]
+    ids = [[CLS, THE, DOG, SEP], [CLS, CAT, SEP], [CLS, THE, CAT, SEP], [CLS, SEP, SAT, SEP]]
     assert encoder.tokens(candidates + references) == ids
-    plain = [[0.0, 1, 1, 0], [0.0, 1, 0], [0.0, 1, 1, 0], [0.0, 1, 1, 0]]
-    rare = [[0, 0, math.log(3), 0], [0, math.log(1.5), 0], [0, 0, math.log(1.5), 0], [0, 0, math.log(1.5), 0]]
-    weights = [torch.tensor(w) for w in (rare if idf else plain)]
-    states = embed(encoder, ids, 1)
-    expected = torch.stack([greedy_match(states[i], states[i + 2], weights[i], weights[i + 2]) for i in (0, 1)])
-    torch.testing.assert_close(bert_score(candidates, references, encoder, idf, None, 4), expected)
+    counts = [[False, True, True, False], [False, True, False], [False, True, True, False], [False, False, True, False]]
+    states, counts = embed(encoder, ids, 1), [torch.tensor(flags) for flags in counts]
+    expected = torch.stack([greedy_match(states[i], states[i + 2], counts[i], counts[i + 2]) for i in (0, 1)])
+    torch.testing.assert_close(bert_score(candidates, references, encoder, 4), expected)
 
 
-@pytest.mark.parametrize("idf", [False, True])
-def test_an_empty_text_scores_0_before_rescaling(encoder, idf):
-    candidates, references = ["", "the cat", " \n", "a dog"], ["the cat", "", "", "a mat"]
-    scores = bert_score(candidates, references, encoder, idf, None, 4)
-    assert scores[:3].tolist() == [[0, 0, 0]] * 3 and (scores[3] != 0).all()
-    rescaled = bert_score(candidates, references, encoder, idf, (0.5, 0.2, 0.0), 4)
-    assert rescaled[0].tolist() == pytest.approx([-1, -0.25, 0])  # (0 - b) / (1 - b)
-    assert bert_score([], [], encoder, idf, None, 4).shape == (0, 3)
+def test_an_empty_text_scores_0(encoder):
+    scores = bert_score(["", "the cat", " \n", "a dog"], ["the cat", "", "", "a mat"], encoder, 4)
+    assert scores[:3].tolist() == [0, 0, 0] and scores[3] != 0
+    assert bert_score([], [], encoder, 4).shape == (0,)
 
 
 def test_batch_size_and_neighbours_do_not_matter(encoder):
     candidates = ["the cat", "a", "the dog ran on the mat", "cat sat on mat", "the cat", "the mat the mat the mat a"]
     references = ["a cat sat", "the dog ran on a mat a", "dog", "cat", "the", "sat sat sat sat"]
-    one = bert_score(candidates, references, encoder, False, None, 1)
+    one = bert_score(candidates, references, encoder, 1)
     for batch_size in (2, 3, 100):
-        torch.testing.assert_close(
-            bert_score(candidates, references, encoder, False, None, batch_size), one, rtol=0, atol=1e-6
-        )
-    back = bert_score(candidates[::-1], references[::-1], encoder, False, None, 4)
+        torch.testing.assert_close(bert_score(candidates, references, encoder, batch_size), one, rtol=0, atol=1e-6)
+    back = bert_score(candidates[::-1], references[::-1], encoder, 4)
     torch.testing.assert_close(back.flip(0), one, rtol=0, atol=1e-6)
-    assert one.unique(dim=0).shape == one.shape  # each pair has scores of its own
+    assert one.unique().shape == one.shape  # each pair has a score of its own
+
+
+def test_an_evaluation_uses_the_layers_that_belong_to_the_models_name(tiny, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": f"Say {i}", "completion": f"the cat sat {i}"} for i in range(4)])
+    directory = write_bert(tmp_path / "known")
+    monkeypatch.setitem(BEST_LAYERS, "known", 1)
+    flags = f"--stage eval --model {tiny} --data {tmp_path}/sft.jsonl --out {tmp_path} --name e --device cpu"
+    assert main([*flags.split(), "--max-new-tokens", "8", "--bert", str(directory)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
+    answers, references = [row["answers"][str(tiny)] for row in rows], [row["reference"] for row in rows]
+    encoders = [load_encoder(directory, layers, "cpu") for layers in (1, None)]
+    first, last = (bert_score(answers, references, encoder, 4).mean().item() for encoder in encoders)
+    (result,) = read_json(tmp_path / "e" / "eval.json")["results"]
+    assert result["answers"]["BERTScore"]["value"] == pytest.approx(first) and abs(first - last) > 1e-3
 
 
 # -------------------------------------------------------------------------------------------------------- the encoder
@@ -236,6 +227,10 @@ def test_prefixed_and_old_names_and_half_precision_are_the_same_weights(tmp_path
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs), name
 
 
+def test_more_layers_than_there_are_are_all(tmp_path):
+    assert [len(load_encoder(write_bert(tmp_path), layers, "cpu").bert.layers) for layers in (None, 9, 2, 0)] == [3, 3, 2, 0]
+
+
 def test_layers_that_are_not_used_need_not_be_there(tmp_path):
     first = {name: tensor for name, tensor in tensors().items() if ".layer.2." not in name}
     assert len(load_encoder(write_bert(tmp_path, first), 2, "cpu").bert.layers) == 2
@@ -251,8 +246,8 @@ def test_layers_that_are_not_used_need_not_be_there(tmp_path):
         ({"hidden_act": "gelu_new"}, "hidden_act = 'gelu_new' is not supported, only 'gelu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key' is not supported"),
         ({"is_decoder": True}, "is_decoder = True is not supported"),
-        ({"intermediate_size": None}, "intermediate_size is None, not a positive number"),
-        ({"num_attention_heads": 3}, "3 heads do not divide a width of 8"),
+        ({"intermediate_size": None}, "not the sizes of a BERT .TypeError"),
+        ({"num_attention_heads": 3}, "not the sizes of a BERT .AssertionError.*divisible"),
         ({"num_hidden_layers": 4}, "no tensor 'encoder.layer.3.attention.self.query.weight'"),
         ({"intermediate_size": 10}, r"intermediate.dense.weight' holds float32 \[12, 8\], the config needs floats \[10"),
         ({"vocab_size": 9}, r"word_embeddings.weight' holds float32 \[14, 8\]"),
@@ -278,12 +273,6 @@ def test_integers_are_no_weights(tmp_path):
         load_encoder(write_bert(tmp_path, weights), None, "cpu")
 
 
-@pytest.mark.parametrize("layers", [-1, 4])
-def test_layers_out_of_range_are_an_error(tmp_path, layers):
-    with pytest.raises(InputError, match=f"the model has 3 layers, not {layers}: choose 0 to 3"):
-        load_encoder(write_bert(tmp_path), layers, "cpu")
-
-
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_an_error(tmp_path, name):
     (write_bert(tmp_path) / name).unlink()
@@ -292,7 +281,7 @@ def test_a_missing_file_is_an_error(tmp_path, name):
 
 
 def test_a_missing_directory_and_a_pickle_are_errors(tmp_path):
-    with pytest.raises(InputError, match="none: no such directory"):
+    with pytest.raises(InputError, match="none/config.json: no such file"):
         load_encoder(tmp_path / "none", None, "cpu")
     (write_bert(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="a pickled pytorch_model.*which is never read"):
@@ -301,38 +290,4 @@ def test_a_missing_directory_and_a_pickle_are_errors(tmp_path):
 
 def test_lists_of_different_length_are_an_error(encoder):
     with pytest.raises(ValueError):
-        bert_score(["a", "the"], ["a"], encoder, False, None, 4)
-
-
-BASELINE = "LAYER,P,R,F\n0,0.32,0.33,0.31\n1,0.5,0.6,0.55\n"
-
-
-@pytest.mark.parametrize("text", [BASELINE, BASELINE.replace(",", "\t"), BASELINE.replace("\n", "\r\n") + "\n"])
-def test_a_baseline_is_the_row_of_its_layer(tmp_path, text):
-    (tmp_path / "b.tsv").write_bytes(text.encode())
-    assert read_baseline(tmp_path / "b.tsv", 1) == (0.5, 0.6, 0.55)
-    assert read_baseline(tmp_path / "b.tsv", 0) == (0.32, 0.33, 0.31)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (BASELINE, "no row for layer 2, only for 0, 1; use as many layers"),
-        ("LAYER,P,R,F\n", "no row for layer 2, only for none"),
-        ("", "does not begin with LAYER,P,R,F"),
-        ("layer,f\n2,0.5\n", "does not begin with LAYER,P,R,F"),
-        ("LAYER,P,R,F\n2,0.5,0.6\n", "layer 2: 0.5,0.6 are not three numbers"),
-        ("LAYER,P,R,F\n2,0.5,0.6,x\n", "layer 2: 0.5,0.6,x are not three numbers"),
-        ("LAYER,P,R,F\n2,0.5,0.6,nan\n", "layer 2: 0.5,0.6,nan are not three numbers"),
-        ("LAYER,P,R,F\n2,0.5,0.6,1.0\n", "layer 2: 0.5,0.6,1.0 are not three numbers P, R, F below 1"),
-    ],
-)
-def test_a_baseline_that_cannot_be_used_is_an_error_that_names_the_file(tmp_path, text, message):
-    (tmp_path / "b.tsv").write_text(text)
-    with pytest.raises(InputError, match=f"b.tsv: .*{message}"):
-        read_baseline(tmp_path / "b.tsv", 2)
-
-
-def test_a_baseline_file_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="none.tsv: not readable"):
-        read_baseline(tmp_path / "none.tsv", 2)
+        bert_score(["a", "the"], ["a"], encoder, 4)

