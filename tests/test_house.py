@@ -1,6 +1,8 @@
 """The house stands: imports point only down the floors, the peers stay outside, and nothing reads a pickle."""
 
 import ast
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,23 @@ def test_peers_are_imported_only_under_tests_parity_and_in_bench():
     allowed = {*ROOT.glob("bench*.py"), *ROOT.glob("tests/parity/**/*.py")}
     files = {*TOP_FILES, *ROOT.glob("tests/**/*.py")} - allowed
     assert {path.name: roots(path) & PEERS for path in files if roots(path) & PEERS} == {}
+
+
+# Libraries that others look for by name and do without if they are missing. From this directory they would find our file.
+ECOSYSTEM = (
+    "accelerate apex bitsandbytes datasets deepspeed diffusers evaluate flash_attn huggingface_hub kernels liger_kernel "
+    "numpy optimum peft safetensors scipy sentence_transformers sentencepiece sklearn tiktoken tokenizers torch torchao "
+    "transformers triton trl unsloth vllm wandb xformers"
+).split()
+LIBRARIES = {*ECOSYSTEM, *importlib.metadata.packages_distributions(), *sys.stdlib_module_names}
+
+
+def test_nothing_here_has_the_name_of_a_library():
+    """`python train.py` looks for every import in this directory first, for those of libraries too."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"tests"}  # which some libraries install by mistake
+    modules = {path.stem for path in TOP_FILES}
+    assert not (folders | modules) & LIBRARIES
+    assert not folders & modules, "a folder data/ and a file data.py would be two modules of one name"
 
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}

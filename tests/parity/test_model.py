@@ -1,13 +1,19 @@
 """Our Phi beside transformers' PhiForCausalLM: same weights, same logits, same tokens, files that both read."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from model import Phi, generate
+from model import Phi, PhiConfig, generate
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 CONFIGS = {
     "Phi-2's heads (80 wide, 32 turned)": dict(hidden_size=160, num_attention_heads=2, partial_rotary_factor=0.4),
@@ -79,6 +85,35 @@ def test_what_we_save_loads_in_transformers_with_identical_logits(pair, tmp_path
     for name in ("hidden_size", "num_key_value_heads", "resid_pdrop", "layer_norm_eps", "rope_parameters"):
         assert getattr(loaded.config, name) == getattr(theirs.config, name)
     assert loaded.dtype == torch.float32
+
+
+# Loads a checkpoint with transformers where there is no Triton; prints its logits, and which files of this project it found.
+WITHOUT_TRITON = """
+import json, sys
+from pathlib import Path
+sys.modules["triton"] = None
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+logits = model(torch.tensor([[3, 1, 4, 1, 5]])).logits
+files = [Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()]
+ours = [file.name for file in files if file.is_absolute() and file.parent == Path.cwd()]
+print(json.dumps([logits.tolist(), ours]))
+"""
+
+
+@torch.no_grad()
+def test_from_the_project_s_own_directory_transformers_finds_its_own_packages(tmp_path):
+    """It imports optional packages if they are there, and here our files come first: one with such a package's name would
+    be taken for it."""
+    ours = Phi(PhiConfig(VOCABULARY, 64, 128, num_hidden_layers=1, num_attention_heads=2)).init_weights(0)
+    ours.save_pretrained(tmp_path)
+    command = [sys.executable, "-B", "-c", WITHOUT_TRITON, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    logits, found = json.loads(process.stdout.splitlines()[-1])
+    assert relative_error(ours(torch.tensor([[3, 1, 4, 1, 5]])), torch.tensor(logits)) <= 1e-5
+    assert not found
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
