@@ -183,6 +183,8 @@ def save_lora(
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
     if base_format:
         write_json(directory / "base.json", {"format": base_format})
+    else:  # an earlier save's would be taken for this one's
+        (directory / "base.json").unlink(missing_ok=True)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

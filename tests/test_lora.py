@@ -5,15 +5,27 @@ import json
 import pytest
 import torch
 from rows import pair_rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoint import fingerprint, read_metrics
 from data import Example, collate
 from files import InputError, read_json, write_jsonl
 from inputs import load_to_tune
-from lora import LoraLinear, add_lora, load_lora, lora_layers, merge_lora, starting_point, trained_before, unmerge_lora
+from lora import (
+    UNSUPPORTED,
+    LoraLinear,
+    add_lora,
+    load_lora,
+    lora_layers,
+    merge_lora,
+    starting_point,
+    trained_before,
+    unmerge_lora,
+)
 from model import Phi, completion_logprobs
-from quant import FORMATS, Int8Linear, Linear4bit, linear_layers, quantize_model
+from quant import FORMATS, Int8Linear, Linear4bit, linear_layers, quantize_layer, quantize_model
 from train import main
 
 
@@ -69,6 +81,28 @@ def test_targets_by_name(tiny):
         add_lora(Phi.from_pretrained(tiny), 2, targets="query")
 
 
+def test_the_seed_draws_every_adapter_and_nothing_else_does(tiny):
+    """Drawn from a generator of its own: the state of torch's, which --seed sets elsewhere, makes no difference."""
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(starts))
+        layers = lora_layers(add_lora(Phi.from_pretrained(tiny), 4, seed=seed)).values()
+        starts.append([layer.lora_A.detach() for layer in layers])
+    first, again, other = starts
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other))
+    q, k, *_ = first
+    assert q.shape == k.shape and not torch.equal(q, k)  # no two layers start alike either
+
+
+def test_without_an_alpha_the_product_is_added_as_it_is():
+    for alpha, scale in ((None, 1.0), (8, 2.0), (2, 0.5)):
+        model = add_lora(nn.Sequential(nn.Linear(6, 5)), 4, alpha=alpha, targets="0")
+        (layer,) = lora_layers(stir(model)).values()
+        torch.testing.assert_close(layer.delta(), scale * layer.lora_B @ layer.lora_A)
+        assert not layer.base.weight.requires_grad and not layer.base.bias.requires_grad
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_gradients_are_those_through_the_dequantized_weights(tiny, to):
     """QLoRA: the codes of W are not touched, yet A, B and all below W have the gradients that a dense W~ would give."""
@@ -114,6 +148,64 @@ def test_merging_adds_the_product_and_unmerging_restores_every_bit(tiny, base):
     torch.testing.assert_close(logprobs(model), separate, rtol=0, atol=0)
 
 
+def test_a_bf16_weight_is_rounded_once_when_it_is_merged(tiny):
+    """W + s B A is summed in fp32: s B A rounded to bf16 before would be a second rounding."""
+    model = stir(add_lora(Phi.from_pretrained(tiny, dtype=torch.bfloat16), 4, alpha=8))
+    differ = 0
+    for name, layer in merge_lora(model).items():
+        merged, delta = model.get_submodule(name), layer.delta()
+        assert merged.weight.dtype == torch.bfloat16 and delta.dtype == torch.float32
+        assert torch.equal(merged.weight, (layer.base.weight.float() + delta).bfloat16())
+        differ += (merged.weight != layer.base.weight + delta.bfloat16()).sum().item()
+    assert differ  # so rounding twice would be seen
+
+
+FORMS = [
+    ("int8", {}),
+    ("int8", {"threshold": 6.0}),
+    ("nf4", {"double": True}),
+    ("nf4", {"block": 128}),
+    ("fp4", {"block": 32}),
+    ("int4-asym", {}),
+    ("nf3", {"block": 256}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("to", "options"), FORMS, ids=str)
+def test_a_merged_layer_is_quantized_as_its_base_was(to, options, dtype):
+    """Merging is quantizing W~ + s B A with the base's own settings, and its bias stays."""
+    draw = torch.Generator().manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 48)).to(dtype)
+    plain[0].weight.data.normal_(0, 0.1, generator=draw)
+    plain[0].bias.data.normal_(0, 0.1, generator=draw)
+    bias = plain[0].bias.detach().clone()
+    model = stir(add_lora(quantize_model(plain, to, **options), 4, alpha=6, targets="0"))
+    base, delta = model[0].base, model[0].delta()
+    wanted = (base.dense().float() + delta).to(base.dense().dtype)
+    expected = quantize_layer(wanted, base.bias, to, **options)
+    merge_lora(model)
+    merged = model[0]
+    assert type(merged) is type(base) and merged.extra_repr() == base.extra_repr()
+    assert merged.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor)
+    assert torch.equal(merged.bias, bias)
+    assert getattr(merged, "threshold", None) == options.get("threshold")
+    assert merged.dense().dtype == base.dense().dtype
+
+
+def test_the_starting_point_ends_when_a_pass_fails(tiny):
+    """An error in the reference's pass must not leave the model without its adapters, or with old ones."""
+    model = stir(add_lora(Phi.from_pretrained(tiny), 4))
+    for start in ({}, trained_before(stir(model, seed=1))):
+        stir(model, seed=2)
+        tuned = logprobs(model)
+        with pytest.raises(ZeroDivisionError), starting_point(model, start):
+            1 / 0
+        torch.testing.assert_close(logprobs(model), tuned, rtol=0, atol=0)
+
+
 def test_the_starting_point_is_the_base_or_the_adapters_as_they_were(tiny):
     plain = logprobs(Phi.from_pretrained(tiny))
     model = add_lora(Phi.from_pretrained(tiny), 4)
@@ -151,6 +243,56 @@ def test_saved_and_read_again(tiny, tmp_path):
     torch.testing.assert_close(logprobs(again), logprobs(model), rtol=0, atol=0)
 
 
+def test_the_config_is_peft_s_and_every_setting_comes_back(tiny, tmp_path):
+    model = stir(add_lora(Phi.from_pretrained(tiny), 4, alpha=6.5, targets="q_proj,fc1", dropout=0.25))
+    model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "adapter_config.json") == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(tiny.resolve()),
+        "revision": None,
+        "r": 4,
+        "lora_alpha": 6.5,
+        "lora_dropout": 0.25,
+        "target_modules": ["fc1", "q_proj"],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        names = set(file.keys())
+    layers = ("self_attn.q_proj", "mlp.fc1")
+    assert names == {f"base_model.model.model.layers.0.{n}.lora_{p}.weight" for n in layers for p in "AB"}
+    again = Phi.from_pretrained(tmp_path)
+    for layer in lora_layers(again).values():
+        assert (layer.rank, layer.alpha, layer.dropout) == (4, 6.5, 0.25)
+    trained = {name.rpartition(".")[2] for name, p in again.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    whole = add_lora(Phi.from_pretrained(tiny), 4, alpha=8)
+    whole.origin = ("owner/model", "v2", None)
+    whole.save_pretrained(tmp_path / "whole")
+    config = read_json(tmp_path / "whole" / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "v2")
+    assert type(config["lora_alpha"]) is int  # as PEFT's own files have it
+
+
+def test_a_second_save_in_the_same_directory_forgets_the_format_of_the_first(tiny, tmp_path):
+    """Or the second model's adapters would be read onto a base that they were not trained on."""
+    stir(add_lora(Phi.from_pretrained(tiny, base="nf4"), 4)).save_pretrained(tmp_path)
+    model = stir(add_lora(Phi.from_pretrained(tiny), 4))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "base.json").exists()
+    assert fingerprint(Phi.from_pretrained(tmp_path)) == fingerprint(model)
+
+
+def test_reading_other_values_into_adapted_layers_replaces_the_adapters(tiny, tmp_path):
+    first, second = (stir(add_lora(Phi.from_pretrained(tiny), 4, seed=seed), seed) for seed in (1, 2))
+    second.save_pretrained(tmp_path)
+    load_lora(first, tmp_path)
+    assert fingerprint(first) == fingerprint(second)
+    assert not any(isinstance(layer.base, LoraLinear) for layer in lora_layers(first).values())
+
+
 def broken(directory, **changes):
     config = read_json(directory / "adapter_config.json")
     (directory / "adapter_config.json").write_text(json.dumps(config | changes))
@@ -160,7 +302,10 @@ def broken(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "not plain LoRA .use_dora"),
+        *(({name: True}, f"not plain LoRA .{name}.") for name in UNSUPPORTED),
+        ({"rank_pattern": {"fc1": 8}, "use_rslora": True}, "not plain LoRA .use_rslora, rank_pattern."),
+        ({"bias": "all"}, "not plain LoRA"),
+        ({"bias": "lora_only"}, "not plain LoRA"),
         ({"peft_type": "IA3"}, "not plain LoRA .IA3"),
         ({"r": 5}, "do not fit rank 5"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "holds adapters of /nowhere/at/all.*no such directory"),
@@ -171,6 +316,35 @@ def test_adapters_that_cannot_be_used_are_refused(tiny, tmp_path, changes, messa
     add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
         Phi.from_pretrained(broken(tmp_path, **changes))
+
+
+def test_every_setting_of_peft_that_changes_the_product_is_on_the_list():
+    """By hand: what each of them would make of y = W x + b + s B A x. A list that got shorter would read them wrongly."""
+    other_product = {"use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "alora_invocation_tokens"}
+    other_scale = {"use_rslora", "alpha_pattern", "rank_pattern"}  # s = alpha / sqrt(r), or others in some layers
+    more_weights = {"modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices"}
+    other_layers = {"layer_replication"}
+    assert other_product | other_scale | more_weights | other_layers <= set(UNSUPPORTED)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_half_an_adapter_and_tensors_that_are_none_are_refused(tiny, tmp_path, part):
+    add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"base_model.model.model.layers.0.mlp.fc1.{part}.weight"
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    with pytest.raises(InputError, match=r"mlp\.fc1: no such layer, or half an adapter"):
+        Phi.from_pretrained(tmp_path)
+    save_file({}, file)
+    with pytest.raises(InputError, match="none at all"):
+        Phi.from_pretrained(tmp_path)
+    save_file(tensors | {name.replace("lora_", "lora_magnitude_vector_"): torch.ones(3)}, file)
+    with pytest.raises(InputError):
+        Phi.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        Phi.from_pretrained(tmp_path)
 
 
 def test_a_cut_file_and_a_foreign_layer_are_refused(tiny, tmp_path):
@@ -258,6 +432,68 @@ def test_merging_a_run_tells_how_far_its_outputs_moved(tiny, tmp_path, capsys):
     assert 0 < read_json(tmp_path / "run-merged" / "results.json")["change"]["kl"] < 0.1
     assert main(["--stage", "merge", "--model", str(tmp_path / "run-merged"), "--out", str(tmp_path), "--name", "x"]) == 2
     assert "holds no adapters" in capsys.readouterr().err
+
+
+def adapters(tiny, directory, **options):
+    """A directory with adapters of the tiny Phi and its tokenizer."""
+    model = stir(add_lora(Phi.from_pretrained(tiny, **options), 4, alpha=8))
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    return model
+
+
+def merge(directory, out, *flags):
+    return main(["--stage", "merge", "--model", str(directory), "--out", str(out), "--name", "merged", *map(str, flags)])
+
+
+def test_a_merged_model_stands_alone_and_answers_as_the_adapters_did(tiny, tmp_path, capsys):
+    """Its files are a whole model's, and nothing in them needs the base or the adapters any more."""
+    model = adapters(tiny, tmp_path / "adapters")
+    assert merge(tmp_path / "adapters", tmp_path) == 0
+    assert "Give --data FILE.jsonl to see how far" in capsys.readouterr().out
+    run = tmp_path / "merged"
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "run.json",
+        "results.json",
+    }
+    assert read_json(run / "results.json") == {"parent": str(tmp_path / "adapters"), "change": None}
+    assert read_json(run / "config.json")["torch_dtype"] == "float32"
+    assert (run / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+    merged = Phi.from_pretrained(run)
+    torch.testing.assert_close(logprobs(merged), logprobs(model), rtol=1e-5, atol=1e-4)
+    assert (logprobs(merged) - logprobs(Phi.from_pretrained(tiny))).abs().min() > 1e-4
+    merge_lora(model)
+    assert fingerprint(merged) == fingerprint(model)
+
+
+def test_merging_keeps_the_dtype_that_the_base_is_stored_in(tiny, tmp_path):
+    """fp32 files of a bf16 model would be twice as large, and tell nothing more."""
+    half = tmp_path / "half"
+    Phi.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(half)
+    (half / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    model = adapters(half, tmp_path / "adapters", dtype=torch.bfloat16)
+    assert merge(tmp_path / "adapters", tmp_path) == 0
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    merge_lora(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_merging_measures_on_the_rows_that_it_is_given(tiny, tmp_path, capsys):
+    """Onto 4 bits rounding moves the outputs; onto fp32 they stay where they were, to the last digits."""
+    write_jsonl(tmp_path / "rows.jsonl", pair_rows(6))
+    changes = {}
+    for name, options in (("fp32", {}), ("nf4", {"base": "nf4"})):
+        adapters(tiny, tmp_path / name, **options)
+        assert merge(tmp_path / name, tmp_path / "out" / name, "--data", tmp_path / "rows.jsonl") == 0
+        assert "on 6 examples: KL" in capsys.readouterr().out
+        changes[name] = read_json(tmp_path / "out" / name / "merged" / "results.json")["change"]
+    assert abs(changes["fp32"]["kl"]) < 1e-6 and changes["fp32"]["top 1"] == 1
+    assert changes["nf4"]["kl"] > 1e-5
 
 
 def test_flags_that_would_do_nothing_and_adapters_that_differ(tiny, tmp_path, capsys):
