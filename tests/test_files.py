@@ -1,6 +1,7 @@
 """A file is whole or absent, whatever happens while it is written; errors name the file."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from files import InputError, read_json, whole_directory, whole_file, write_json, write_jsonl, write_text
+from files import InputError, first_line, read_json, whole_directory, whole_file, write_json, write_jsonl, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +60,15 @@ def test_crash_before_anything_was_written_leaves_nothing(tmp_path):
     assert tree(tmp_path) == {}
 
 
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """Or a loss of power after the rename could leave an empty file under its final name."""
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    write_text(tmp_path / "a.txt", "complete")
+    assert order == ["fsync", "replace"]
+
+
 def test_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
@@ -97,6 +107,16 @@ def test_crash_inside_the_block_leaves_the_old_directory_and_no_temporary(tmp_pa
         (temporary / "a.txt").write_text("half of the n")
         1 / 0
     assert tree(tmp_path) == {"run/a.txt": "old"} and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_directory_of_several_levels_appears_with_all_of_them(tmp_path):
+    path = tmp_path / "out" / "run" / "checkpoints" / "step-1"
+    with whole_directory(path) as temporary:
+        (temporary / "tb").mkdir()
+        (temporary / "tb" / "a.txt").write_text("complete")
+        assert temporary.parent == path.parent and temporary.name.startswith(".")
+    assert tree(tmp_path) == {"out/run/checkpoints/step-1/tb/a.txt": "complete"}
+    assert [p.name for p in path.parent.iterdir()] == ["step-1"]
 
 
 def test_kill_in_the_middle_of_a_write_leaves_the_old_directory(tmp_path):
@@ -147,6 +167,21 @@ def test_json_that_cannot_be_used_is_an_error_that_names_the_file(tmp_path, cont
     with pytest.raises(InputError) as error:
         read_json(path)
     assert str(error.value).startswith(f"{path}: {reason}")
+
+
+def test_text_files_end_with_a_newline(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": 1\n}\n'
+    write_jsonl(tmp_path / "a.jsonl", [{"a": 1}, {"é": 2}])
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"a": 1}\n{"é": 2}\n'.encode()
+    write_jsonl(tmp_path / "a.jsonl", [])
+    assert (tmp_path / "a.jsonl").read_bytes() == b""
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError()) == "ValueError"  # an error without a message is told by its kind
+    assert issubclass(InputError, ValueError)
 
 
 def test_directory_in_place_of_a_json_file_is_an_error_that_names_it(tmp_path):

@@ -273,6 +273,42 @@ def test_only_what_requires_gradients_is_moved_and_only_matrices_decay(tiny, opt
     make_optimizer(model, settings(optimizer="adamw", offload_optimizer=offload))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_whole_state_is_there_from_the_start(tiny, kind, offload):
+    """Zeros of every parameter that is trained, so that a checkpoint can be checked against it before the first step."""
+    model = Phi.from_pretrained(tiny)
+    optimizer = make_optimizer(model, settings(optimizer=kind, offload_optimizer=offload))
+    for p in model.parameters():
+        scales = {"exp_avg_absmax", "exp_avg_sq_absmax"} if kind == "adamw8bit" and in_8_bits(p) else set()
+        assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"} | scales
+        assert not any(value.any() for value in optimizer.state[p].values())
+        assert optimizer.state[p]["step"].shape == () and optimizer.state[p]["step"].dtype == torch.float32
+
+
+def test_the_gradients_of_an_offloaded_model_are_dropped_or_zeroed():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Offloaded([{"params": [p], "lr": 0.1}], adamw)
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad is None  # there was none
+    p.grad = torch.ones(3)
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad.tolist() == [0, 0, 0]
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    """No decay either, and its count of steps stays: a later first step is corrected as a first one."""
+    for make in (AdamW8bit, adamw, lambda p, **settings: Offloaded(p, lambda groups: adamw(groups, **settings))):
+        still, moved = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        optimizer = make([{"params": [still, moved]}], lr=0.1, weight_decay=0.5)
+        moved.grad = torch.ones(2)
+        optimizer.step()
+        assert still.tolist() == [1, 1] and moved[0] < 1
+        assert optimizer.state[still]["step"] == 0 and optimizer.state[moved]["step"] == 1
+
+
 # ------------------------------------------------------------------------------------------------------------- checkpoints
 
 
