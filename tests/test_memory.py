@@ -22,6 +22,7 @@ from memory import (
     adapter_parameters,
     coded_bytes,
     estimate,
+    kept_bytes,
     largest_load,
     longest_load,
     moment_bytes,
@@ -70,6 +71,89 @@ def test_moments_by_hand():
     assert moment_bytes((10240,), eight) == 8 * 10240  # vectors stay in fp32
     assert coded_bytes(4, 8, "int8") == 32 + 16 and coded_bytes(4, 32, "nf4") == 64 + 8
     assert sum(n * torch.Size(s).numel() for n, s in trained_shapes(PHI2, eight)) == 2_779_683_840
+
+
+# One token of a block with D = 8, two heads of 4 of which one has keys and values (K h = 4), I = 32.
+BLOCK = PhiConfig(16, 8, 32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, partial_rotary_factor=0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        # fp32, everything trained. x 8 + q 8, k 4, v 4 + attention's output 8 + fc1's output 32, 4 bytes each; 2 heads'
+        # statistics, 4 bytes each; inputs: q, k, v and fc1 share one of 8; dense on the CPU has its own of 8; fc2 32.
+        (dict(), 4 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 4 * (8 + 8 + 32)),
+        (dict(device="cuda"), 4 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 4 * (8 + 32)),  # dense's is attention's output
+        # Autocast over fp32 weights: x stays 4 bytes on the CPU, the rest has 2, and each of the four casts LN(x) itself.
+        (dict(dtype="bf16"), 4 * 8 + 2 * (8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * (4 * 8 + 8 + 32)),
+        # Adapters of rank 3 on 16-bit weights: 2 bytes everywhere. The adapted layers keep their inputs, and r each for B.
+        (
+            dict(lora=3, base="bf16", dtype="bf16", lora_targets="fc2"),
+            2 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * 32 + 2 * 3,
+        ),
+        (
+            dict(lora=3, base="bf16", dtype="bf16", lora_targets="q_proj,v_proj"),
+            2 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * 8 + 2 * 3 * 2,
+        ),
+        (
+            dict(lora=3, base="bf16", dtype="bf16", lora_targets="dense"),
+            2 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * 8 + 2 * 3,
+        ),
+        (
+            dict(lora=3, base="bf16", dtype="bf16"),
+            2 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * (8 + 8 + 32) + 2 * 3 * 6,
+        ),
+        # With dropout every adapted layer has its own input, and the factors that it was multiplied with.
+        (
+            dict(lora=3, base="bf16", dtype="bf16", lora_targets="q_proj,fc1,fc2", lora_dropout=0.1),
+            2 * (8 + 8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * (2 * 8 + 32) + 2 * 3 * 3 + 2 * (8 + 8 + 32),
+        ),
+        # CUDA: the LayerNorms of autocast are fp32, and a byte a value says what was dropped.
+        (
+            dict(lora=3, base="bf16", dtype="bf16", lora_targets="q_proj,fc1,fc2", lora_dropout=0.1, device="cuda"),
+            4 * 8 + 2 * (8 + 4 + 4 + 8 + 32) + 4 * 2 + 2 * (2 * 8 + 32) + 2 * 3 * 3 + (8 + 8 + 32),
+        ),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) or "fp32" if isinstance(value, dict) else "",
+)
+def test_what_a_block_keeps_of_a_token_by_hand(flags, value):
+    flags = dict(flags)
+    device = flags.pop("device", "cpu")
+    config = replace(settings(stage="sft", **flags), device=device)
+    assert kept_bytes(BLOCK, config, Load(1, 1, 1, masked=False, several=False)) == value
+    assert kept_bytes(BLOCK, config, Load(3, 5, 1, masked=False, several=False)) == 15 * value
+
+
+def saved_by_autograd(model, run) -> int:
+    """Bytes of the storages, but the parameters', that a forward pass leaves to the backward pass."""
+    parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = run()
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("targets", [None, "fc2", "q_proj,v_proj", "dense,fc1"])
+def test_what_a_block_keeps_is_what_autograd_saves(targets):
+    """Of one block more, in whole models of two and of three: what the rest keeps is the same. Left: the two numbers of a
+    LayerNorm for each token, which the estimate leaves out."""
+    flags = dict(lora=4, lora_targets=targets) if targets else {}
+    config, kept = settings(stage="sft", **flags), []
+    tokens = torch.arange(2 * 48).view(2, 48)
+    for layers in (2, 3):
+        phi = PhiConfig(128, 64, 256, num_hidden_layers=layers, num_attention_heads=4, partial_rotary_factor=0.5)
+        model = Phi(phi).init_weights(0)
+        if targets:
+            add_lora(model, 4, targets=targets)
+        kept.append(saved_by_autograd(model, lambda model=model: model(tokens)))
+    expected = kept_bytes(phi, config, Load(2, 48, 1, masked=False, several=False))
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.02)
 
 
 def test_the_largest_micro_batch_is_found():

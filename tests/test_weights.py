@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import hub, hub_environment
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import weights
 from files import InputError, read_json, write_json
-from model import Phi, PhiConfig
-from weights import modern_tensors, resolve, save_tensors, stored_tensors
+from model import Phi, PhiConfig, read_config, stored_dtype
+from weights import base_directory, is_adapter, modern_tensors, resolve, save_tensors, stored_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=32, hidden_size=40, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -136,12 +137,70 @@ def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path, monkeypat
     ]
 
 
+def test_a_shard_may_be_full_to_the_last_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 32)
+    save_tensors(tmp_path, {"a": torch.ones(4), "b": torch.ones(4), "c": torch.ones(1)})  # 16 + 16 bytes, then 4
+    assert [(path.name, name) for path, name in stored_tensors(tmp_path)] == [
+        ("model-00001-of-00002.safetensors", "a"),
+        ("model-00001-of-00002.safetensors", "b"),
+        ("model-00002-of-00002.safetensors", "c"),
+    ]
+    save_tensors(tmp_path, {"a": torch.ones(4), "b": torch.ones(4)})
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_files_say_that_their_tensors_are_pytorch_s(saved):
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+
+
+def test_a_save_that_fails_half_way_is_not_taken_for_a_whole_model(tmp_path, monkeypatch):
+    """The second shard cannot be written. The first is there, but no index names it: the model saved before is read."""
+    save_tensors(tmp_path, {"a": torch.zeros(100), "b": torch.zeros(100)})
+    monkeypatch.setattr(weights, "SHARD_BYTES", 400)
+    with pytest.raises(Exception, match="meta"):
+        save_tensors(tmp_path, {"a": torch.ones(100), "b": torch.ones(100, device="meta")})
+    assert (tmp_path / "model-00001-of-00002.safetensors").exists() and not (tmp_path / weights.INDEX).exists()
+    assert not list(tmp_path.glob(".*"))
+    assert [(path.name, name) for path, name in stored_tensors(tmp_path)] == [
+        ("model.safetensors", "a"),
+        ("model.safetensors", "b"),
+    ]
+    assert not load_file(tmp_path / "model.safetensors")["a"].any()
+
+
 # ------------------------------------------------------------------------------------------- faults in the weights
 
 
 def test_missing_tensor_is_named(saved):
     edit_tensors(saved, lambda tensors: tensors.pop("model.layers.1.mlp.fc1.bias"))
     assert load_error(saved) == f"{saved}: 1 tensors are missing, the first 'model.layers.1.mlp.fc1.bias'"
+
+
+def test_so_are_faults_of_the_rows_that_a_model_is_filled_with(saved):
+    """`Phi.fill` reads into memory that nobody has cleared: a tensor that is left out would stay what it happens to be."""
+
+    def fill_error(edit):
+        make_phi().save_pretrained(saved)
+        path = edit_tensors(saved, edit)
+        with pytest.raises(InputError) as error:
+            make_phi().fill(saved)
+        return str(error.value).removeprefix(str(path)).removeprefix(str(saved))
+
+    model = make_phi(seed=1)
+    model.fill(saved)
+    assert same_weights(model, make_phi())
+    missing = fill_error(lambda tensors: tensors.pop("model.layers.1.mlp.fc1.bias"))
+    assert missing == ": 1 tensors are missing, the first 'model.layers.1.mlp.fc1.bias'"
+    unexpected = fill_error(lambda tensors: tensors.update({"model.layers.2.mlp.fc1.bias": torch.zeros(24)}))
+    assert unexpected.startswith(": unexpected tensor 'model.layers.2.mlp.fc1.bias'")
+    longer = fill_error(lambda tensors: tensors.update({"lm_head.weight": torch.zeros(33, 40)}))
+    assert longer == ": tensor 'lm_head.weight' has shape [33, 40], the config needs [32, 40]"
+
+
+def test_whole_numbers_are_not_taken_for_weights(saved):
+    path = edit_tensors(saved, lambda tensors: tensors.update({"lm_head.bias": torch.zeros(32, dtype=torch.int64)}))
+    assert load_error(saved) == f"{path}: tensor 'lm_head.bias' holds torch.int64, not floating-point weights"
 
 
 def test_unexpected_tensor_is_named(saved):
@@ -167,6 +226,12 @@ def test_shard_that_the_index_names_but_is_absent_is_named(tmp_path, monkeypatch
     (shard,) = tmp_path.glob("model-00002-of-*.safetensors")
     shard.unlink()
     assert load_error(tmp_path) == f"{shard}: no such file"
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["model.safetensors"]}], ids=str)
+def test_an_index_without_a_map_is_named(saved, index):
+    write_json(saved / weights.INDEX, index)
+    assert load_error(saved) == f"{saved / weights.INDEX}: has no weight_map from tensor names to files"
 
 
 def test_pickle_is_not_read(saved):
@@ -233,6 +298,40 @@ def test_a_file_is_no_model_and_a_directory_has_no_revision(saved, tmp_path, mon
         resolve(saved, revision="main")
 
 
+# ------------------------------------------------------------------------------------------------------ whose adapters
+
+
+def adapter_directory(directory, **config):
+    write_json(directory / "adapter_config.json", config)
+    return directory
+
+
+def test_a_directory_with_both_is_a_whole_model(saved, tmp_path):
+    assert not is_adapter(saved) and base_directory(saved) == saved
+    adapters = adapter_directory(tmp_path / "adapters", base_model_name_or_path=str(saved), revision=None)
+    assert is_adapter(adapters) and base_directory(adapters) == saved
+    adapter_directory(saved, base_model_name_or_path="/nowhere")
+    assert not is_adapter(saved) and base_directory(saved) == saved
+
+
+def test_adapters_come_with_the_revision_of_the_base_that_they_were_trained_on(saved, tmp_path):
+    """Of a base on the hub the commit that their config names is asked for, not the newest."""
+    base = "owner/base"
+    pinned = adapter_directory(tmp_path / "pinned", base_model_name_or_path=base, revision="v9")
+    newest = adapter_directory(tmp_path / "newest", base_model_name_or_path=base, revision=None)
+    with hub({base: saved}) as (endpoint, requests):
+        result = load_from_hub(endpoint, tmp_path / "home", str(pinned), str(newest))
+    assert result[str(pinned)].startswith(
+        f"{pinned} holds adapters of {base}, and {base}: the repository has no revision 'v9'"
+    )
+    assert "newest/adapter_config.json: not plain LoRA" in result[str(newest)]  # so the base was found and read
+    asked = [path for path in requests if "/revision/" in path]
+    assert any(path.endswith("/revision/v9") for path in asked) and any(path.endswith("/revision/main") for path in asked)
+    local = adapter_directory(tmp_path / "local", base_model_name_or_path=str(saved), revision="v9")
+    with pytest.raises(InputError, match=r"local holds adapters of .*--revision v9 makes no sense for the directory"):
+        base_directory(local)
+
+
 # ---------------------------------------------------------------------------------------------------------- older form
 
 
@@ -293,6 +392,15 @@ def test_older_names_and_fused_projections_load_and_are_saved_in_the_current_for
     assert raw["model_type"] == "phi" and raw["hidden_size"] == 40
     assert not [name for name in raw if name.startswith("n_")]
     assert same_weights(Phi.from_pretrained(tmp_path / "current"), make_phi())
+
+
+def test_the_dtype_that_a_config_names(saved):
+    """transformers writes it as torch_dtype, newer versions as dtype."""
+    for changes, expected in (({"torch_dtype": "bfloat16"}, "bfloat16"), ({"dtype": "float16"}, "float16")):
+        edit_config(saved, **changes)
+        assert stored_dtype(read_config(saved)) == expected
+    assert stored_dtype(PhiConfig(**TINY)) == "float32"
+    assert "dtype" not in read_config(saved).to_dict() and "torch_dtype" not in read_config(saved).to_dict()
 
 
 def test_fused_projection_by_hand():
