@@ -57,14 +57,16 @@ def from_tensors(tensors: dict[str, Tensor]) -> Quantized:
         packed, absmax, table = (tensors.pop(name) for name in ("weight", "weight.absmax", "weight.quant_map"))
         low, nested = tensors.pop("weight.low", None), tensors.pop("weight.nested_absmax", None)
         if nested is not None:
-            offset = torch.tensor(state["nested_offset"], device=packed.device)
+            offset = torch.tensor(float(state["nested_offset"]), device=packed.device)
             known = state["nested_blocksize"] == 256 and _is_table(tensors.pop("weight.nested_quant_map"), "dynamic8")
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"its quantized weight is incomplete or damaged ({error!r})") from None
     if code not in CODES or not _is_table(table, code):
         raise InputError(f"weight.quant_map is not the table of {code!r}")
     if nested is not None and not known:
         raise InputError("its scales are quantized otherwise than in blocks of 256 with the dynamic map")
+    if nested is not None and len(nested) != math.ceil(len(absmax) / 256):
+        raise InputError(f"its quantized weight is incomplete or damaged: {len(nested)} scales for {len(absmax)} scales")
     n = math.prod(shape)
     if tensors or block < 1 or packed.nbytes != packed_bytes(n, bits(code)) or len(absmax) != math.ceil(n / block):
         found = f"{packed.nbytes} bytes of codes, {len(absmax)} scales" + (f", {sorted(tensors)}" if tensors else "")

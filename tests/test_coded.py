@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from coded import coded_layers, from_tensors, layer_from_tensors, layer_tensors, to_tensors
 from convert import quantize_checkpoint
 from data import Example, collate
 from files import InputError
+from levels import CODES
 from model import Phi, PhiConfig, completion_logprobs, generate
-from quant import FrozenLinear, Int8Linear, Linear4bit, quantize_model
+from quant import FrozenLinear, Int8Linear, Linear4bit, dequantize, quantize_blockwise, quantize_layer, quantize_model
 from train import main
 from weights import INDEX
 
@@ -56,6 +58,119 @@ def test_a_converted_checkpoint_is_the_quantized_model(full, tmp_path, to, optio
     assert torch.equal(Phi.from_pretrained(tmp_path / "again")(IDS), expected)
     first, again = (json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("q", "again"))
     assert first == again
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_matrix_of_any_size_and_dtype_comes_back_from_its_tensors(code, dtype):
+    """3 x 43 values: the last block is short, and so is the last byte."""
+    w = torch.randn(3, 43, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for double in (False, True) if code != "int4-asym" else (False,):
+        q = quantize_blockwise(w, code, block=32, double=double)
+        back = from_tensors(to_tensors(q))
+        assert (back.code, back.block, back.shape, back.dtype) == (code, 32, (3, 43), dtype)
+        assert dequantize(back).dtype == dtype and torch.equal(dequantize(back), dequantize(q))
+
+
+def test_names_on_disk_are_those_of_bitsandbytes_where_it_knows_the_code():
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    plain = {"weight", "weight.absmax", "weight.quant_map"}
+    nested = {"weight.nested_absmax", "weight.nested_quant_map"}
+    assert set(to_tensors(quantize_blockwise(w, "nf4"))) == plain | {"weight.quant_state.bitsandbytes__nf4"}
+    assert set(to_tensors(quantize_blockwise(w, "int4"))) == plain | {"weight.quant_state.blockwise__int4"}
+    doubled = to_tensors(quantize_blockwise(w.bfloat16(), "fp4", block=128, double=True))
+    assert set(doubled) == plain | nested | {"weight.quant_state.bitsandbytes__fp4"}
+    state = json.loads(bytes(doubled["weight.quant_state.bitsandbytes__fp4"].tolist()))
+    assert state.pop("nested_offset") > 0
+    assert state == {
+        "quant_type": "fp4",
+        "blocksize": 128,
+        "dtype": "bfloat16",
+        "shape": [4, 64],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+    }
+    assert coded_layers(["a.fc.weight.quant_state.bitsandbytes__nf4", "a.fc.weight", "b.SCB", "c.weight"]) == {"a.fc", "b"}
+
+
+def test_codes_in_words_of_another_type_and_scales_of_16_bits_are_read():
+    """bitsandbytes may store the bytes as any type (bnb_4bit_quant_storage), so that FSDP can shard them with the rest."""
+    q = quantize_blockwise(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), "nf4")
+    tensors = to_tensors(q)
+    stored = tensors | {"weight": q.packed.flatten().view(torch.bfloat16)[:, None], "weight.absmax": q.absmax.half()}
+    back = from_tensors(stored)
+    assert torch.equal(back.packed, q.packed) and back.absmax.dtype == torch.float32
+    assert torch.equal(back.absmax, q.absmax.half().float())
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "expected"),
+    [
+        (
+            "nf4",
+            {"double": True},
+            {
+                "quant_method": "bitsandbytes",
+                "llm_int8_skip_modules": ["lm_head"],
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "bfloat16",
+                "bnb_4bit_quant_storage": "uint8",
+            },
+        ),
+        ("fp4", {}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
+        ("nf4", {"block": 16}, {"quant_method": "blockwise", "code": "nf4", "block": 16}),  # bitsandbytes begins at 32
+        ("int4", {}, {"quant_method": "blockwise", "code": "int4", "block": 64}),
+        (
+            "int8",
+            {"threshold": 5.0},
+            {
+                "quant_method": "bitsandbytes",
+                "llm_int8_skip_modules": ["lm_head"],
+                "load_in_8bit": True,
+                "llm_int8_threshold": 5.0,
+                "weight_only": False,
+            },
+        ),
+        ("int8", {}, {"llm_int8_threshold": 6.0, "weight_only": True}),
+    ],
+    ids=str,
+)
+def test_the_config_says_what_is_stored(tmp_path, to, options, expected):
+    quantize_model(phi().bfloat16(), to, **options).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {name: config.get(name) for name in expected} == expected
+    if to == "int8":
+        layer = Phi.from_pretrained(tmp_path).model.layers[0].mlp.fc1
+        assert layer.threshold == options.get("threshold")
+
+
+def test_a_config_goes_without_the_quantization_that_is_no_longer_there(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    model = Phi.from_pretrained(tmp_path / "q")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, FrozenLinear):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features)
+            plain.weight.data, plain.bias.data = layer.dense(), layer.bias.data
+            model.set_submodule(name, plain)
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    with torch.no_grad():
+        assert torch.equal(Phi.from_pretrained(tmp_path / "plain")(IDS), model(IDS))
+
+
+def test_what_is_quantized_already_is_not_quantized_again(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    with pytest.raises(InputError, match="q is stored quantized already; leave out --base int8"):
+        Phi.from_pretrained(tmp_path / "q", base="int8")
+
+
+@torch.no_grad()
+def test_quantizing_while_reading_gives_the_quantized_model(full):
+    model = Phi.from_pretrained(full, base="nf4")
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    assert torch.equal(model(IDS), quantize_model(phi(), "nf4")(IDS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -129,6 +244,12 @@ def damage(directory, change):
 
 
 LAYER = "model.layers.0.mlp.fc1"
+STATE = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
+
+
+def change_state(tensors, **changes):
+    text = json.dumps(json.loads(bytes(tensors[STATE].tolist())) | changes)
+    tensors[STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +263,22 @@ LAYER = "model.layers.0.mlp.fc1"
         (lambda t: t.pop(f"{LAYER}.bias"), "no bias"),
         (lambda t: t.update({"model.layers.7.mlp.fc1.SCB": torch.zeros(3)}), "no such layer"),
         (lambda t: t.update({f"{LAYER}.weight.extra": torch.zeros(3)}), "weight.extra"),
+        (lambda t: change_state(t, nested_blocksize=512), "quantized otherwise than in blocks of 256"),
+        (lambda t: t.update({f"{LAYER}.weight.nested_quant_map": torch.zeros(256)}), "quantized otherwise than"),
+        (lambda t: t.pop(f"{LAYER}.weight.nested_quant_map"), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.nested_absmax": torch.ones(2)}), "incomplete or damaged"),
+        (lambda t: change_state(t, nested_offset=None), "incomplete or damaged"),
+        (lambda t: change_state(t, blocksize=32), "128 scales for 8192 values in blocks of 32"),
+        (lambda t: change_state(t, blocksize=-64), "in blocks of -64"),
+        (lambda t: change_state(t, shape=[128, 32]), "128 scales for 4096 values"),
+        (lambda t: change_state(t, quant_type="fp4"), "not the table of 'fp4'"),
+        (lambda t: change_state(t, quant_type="nf5"), "not the table of 'nf5'"),
+        (lambda t: change_state(t, dtype="float31"), "incomplete or damaged"),
+        (lambda t: t.update({STATE: torch.tensor(list(b"{"), dtype=torch.uint8)}), "incomplete or damaged"),
     ],
 )
 def test_damage_is_named(full, tmp_path, change, message):
-    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",), double=True)
     damage(tmp_path / "q", change)
     with pytest.raises(InputError, match=message):
         Phi.from_pretrained(tmp_path / "q")
@@ -156,6 +289,33 @@ def test_a_layer_of_another_shape_is_an_error(full, tmp_path):
     damage(tmp_path / "q", lambda t: t.update({f"{LAYER}.weight": torch.zeros(128, 32, dtype=torch.int8)}))
     with pytest.raises(InputError, match=r"holds a matrix of \[128, 32\], the config needs \[128, 64\]"):
         Phi.from_pretrained(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_format": torch.tensor(1, dtype=torch.uint8)}, "not in bitsandbytes' row format"),
+        ({"weight": torch.zeros(24, 64)}, "not in bitsandbytes' row format"),
+        ({"weight": None}, "not in bitsandbytes' row format"),
+        ({"SCB": torch.ones(23)}, r"23 scales for \[24, 64\] codes"),
+        ({"extra": torch.ones(3)}, "extra"),
+        ({"weight": torch.zeros(24, 32, dtype=torch.int8)}, r"a matrix of \[24, 32\], the config needs \[24, 64\]"),
+    ],
+)
+def test_int8_layers_that_are_damaged(changes, message):
+    plain = torch.nn.Linear(64, 24)
+    tensors = layer_tensors(quantize_layer(plain.weight, None, "int8"))
+    assert torch.equal(layer_from_tensors(tensors, plain, {}).weight, tensors["weight"])
+    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    with pytest.raises(InputError, match=message):
+        layer_from_tensors(tensors, plain, {})
+
+
+def test_an_int8_checkpoint_without_a_threshold_has_bitsandbytes_own():
+    plain = torch.nn.Linear(64, 24)
+    tensors = layer_tensors(quantize_layer(plain.weight, None, "int8"))
+    for config, threshold in (({}, 6.0), ({"llm_int8_threshold": 4.0}, 4.0), ({"weight_only": True}, None)):
+        assert layer_from_tensors(tensors, plain, config).threshold == threshold
 
 
 def test_nan_in_a_checkpoint_names_file_and_tensor_and_leaves_nothing_that_loads(full, tmp_path):

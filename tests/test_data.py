@@ -220,6 +220,10 @@ BAD_ROWS = [
     ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion" is dict, not text'),
     ("sft", {"messages": [user("2+2?")]}, '"messages" does not end with the assistant'),
     ("sft", {"messages": [assistant("4")]}, '"messages"'),
+    ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message before the last'),
+    ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no user message before'),
+    ("pairs", {**GOOD["pairs"], "chosen": [assistant("4"), assistant("4!")]}, '"chosen" is a list but not of one'),
+    ("sft", b"[" * 100_000, "nested too deeply"),
     ("sft", b'{"prompt": "2+2?", ', "not JSON"),
     ("sft", b'["2+2?", "4"]', "a JSON list, not an object"),
     ("sft", b'{"prompt": "caf\xe9?", "completion": "4"}', "not UTF-8 text"),
@@ -271,6 +275,12 @@ def test_pair_keeps_messages_and_the_fields_that_the_format_does_not_name(tmp_pa
         tmp_path, "pairs", {"prompt": messages, "chosen": "Yes.", "rejected": "No.", "topic": "sums", "flipped": True}
     )
     assert row == Row(messages, ["Yes.", "No."], f"{path}:1", {"topic": "sums", "flipped": True})
+
+
+def test_of_a_message_the_role_and_the_text_are_kept(tmp_path):
+    named = {**user("2+2?"), "name": "Ada", "weight": 1}
+    (row,), _, _ = read(tmp_path, "sft", {"messages": [named, assistant("4")], "prompt": "another", "id": 7})
+    assert row.messages == [user("2+2?")] and row.extra == {"id": 7}
 
 
 def test_a_text_prompt_is_one_user_message(tmp_path):
@@ -390,6 +400,14 @@ def test_split_puts_no_question_on_both_sides_and_meets_the_share_on_average():
     assert words(split_by_question(rows, 0.25, seed=1)[1]) != words(evaluation)
 
 
+def test_a_question_with_two_answers_is_on_one_side():
+    answers = [["4"], ["Four, of course."], ["4", "5"], []]
+    for seed in range(20):
+        rows = [Row([user("What is 2+2?")], completions, f"f:{i}", {}) for i, completions in enumerate(answers)]
+        train, evaluation = split_by_question(rows, 0.5, seed)
+        assert not train or not evaluation
+
+
 def test_split_depends_neither_on_the_order_nor_on_the_other_rows():
     rows = [question(f"What is {n} plus one?") for n in range(200)]
     train, evaluation = split_by_question(rows, eval_share=0.3, seed=0)
@@ -407,6 +425,12 @@ def test_variants_in_case_blanks_and_punctuation_stay_together():
     for seed in range(20):
         train, evaluation = split_by_question([question(text) for text in variants], 0.5, seed)
         assert not train or not evaluation
+
+
+def test_symbols_and_numbers_make_another_question():
+    sums = ["What is 7 + 8?", "What is 7 - 8?", "What is 7 * 8?", "What is 78?", "What is 7 + 9?", "What is (7 + 8) / 2?"]
+    assert len({question_key(question(text)) for text in sums}) == len(sums)
+    assert question_key(question("Grüße aus der STRASSE")) == question_key(question("grüsse aus der Straße"))
 
 
 def test_a_system_prompt_does_not_make_another_question_but_an_earlier_turn_does():
@@ -445,6 +469,17 @@ def test_order_is_a_function_of_seed_and_epoch():
     orders = [epoch_order(examples, 4, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (11, 1), (1, 11))]
     assert len(set(map(str, orders))) == 5  # also (11, 1) and (1, 11) are two different things
     assert epoch_order(examples, 4, 0, 1) == orders[1]
+
+
+def test_an_epoch_mixes_its_examples_anew_and_sorts_them_within_pools_alone():
+    examples = examples_of_lengths(LENGTHS)
+    first, second = ({frozenset(batch) for batch in epoch_order(examples, 4, seed=0, epoch=epoch)} for epoch in (0, 1))
+    assert len(first & second) < len(first) / 2  # other batches, not the same ones in another order
+    pools = epoch_order(examples, 4, seed=0, epoch=0, pool=5)
+    spans = sorted((min(LENGTHS[i] for i in batch), max(LENGTHS[i] for i in batch)) for batch in pools)
+    assert any(longest > shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))  # two pools overlap
+    alone = [batch[0] for batch in epoch_order(examples, 1, seed=0, epoch=0, pool=1)]
+    assert [LENGTHS[i] for i in alone] != sorted(LENGTHS)
 
 
 def test_lengths_within_a_batch_are_close_but_batches_come_in_random_order():
@@ -599,6 +634,19 @@ def test_options_are_read_from_a_question_s_text():
     ]
 
 
+def test_options_without_a_heading_and_the_last_of_several_headings():
+    assert written_options("Which?\nA. red\nB. blue\nAnswer:") == ["red", "blue"]
+    assert written_options("Options:\nA. no\nOptions:\nA. red\nB. blue") == ["red", "blue"]
+    assert written_options("Which?") == []
+
+
+def test_the_fields_that_the_format_does_not_name_are_kept_and_no_others():
+    assert parse_mcq(mcq(source="book"))[2] == {"topic": "x", "source": "book", "letter": "B", "choices": ["red", "blue"]}
+    assert parse_mcq(mcq(explanation="  So.\n"))[1] == ["So.\n\nAnswer: B"]
+    ten = [str(i) for i in range(10)]
+    assert parse_mcq(mcq(choices=ten, answer="J"))[0][0]["content"].endswith("\nJ. 9\n\nAnswer:")
+
+
 def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
     for row, kind in ((mcq(), "mcq"), ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs"), ({"messages": []}, "sft")):
         (tmp_path / "rows.jsonl").write_text("\ufeff\n" + json.dumps(row))
@@ -614,6 +662,10 @@ def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
         ({"answer": "blue"}, "not the letter of an option"),
         ({"answer": ""}, "not the letter of an option"),
         ({"choices": ["red"]}, "2 to 10 texts"),
+        ({"choices": list("abcdefghijk")}, "2 to 10 texts"),
+        ({"choices": "red or blue"}, "2 to 10 texts"),
+        ({"choices": []}, "2 to 10 texts"),
+        ({"question": "Which?", "choices": None}, "not the letter of an option"),
         ({"choices": ["red", ""]}, '"choices" is empty'),
         ({"question": None}, '"question" is missing'),
         ({"question": "Options:\nA. x\nC. y", "choices": None}, "not lettered A, B, C"),
