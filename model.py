@@ -250,7 +250,8 @@ class KVCache:
             keys[:, :, self.slot], values[:, :, self.slot] = k, v
         else:
             rows, slots = self.slot
-            keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+            # An indexed write does not convert: under autocast the turned keys are fp32, the cache is not.
+            keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(values.dtype)
         return keys[:, :, : self.used], values[:, :, : self.used]
 
 

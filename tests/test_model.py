@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as model_file
 from data import Example, collate, collate_rows
+from files import InputError
 from model import (
-    Linear,
     Phi,
     PhiConfig,
     TokenLogProbs,
@@ -195,6 +196,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert_same_gradients(gradients(model, completion_logprobs(model, batch)), plain)
 
 
+def test_gradient_checkpointing_runs_each_block_again_in_the_backward_pass_and_only_there():
+    model, batch, passes = make_phi(), collate(make_examples(2)), []
+    model.gradient_checkpointing = True
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    logprobs = completion_logprobs(model, batch)
+    assert len(passes) == 1
+    gradients(model, logprobs)
+    assert len(passes) == 2
+    with torch.no_grad():
+        completion_logprobs(model, batch)
+    assert len(passes) == 3
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("key_value_heads", [2, 1])
 @pytest.mark.parametrize("packed", [False, True])
@@ -230,6 +244,67 @@ def test_bf16_autocast_gives_fp32_logprobs_and_gradients(completions):
     got = gradients(model, logprobs)
     assert all(g.dtype == torch.float32 for g in got.values())
     assert_same_gradients(got, gradients(model, exact), relative=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_the_output_layer_rounds_its_factors_to_bf16_but_not_their_sum(autocast):
+    """As worked out in float64 from the rounded factors. A sum rounded to bf16 would be off by 0.01."""
+    model, batch = make_phi() if autocast else make_phi().bfloat16(), collate(make_examples(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, h = completion_logprobs(model, batch), model.predicting(batch)
+    weight, bias = model.lm_head.weight.bfloat16().double(), model.lm_head.bias.double()
+    logp = F.linear(h.bfloat16().double(), weight, bias).log_softmax(dim=-1).gather(1, batch.target[:, None])[:, 0]
+    expected = torch.zeros(len(got), dtype=torch.float64).index_add(0, batch.owner, logp)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@torch.no_grad()
+def test_two_thousand_tokens_are_summed_without_rounding_in_between():
+    """They sum to about -9,000 nats, where fp32 has steps of 0.001: of a running sum in fp32 the second decimal is wrong."""
+    model, generator = make_phi(), torch.Generator().manual_seed(0)
+    batch = collate([Example([1], [torch.randint(VOCABULARY, (2000,), generator=generator).tolist()])])
+    head = model.lm_head
+    each = TokenLogProbs.apply(model.predicting(batch), head.weight, head.bias, batch.target, torch.float32)  # [M]
+    assert each.sum() < -8192
+    assert completion_logprobs(model, batch).tolist() == [each.double().sum().float().item()]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size of the largest tensor that any operation gives."""
+
+    values = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.values = max(self.values, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)), 0)
+        return result
+
+
+def test_no_more_logits_than_a_chunk_are_ever_held(monkeypatch):
+    """300 tokens of 7 dimensions, 50 words: 15,000 logits, of which 20 tokens' are made at a time."""
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 20 * 50)
+    generator = torch.Generator().manual_seed(0)
+    h, weight, bias = (torch.randn(n, generator=generator).requires_grad_() for n in ((300, 7), (50, 7), (50,)))
+    target = torch.randint(50, (300,), generator=generator)
+    with LargestTensor() as largest:
+        logprobs = TokenLogProbs.apply(h, weight, bias, target, torch.float32)
+        torch.autograd.grad(logprobs.sum(), (h, weight, bias))
+    assert largest.values == 300 * 7  # h and its gradient
+
+
+def test_gradients_of_bf16_weights_are_summed_over_the_chunks_in_fp32(monkeypatch):
+    """512 chunks of a token whose gradients all point one way: a sum kept in bf16 stands still once it is 256 times the
+    next summand."""
+    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 1)
+    generator = torch.Generator().manual_seed(0)
+    h = (1 + 0.1 * torch.randn(512, 3, generator=generator)).bfloat16()
+    weight, bias = torch.zeros(7, 3).bfloat16().requires_grad_(), torch.zeros(7).bfloat16().requires_grad_()
+    target = torch.zeros(512, dtype=torch.long)
+    got = torch.autograd.grad(TokenLogProbs.apply(h, weight, bias, target, torch.bfloat16).sum(), (weight, bias))
+    slope = torch.tensor([6 / 7, *[-1 / 7] * 6])  # onehot - p, alike for all tokens
+    for g, expected in zip(got, (slope[:, None] * h.float().sum(dim=0), 512 * slope)):
+        torch.testing.assert_close(g.float(), expected, rtol=0.005, atol=0)
 
 
 def token_logprobs_inputs(dtype):
@@ -286,6 +361,14 @@ def test_rotation_by_hand():
     assert quarter.flatten().tolist() == [-4.0, 3.0]  # a quarter turn of the vector (3, 4)
 
 
+def test_angles_are_made_in_fp32_and_rounded_at_the_end():
+    """bf16 holds whole numbers up to 256 only: position 1,999 would be 2,000, turned by one radian more."""
+    position = torch.tensor([[1, 257, 1999]])
+    exact, rounded = (rotary_angles(position, 32, 80, 10_000.0, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for e, r in zip(exact, rounded, strict=True):
+        assert r.dtype == torch.bfloat16 and torch.equal(r, e.bfloat16())
+
+
 def test_position_zero_is_not_turned_and_no_length_changes():
     x = torch.randn(1, 2, 6, 20, generator=torch.Generator().manual_seed(0))
     y = rotate(x, *rotary_angles(torch.arange(6)[None], 8, 20, 10_000.0, torch.float32), size=8)
@@ -308,11 +391,13 @@ def test_score_of_two_tokens_depends_on_their_distance_only():
 
 
 def test_block_is_attention_plus_mlp_of_one_layernorm():
-    """One layer, written out with full matrices: x + dense(softmax(q k^T / sqrt(h)) v) + fc2(gelu(fc1(ln(x))))."""
-    phi, tokens = make_phi(num_hidden_layers=1), torch.tensor([[3, 1, 4, 1, 5]])
+    """One layer, written out with full matrices: x + dense(softmax(q k^T / sqrt(h)) v) + fc2(gelu(fc1(ln(x)))). The base of
+    the positions and LayerNorm's eps are others than Phi-2's, so that both must come from the config."""
+    phi = make_phi(num_hidden_layers=1, rope_theta=500.0, layer_norm_eps=0.1)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
     block, x = phi.model.layers[0], phi.model.embed_tokens(tokens)[0]  # [T, D]
-    ln = F.layer_norm(x, (40,), block.input_layernorm.weight, block.input_layernorm.bias, eps=1e-5)
-    cos, sin = (t[0, 0] for t in rotary_angles(torch.arange(5)[None], 8, 20, 10_000.0, torch.float32))  # [T, 20]
+    ln = F.layer_norm(x, (40,), block.input_layernorm.weight, block.input_layernorm.bias, eps=0.1)
+    cos, sin = (t[0, 0] for t in rotary_angles(torch.arange(5)[None], 8, 20, 500.0, torch.float32))  # [T, 20]
     heads = []
     for head in range(2):
         rows = slice(20 * head, 20 * head + 20)
@@ -327,7 +412,7 @@ def test_block_is_attention_plus_mlp_of_one_layernorm():
     inner = F.linear(ln, block.mlp.fc1.weight, block.mlp.fc1.bias)
     gelu = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
     y = x + attention + F.linear(gelu, block.mlp.fc2.weight, block.mlp.fc2.bias)
-    y = F.layer_norm(y, (40,), phi.model.final_layernorm.weight, phi.model.final_layernorm.bias, eps=1e-5)
+    y = F.layer_norm(y, (40,), phi.model.final_layernorm.weight, phi.model.final_layernorm.bias, eps=0.1)
     torch.testing.assert_close(phi(tokens)[0], F.linear(y, phi.lm_head.weight, phi.lm_head.bias), rtol=1e-5, atol=1e-5)
 
 
@@ -339,17 +424,42 @@ def test_attention_mask_makes_padding_on_either_side_invisible(side):
     torch.testing.assert_close(logits, phi(torch.tensor([row]))[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3,), (1, 3), (16, 3), (17, 3), (2, 4, 3)])
-@pytest.mark.parametrize("outputs", [8, 40, 13])
-def test_sliced_product_equals_nn_linear(shape, outputs):
-    generator = torch.Generator().manual_seed(0)
-    sliced, plain = Linear(3, outputs), nn.Linear(3, outputs)
-    plain.load_state_dict(sliced.state_dict())
-    x = torch.randn(shape, generator=generator)
-    with torch.no_grad():
-        y = sliced(x)
-    assert y.shape == (*shape[:-1], outputs)
-    torch.testing.assert_close(y, plain(x), rtol=1e-6, atol=1e-6)
+def test_random_weights_are_as_transformers_starts_them():
+    def draw(seed):
+        return dict(Phi(PhiConfig(**TINY, initializer_range=0.5)).init_weights(seed).named_parameters())
+
+    for name, p in draw(seed=1).items():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "layernorm" in name:
+            assert torch.equal(p, torch.ones(40)), name
+        else:
+            assert p.std().item() == pytest.approx(0.5, rel=0.1) and abs(p.mean()) < 0.05, name
+    same, other = draw(seed=1)["lm_head.weight"], draw(seed=2)["lm_head.weight"]
+    assert torch.equal(same, draw(seed=1)["lm_head.weight"]) and not torch.equal(same, other)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a positive number"),
+        ({"vocab_size": -1}, "vocab_size is -1, not a positive number"),
+        ({"hidden_size": 40.0}, "hidden_size is 40.0, not a positive number"),
+        ({"intermediate_size": "48"}, "intermediate_size is '48', not a positive number"),
+        ({"num_attention_heads": True}, "num_attention_heads is True, not a positive number"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "do not divide each other"),
+        ({"partial_rotary_factor": 0.26}, "turns 5 of a head's 20 dimensions; an even number"),
+        ({"partial_rotary_factor": 0.01}, "turns 0 of a head's 20 dimensions"),
+        ({"partial_rotary_factor": 1.2}, "turns 24 of a head's 20 dimensions"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        PhiConfig(**{**TINY, **changes})
+
+
+def test_without_a_number_of_key_value_heads_every_head_has_its_own():
+    assert PhiConfig(**TINY).num_key_value_heads == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -386,6 +496,29 @@ def test_generation_ends_before_the_first_stop_token():
     assert generate(model, PROMPTS[:1], 12, stop_tokens=free[0][:1]) == [[]]
 
 
+def test_a_batch_ends_with_the_step_in_which_its_last_row_stops():
+    """Rows stop in different steps; what one that has stopped gets in the meantime is no stop token again."""
+    model = make_phi()
+    free = generate(model, PROMPTS[2:], 12)
+    stops = (free[0][1], free[1][4])
+    first = [next(i for i, token in enumerate(row) if token in stops) for row in free]
+    assert first[0] < first[1] < 11 and free[0][first[1]] not in stops
+    assert len(list(stream(model, PROMPTS[2:], 12, stop_tokens=stops))) == first[1] + 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_generation_in_bf16_follows_the_uncached_argmax(autocast):
+    """Up to rounding: each token's logit is the largest, or as good as."""
+    model = make_phi() if autocast else make_phi().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        answers = generate(model, PROMPTS, 12)
+        for prompt, ids in zip(PROMPTS, answers, strict=True):
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].float()
+            chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert logits.dtype == torch.float32 and (logits.amax(dim=-1) - chosen).max() < 0.05
+
+
 def test_sampling_is_reproducible_and_a_tiny_nucleus_is_greedy():
     model = make_phi()
     first, again, other = (generate(model, PROMPTS, 12, temperature=1.0, seed=seed) for seed in (1, 1, 2))
@@ -416,6 +549,15 @@ def test_frequencies_of_sampled_tokens(temperature, top_p, expected):
     expected = torch.tensor(expected, dtype=torch.float32)
     assert (frequency - expected).abs().max() < 0.015  # four standard deviations of a frequency near 1/2
     assert frequency[expected == 0].eq(0).all()
+
+
+def test_a_nucleus_is_cut_where_its_probability_is_reached_in_fp32_too():
+    """Two tokens of 1/2 each: the first alone reaches 0.5. And of 1,000 alike in bf16, half do; a running sum in bf16 stands
+    still at 1/4, where 1/1,000 is less than half its step, so that all would stay."""
+    generator = torch.Generator().manual_seed(0)
+    assert len(sample(torch.zeros(100, 2), 1.0, 0.5, generator).unique()) == 1
+    tokens = sample(torch.zeros(20_000, 1000, dtype=torch.bfloat16), 1.0, 0.5, generator)
+    assert 495 <= len(tokens.unique()) <= 501
 
 
 @pytest.mark.parametrize("prompts, new", [([], 1), ([[1], []], 1), ([[1]], 0)])

@@ -394,6 +394,19 @@ def test_older_names_and_fused_projections_load_and_are_saved_in_the_current_for
     assert same_weights(Phi.from_pretrained(tmp_path / "current"), make_phi())
 
 
+def test_what_the_older_config_leaves_out():
+    """microsoft/phi-2's own says n_inner null: four times the width, 160 here. Without rotary_dim a whole head turns."""
+    config, _ = older_form(make_phi())
+    assert PhiConfig.from_dict(config).intermediate_size == 24 and PhiConfig.from_dict(config).rotary_size == 8
+    assert PhiConfig.from_dict({**config, "n_inner": None}).intermediate_size == 160
+    del config["n_inner"], config["rotary_dim"], config["n_head_kv"]
+    read = PhiConfig.from_dict(config)
+    assert (read.intermediate_size, read.rotary_size, read.num_key_value_heads) == (160, 20, 2)
+    for wrong in ({"n_embd": 0}, {"n_embd": None}, {"n_head": "2"}):
+        with pytest.raises(InputError, match="n_embd and n_head must be positive numbers"):
+            PhiConfig.from_dict({**config, **wrong})
+
+
 def test_the_dtype_that_a_config_names(saved):
     """transformers writes it as torch_dtype, newer versions as dtype."""
     for changes, expected in (({"torch_dtype": "bfloat16"}, "bfloat16"), ({"dtype": "float16"}, "float16")):
