@@ -53,13 +53,18 @@ def quantize_int8(w: Tensor, per: str = "row") -> tuple[Tensor, Tensor]:
     w [O, I] of any floating-point dtype -> codes int8 [O, I] and scale s fp32: [O] per "row" (one output feature),
     [I] per "column", [] per "tensor". InputError if w is not finite.
 
-    Error: |w - w~| <= s / 254, half a step. The errors are uniform within a step s / 127, so for w ~ N(0, 1) their relative
-    RMSE is about sqrt(E[s^2]) / 127 / sqrt(12). Rows of 2,560 have sqrt(E[s^2]) = 3.69: .0084.
+    Error: |w - w~| <= s / 254, half a step, for s >= 1e-36. Where all of a row is smaller, its codes are those of
+    s = 1e-36, because 127 / s would be infinite in fp32: w~ is too small then.
+
+    The errors are uniform within a step s / 127, so for w ~ N(0, 1) their relative RMSE is about
+    sqrt(E[s^2]) / 127 / sqrt(12). Rows of 2,560 have sqrt(E[s^2]) = 3.69: .0084.
     """
     w, dim = w.detach(), {"row": 1, "column": 0, "tensor": (0, 1)}[per]
     scale = w.abs().amax(dim).float()
     _check_finite(scale)
-    factor = 127.0 / scale.clamp(min=1e-38)  # a row of zeros has codes 0
+    # A row of zeros has codes 0. The smallest scale is 1e-36 and not 1e-38, as fp32 ends at 3.4e38: 127 / 1e-38 is infinite,
+    # and infinity times 0 is NaN.
+    factor = 127.0 / scale.clamp(min=1e-36)
     return torch.round(w * _along(factor, per)).to(torch.int8), scale
 
 
@@ -70,7 +75,8 @@ def dequantize_int8(codes: Tensor, scale: Tensor, per: str = "row") -> Tensor:
 
 
 def _along(scale: Tensor, per: str) -> Tensor:
-    return scale[:, None] if per == "row" else scale  # [O, 1], or [I] and [], which broadcast as they are
+    """[O, 1], [I] or [1], to be multiplied with [O, I]. (A factor without a dimension would be rounded to w's dtype.)"""
+    return scale[:, None] if per == "row" else scale.view(-1)
 
 
 def _check_finite(scale: Tensor) -> None:
