@@ -17,10 +17,10 @@ from data import ChatML, epoch_order, load_tokenizer
 from dpo import robust_loss
 from files import InputError, read_json, write_json, write_jsonl
 from inputs import Inputs, add_adapters, demo_rows, load_chat, load_inputs, reference_tables, run_config
-from loop import evaluation, make_objective, micro_batches, note_best, step_gradients, stop_signals, update
+from loop import evaluation, make_objective, micro_batches, note_best, step_gradients, stop_signals, train, update
 from model import Phi
 from optimizer import learning_rate
-from passes import all_logprobs
+from passes import all_logprobs, sample_answers
 from train import main
 
 
@@ -301,7 +301,8 @@ def run_stage(stage, tiny, tmp_path, rows, flags):
 def test_a_run_takes_its_rows_in_order_and_measures_and_saves_when_it_should(tiny, tmp_path):
     """With a learning rate of next to nothing the model stays what it is, so the mean log-probability of a step's chosen
     answers tells which rows it saw."""
-    flags = "--lr 1e-12 --warmup-steps 3 --epochs 2 --batch-size 5 --micro-batch-size 2 --samples 3 --seed 3"
+    flags = "--lr 1e-12 --warmup-steps 3 --epochs 2 --batch-size 5 --micro-batch-size 2 --seed 3"
+    flags += " --samples 3 --max-length 64 --max-prompt-length 48"
     run = run_stage("dpo", tiny, tmp_path, pair_rows(40), flags + " --eval-every 3 --save-every 4 --keep 2")
     rows, config = read_metrics(run), run_config(run)
     steps = [row for row in rows if "loss" in row]
@@ -316,19 +317,36 @@ def test_a_run_takes_its_rows_in_order_and_measures_and_saves_when_it_should(tin
         assert row["logps/chosen"] == pytest.approx(table[batch, 0].mean().item(), abs=1e-4)
         assert row["logps/rejected"] == pytest.approx(table[batch, 1].mean().item(), abs=1e-4)
         assert row["drift/absolute"] < 1e-4  # from the rows' own lines of the reference table
-        assert row["lr"] == learning_rate(row["step"] - 1, len(order), config)
+        assert row["lr"] == learning_rate(row["step"] - 1, len(order), config) and row["tokens_per_second"] > 0
     assert steps[0]["lr"] == pytest.approx(1e-12 / 3) and steps[-1]["lr"] > 0
 
     last = len(order)
-    evaluated = [row["step"] for row in rows if "eval_loss" in row]
-    assert evaluated == [*range(3, last, 3), *([last] if last % 3 else []), *([] if last % 3 else [last])]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert all(row["eval_drift/absolute"] < 1e-4 for row in evaluations)
+    evaluated = [row["step"] for row in evaluations]
+    assert evaluated == [*range(3, last, 3), last]
     assert rows.index(steps[3]) == 4  # the evaluation after step 3 is logged before step 4
     saved = sorted({3, *range(4, last, 4), last})  # 3 is the best: nothing later is better
     assert steps_saved(run) == [3, *saved[-2:]]
     results = read_json(run / "results.json")
     assert results["best_step"] == 3
     assert results["before"]["metrics"]["ties"] == 1  # the model before training is the reference
-    assert [len(results[when]["answers"]) for when in ("before", "after")] == [3, 3]
+    answers, _ = sample_answers(Phi.from_pretrained(tiny), inputs.chat, inputs.eval[:3], 64 - 48, 1.0, seed=3)
+    assert results["before"]["answers"] == answers == results["after"]["answers"]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradient_checkpointing_runs_a_block_once_more(tiny, tmp_path, recomputed):
+    """One pass to train on, one to evaluate, and the recomputed one."""
+    model, examples, runs = Phi.from_pretrained(tiny), unsorted_examples(1), []
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: runs.append(1))
+    settings = dict(
+        batch_size=7, micro_batch_size=7, max_steps=1, eval_every=1, save_every=1, metric="loss", adam_beta2=0.99
+    )
+    config = config_of("sft", lr=1e-3, warmup_steps=0, gradient_checkpointing=recomputed, **settings)
+    inputs = Inputs(tiny, ChatML(load_tokenizer(tiny)), examples, examples, ledgers={})
+    train(config, tmp_path, model, inputs, (None, None), 0)
+    assert len(runs) == (3 if recomputed else 2)
 
 
 def test_the_model_that_a_run_leaves_is_the_best_that_it_evaluated(tiny, tmp_path):
