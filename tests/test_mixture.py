@@ -6,6 +6,7 @@ import pytest
 
 from files import InputError
 from mixture import (
+    chosen_requests,
     clean,
     make_pairs,
     match_lengths,
@@ -68,10 +69,25 @@ def test_answers_that_the_teacher_refused_leave_the_pair_incomplete_and_counted(
     assert clean(make_pairs([item]), counts) == [] and counts == {"no rejected answer": 1}
 
 
+def test_bare_answers_are_those_under_40_characters_and_options():
+    asked = chosen_requests([Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])])
+    assert [item.question for item in asked] == ["a?", "c?"]
+    assert not chosen_requests([Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")])
+
+
+def test_what_is_preferred_is_the_pairs_own_answer_then_the_explanation_then_the_bare_answer():
+    items = [Item("?", "c", chosen=" a ", explanation="b"), Item("?", "c", explanation="b"), Item("?", "c")]
+    assert [r["chosen"] for r in make_pairs(items)] == ["a", "b", "c"]
+    assert [r["topic"] for r in make_pairs([Item("?", ""), Item("?", "", topic="Physics")])] == ["Unknown", "Physics"]
+
+
 def test_wrong_options_and_orders_follow_from_the_seed():
     item = Item("Which?", "d", ["a", "b", "c", "d"])
     assert wrong_option(item, 0) == wrong_option(item, 0) != "d"
-    assert {wrong_option(Item(f"{i}?", "d", item.choices), 0) for i in range(50)} == {"a", "b", "c"}
+    items = [Item(f"{i}?", "d", item.choices) for i in range(50)]
+    assert {wrong_option(item, 0) for item in items} == {"a", "b", "c"}
+    for draw in (wrong_option, shuffled_choices):
+        assert [draw(item, 0) for item in items] == [draw(item, 0) for item in items] != [draw(item, 1) for item in items]
     places = Counter(shuffled_choices(Item(f"{i}?", "d", item.choices), 0).index("d") for i in range(400))
     assert min(places.values()) > 70  # SciQ's right answer is always published last
 
@@ -128,6 +144,16 @@ def test_every_reason_is_counted():
     assert len(kept) == 11 and len(kept) + sum(counts.values()) == len(rows)
 
 
+def test_answers_of_ten_characters_are_long_enough():
+    rows = [
+        row("Q1?", chosen="x" * 10),
+        row("Q2?", rejected="x" * 10),
+        row("Q3?", chosen="x" * 9),
+        row("Q4?", rejected="x" * 9),
+    ]
+    assert [r["prompt"] for r in clean(rows, Counter())] == ["Q1?", "Q2?"]
+
+
 def test_near_duplicates_of_a_question_stay_on_one_side():
     spellings = ("What is 7 + {}?", "what is  7 + {} ?", "What is 7 + {}", "WHAT IS 7 + {}!")
     rows = [row(spelling.format(i), chosen=f"{spelling}, {i}") for i in range(200) for spelling in spellings]
@@ -146,6 +172,8 @@ def test_topics_are_reviewed_by_question():
     kept, review = review_topics(rows, {row_key(row("a ?")): "Biology", row_key(row("B?")): "drop"}, counts)
     assert [r["topic"] for r in kept] == ["Biology", "Physics", "Unknown"] and counts.total() == 1
     assert [r["prompt"] for r in review] == ["D?"] and review[0]["topic"] == ""
+    kept, review = review_topics([row("C?", topic="Physics")], {row_key(row("C?")): "Biology"}, counts)
+    assert kept[0]["topic"] == "Physics" and not review  # what is known already is not reviewed
 
 
 def test_match_lengths_balances_each_source():
@@ -197,3 +225,20 @@ def test_statistics_by_hand():
     assert stats["by source"] == {"x": 2, "y": 1} and stats["lengths"]["prompt"]["longest"] == 3
     assert stats["longer answer is the chosen one, by source"] == {"x": 0.5, "y": 0.5}  # a tie counts half
     assert stats["share of rows that repeat a question"] == pytest.approx(1 / 3)
+
+
+def test_quantiles_of_a_hundred_lengths():
+    """Prompts of 1 to 100 words: the 51st in order is the median, the 96th has 95 of 100 below it."""
+    stats = statistics([row("w " * n, chosen="a", rejected="b") for n in range(100, 0, -1)], words)
+    assert stats["lengths"]["prompt"] == {"median": 51, "95%": 96, "longest": 100}
+    assert stats["lengths"]["chosen"] == {"median": 1, "95%": 1, "longest": 1}
+
+
+def test_words_and_signs():
+    assert words("It isn't 2.5 m/s!") == len(["It", "isn", "'", "t", "2", ".", "5", "m", "/", "s", "!"])
+
+
+def test_equal_shares_without_any_named():
+    mixed = mix(many(3, "a") + many(9, "b"), {}, "source", "0")
+    assert [Counter(r["source"] for r in mixed[:n])["a"] for n in (2, 4, 6, 12)] == [1, 2, 3, 3]
+    assert mix(many(9, "a"), {}, "source", "0") != mix(many(9, "a"), {}, "source", "1")

@@ -10,7 +10,7 @@ from preferences import matched_lengths, measure_baselines, measure_rewards, tra
 # log-probabilities of chosen and rejected: margins over the reference are 2, -1 and 0
 POLICY = torch.tensor([[-10.0, -15.0], [-20.0, -18.0], [-5.0, -7.0]])
 REFERENCE = torch.tensor([[-11.0, -14.0], [-19.0, -18.0], [-6.0, -8.0]])
-LENGTHS = torch.tensor([[10, 5], [9, 10], [4, 4]])
+LENGTHS = torch.tensor([[10, 5], [10, 9], [4, 4]])
 FLIPPED = torch.tensor([False, True, False])
 
 
@@ -29,11 +29,12 @@ def test_rewards_by_hand():
 
 def test_baselines_by_hand():
     made = measure_baselines(POLICY, REFERENCE, LENGTHS, FLIPPED)
-    assert made["longer wins"].value == pytest.approx((1 + 0 + 0.5) / 3)
-    assert made["shorter wins"].value == pytest.approx((0 + 1 + 0.5) / 3)
+    assert made["longer wins"].value == pytest.approx((1 + 1 + 0.5) / 3)
+    assert made["shorter wins"].value == pytest.approx((0 + 0 + 0.5) / 3)
     assert made["reference, sum"].value == pytest.approx(2 / 3)  # -11 > -14, -19 < -18, -6 > -8
-    assert made["reference, per token"].value == pytest.approx(2 / 3)  # -1.1 > -2.8, -2.11 < -1.8, -1.5 > -2
-    assert made["model alone, sum"].value == pytest.approx(2 / 3)
+    assert made["reference, per token"].value == 1  # -1.1 > -2.8, -1.9 > -2, -1.5 > -2
+    assert made["model alone, sum"].value == pytest.approx(2 / 3)  # -10 > -15, -20 < -18, -5 > -7
+    assert made["model alone, per token"].value == pytest.approx(2 / 3)  # -1 > -3, -2 = -2, -1.25 > -1.75
     assert made["right answer likelier"].value == 1
 
 
@@ -48,7 +49,9 @@ def test_what_does_not_apply_is_left_out():
 def test_the_table_of_a_training_run_shows_the_same_numbers():
     made = training_summary(POLICY, REFERENCE, LENGTHS, FLIPPED, eps=0.1)
     assert made["reward accuracy"] == pytest.approx(1 / 3) and made["clean reward accuracy"] == pytest.approx(2 / 3)
-    assert made["logp per token, chosen"] == pytest.approx(-35 / 23) and made["longer answer wins"] == pytest.approx(0.5)
+    assert made["logp per token, chosen"] == pytest.approx(-35 / 24) and made["longer answer wins"] == pytest.approx(2.5 / 3)
+    assert made["logp per token, rejected"] == pytest.approx(-40 / 18) and made["chosen likelier"] == pytest.approx(2 / 3)
+    assert made["debiased accuracy"] == pytest.approx((1 / 3 - 0.1) / 0.8) and made["right answer likelier"] == 1
     assert training_summary(POLICY, REFERENCE, LENGTHS, None, eps=None)["debiased accuracy"] == pytest.approx(1 / 3)
 
 

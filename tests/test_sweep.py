@@ -1,22 +1,25 @@
 """Sweeps: which runs there are; that they share rows and reference; that finished ones are skipped, failed ones recorded."""
 
 import json
+import math
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rows import pair_rows
+from safetensors.torch import save_file
 
 from config import Config, parse
-from files import InputError, read_json, write_jsonl
+from files import InputError, read_json, write_json, write_jsonl
 from intervals import Estimate
-from ranking import Result, cannot_tell, pick_eps
-from sweep import make_points, parse_grid, point_name
+from ranking import Result, cannot_tell, collect, pick_eps, summarise
+from sweep import Run, make_points, parse_grid, point_name
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -184,10 +187,12 @@ def result(name, right, point, rate=0.2, loss=0.0):
 
 def test_mcnemar_by_hand():
     """20 pairs that both have right; then 8 that only a has right and 1 that only b has. Of 2^9 splits 1 + 9 are as uneven
-    on one side: p = 20/512 = 0.039. With 4 to 0 it is 2/16 = 0.125."""
+    on one side: p = 20/512 = 0.039. With 7 to 1 it is 2 (1 + 8)/256 = 0.07, though one side alone is below 5%. With 4 to 0
+    it is 2/16 = 0.125."""
     both = [1] * 20
     a, b = torch.tensor([both + [1] * 8 + [0]]).bool(), torch.tensor([both + [0] * 8 + [1]]).bool()
     assert not cannot_tell(a, b) and not cannot_tell(b, a)
+    assert cannot_tell(a[:, 1 + 20 :], b[:, 1 + 20 :]) and cannot_tell(b[:, 1 + 20 :], a[:, 1 + 20 :])
     assert cannot_tell(a[:, :24], b[:, :24]) and cannot_tell(a, a)
     assert cannot_tell(a[:, :24].repeat(3, 1), b[:, :24].repeat(3, 1))  # three seeds do not make a pair three pairs
     many = torch.arange(4000) % 2 == 0
@@ -228,3 +233,59 @@ def test_other_rows_under_the_same_name_are_an_error(command, tmp_path, capsys):
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(80))
     assert main(command("--grid", "beta=0.1,0.3,0.5", "--max-steps", "1")) == 2
     assert "holds other rows than this call gives" in capsys.readouterr().err
+
+
+def write_run(directory, base, seed, margin, point=None, **changes):
+    """The files of one run on four test pairs: margins, and what the labels, lengths and the starting model say."""
+    run = Run(f"{point or 'd'}-{seed}", point or {}, replace(base, out=str(directory)))
+    tensors = {
+        "margin": torch.tensor(margin),
+        "reference": torch.tensor([1.0, 1.0, -1.0, 0.0]),
+        "longer": torch.tensor([1, 0, -1, 1]),
+        "flipped": torch.tensor([False, True, False, False]),
+    }
+    (directory / run.name).mkdir()
+    save_file(tensors, directory / run.name / "margins.safetensors")
+    record = {"labels known": True, "own loss": -1.0 - seed, "seconds": 10.0, "best step": 5 + seed, **changes}
+    write_json(directory / run.name / "test.json", record)
+    return run
+
+
+def test_measures_of_a_setting_by_hand(tmp_path):
+    """Two seeds, four pairs of which the second is labelled the wrong way round."""
+    base = Config(eps=0.25, beta=0.5)
+    margins = [2.0, 4.0, 0.0, -3.0], [1.0, -2.0, 1.0, 3.0]
+    made = summarise("x", [write_run(tmp_path, base, seed, margin) for seed, margin in enumerate(margins)], base)
+    assert made.right.tolist() == [[True, False, False, False], [True, True, True, True]]
+    assert made.measures["reward accuracy"].value == pytest.approx((2 + 3) / 8) and made.measures["clean"].value == 5 / 8
+    assert made.measures["debiased"].value == pytest.approx((5 / 8 - 0.25) / 0.5)
+    assert {name: estimate.n for name, estimate in made.measures.items()} == dict.fromkeys(made.measures, 4)
+    assert made.measures["margin"].value == pytest.approx((3 + 2 + 1 + 0) / 8)
+    losses = [math.log1p(math.exp(-0.5 * m)) for row in margins for m in row]
+    assert made.measures["DPO loss"].value == pytest.approx(sum(losses) / 8)
+    baselines = {name: credit.tolist() for name, credit in made.baselines.items()}
+    assert baselines["longer answer"] == [1, 0.5, 0, 1] and baselines["starting model"] == [1, 0, 0, 0.5]
+    assert baselines["tuned model"] == [1, 0, 0, 0]  # the starting model's 1, 1, -1, 0 and the first seed's margins
+    assert (made.own_loss, made.best_steps, made.seconds) == (-1.5, [5, 6], 20.0)
+
+
+def test_settings_are_ranked_by_what_they_order_rightly_and_failures_are_told(tmp_path):
+    base = Config(eps=0.25, beta=0.5)
+    worse = write_run(tmp_path, base, 0, [-1.0, 1.0, -1.0, 1.0], {"lr": 1}, **{"own loss": -99.0})
+    better = write_run(tmp_path, base, 0, [1.0, -1.0, 1.0, 1.0], {"lr": 2})
+    again = write_run(tmp_path, base, 1, [1.0, -1.0, 1.0, -1.0], {"lr": 2})
+    failed, missing = (Run(name, {"lr": 3}, better.config) for name in ("failed", "never begun"))
+    (tmp_path / "failed").mkdir()
+    write_json(tmp_path / "failed" / "failed.json", {"error": "out of memory"})
+    results, failures = collect([worse, better, again, failed, missing], base)
+    assert [(r.name, len(r.right)) for r in results] == [("lr=2", 2), ("lr=1", 1)] and failures == {
+        "failed": "out of memory"
+    }
+    assert results[0].alike and results[1].alike  # four pairs tell nothing apart
+
+
+def test_without_known_labels_there_is_no_clean_accuracy(tmp_path):
+    base = Config(eps=None, beta=0.5)
+    made = summarise("x", [write_run(tmp_path, base, 0, [0.0] * 4, **{"labels known": False})], base)
+    assert "clean" not in made.measures and "flip rate" not in made.measures  # nor a flip rate of margins that are all 0
+    assert made.measures["debiased"].value == made.measures["reward accuracy"].value == 0

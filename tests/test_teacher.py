@@ -1,13 +1,16 @@
 """The teacher beside a local server that speaks OpenAI's protocol and misbehaves."""
 
+import asyncio
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from openai_server import FAULTS, Server
@@ -99,11 +102,12 @@ def test_refusals_are_written_down_and_not_asked_again(serve, tmp_path):
 
 
 def test_newer_models_and_questions_that_are_too_long(serve, tmp_path):
-    server = serve(fault=lambda body, attempt: "too long" if "3 + 3" in str(body) else "newer model")
+    told = {"3 + 3": "context_length_exceeded", "4 + 4": "content_filter"}
+    server = serve(fault=lambda body, attempt: next((told[sum] for sum in told if sum in str(body)), "newer model"))
     for _ in range(2):
         answers = ask_all(questions(5), Journal.open(tmp_path / "j.jsonl"), Teacher("m"), "x")
-        assert [answer is None for answer in answers] == [False, False, False, True, False]
-    assert sum(server.attempts.values()) == 4 * 2 + 1
+        assert [answer is None for answer in answers] == [False, False, False, True, True]
+    assert sum(server.attempts.values()) == 3 * 2 + 2
 
 
 def test_a_stop_ends_all_calls(serve, tmp_path):
@@ -111,6 +115,91 @@ def test_a_stop_ends_all_calls(serve, tmp_path):
     with pytest.raises(InputError, match="account is empty"):
         ask_all(questions(100), Journal.open(tmp_path / "j.jsonl"), Teacher("m", concurrency=4), "x")
     assert sum(server.attempts.values()) <= 40  # each of the other three was in a call that timed out and was tried again
+
+
+def test_attempts_that_led_to_nothing_are_paid_for_and_the_request_stays_open(serve, tmp_path, capsys):
+    """An answer of no use, 5 tokens in and 10 out, then errors until the attempts are used up."""
+    server = serve(fault=lambda body, attempt: "empty" if attempt == 1 else "429")
+    assert ask_all(questions(1), Journal.open(tmp_path / "j.jsonl"), Teacher("m"), "x") == [None]
+    assert list(server.attempts.values()) == [teacher.ATTEMPTS] == [8]
+    assert f"no answer in {teacher.ATTEMPTS} attempts (RateLimitError)" in capsys.readouterr().out
+    journal = Journal.open(tmp_path / "j.jsonl")
+    assert journal.tokens == [5, 10] and questions(1)[0].key("m") not in journal.answers
+    server.fault = lambda body, attempt: None
+    assert ask_all(questions(1), journal, Teacher("m"), "x") == ["Answer to What is 0 + 0?"]
+    assert Journal.open(tmp_path / "j.jsonl").tokens == [10, 20]
+
+
+def test_tokens_of_all_attempts_are_counted(serve, tmp_path):
+    serve(fault=lambda body, attempt: "too many words" if attempt <= 2 else None)
+    journal = Journal.open(tmp_path / "j.jsonl")
+    ask_all(questions(1), journal, Teacher("m"), "x")
+    assert journal.tokens == [3 * 5, 3 * 10]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that would be waited, none of which are."""
+    seconds, sleep = [], asyncio.sleep
+
+    async def record(delay, *args):
+        seconds.append(delay)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", record)
+    return seconds
+
+
+def test_each_wait_is_about_twice_the_one_before_and_at_most_a_minute(serve, tmp_path, monkeypatch, waits):
+    serve(fault=lambda body, attempt: "500")
+    monkeypatch.setattr(teacher, "FIRST_WAIT", 2.0)
+    ask_all(questions(1), Journal.open(tmp_path / "j.jsonl"), Teacher("m"), "x")
+    waited = [seconds for seconds in waits if seconds > 0.5]
+    expected = [2, 4, 8, 16, 32, 60, 60, 60]
+    assert len(waited) == 8 and all(0.5 * e <= w <= 1.5 * e for w, e in zip(waited, expected))
+    assert len({w / e for w, e in zip(waited, expected)}) > 1  # not all clients at once
+
+
+def test_a_server_that_says_when_to_come_back_is_heeded(serve, tmp_path, waits):
+    serve(fault=lambda body, attempt: "429" if attempt <= 2 else None)  # Retry-After: 0.01, longer than our own first waits
+    ask_all(questions(1), Journal.open(tmp_path / "j.jsonl"), Teacher("m"), "x")
+    assert [seconds for seconds in waits if seconds > 0.0001] == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("3600", 60.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0)])
+def test_what_a_server_says_about_waiting(header, seconds):
+    error = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": header}))
+    assert teacher._retry_after(error) == seconds
+
+
+def test_a_server_that_cannot_be_reached_stops_everything(serve, tmp_path):
+    server = serve()
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InputError, match=r"server at http://127.0.0.1:\d+/v1/ cannot be reached"):
+        ask_all(questions(20), Journal.open(tmp_path / "j.jsonl"), Teacher("m", concurrency=2), "x")
+
+
+@pytest.mark.parametrize(("budget", "at_once"), [(None, 6), (25.0, 2)])
+def test_calls_at_a_time(serve, tmp_path, monkeypatch, budget, at_once):
+    """Six, or as many as the budget has room for if each costs all that it may: some 10.4."""
+    running, most, lock = 0, 0, threading.Lock()
+
+    def answer(body):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.25)
+        with lock:
+            running -= 1
+        return "fine"
+
+    serve(answer)
+    monkeypatch.setattr(teacher, "TIMEOUT", 20.0)
+    asker = Teacher("m", concurrency=6, price=(1e4, 1e4), budget=budget)
+    ask_all(questions(12), Journal.open(tmp_path / "j.jsonl"), asker, "x")
+    assert most == at_once
 
 
 def test_answers_of_no_use_are_given_up_after_three_attempts(serve, tmp_path):
@@ -161,6 +250,35 @@ def test_the_estimate_bounds_what_is_paid(serve, tmp_path):
     ask_all(asked, journal, priced, "x")
     assert priced.cost(journal.tokens) <= sum(priced.cost(priced.at_most(r)) for r in asked)
     assert "0 calls" in estimate(asked, journal, priced)
+
+
+def test_prices_and_bounds_by_hand():
+    """Tokens in and out have prices of their own, and 3 bytes of text are at most a token: 猫 is 3 bytes."""
+    assert Teacher("m", price=(0.5, 1.5)).cost([2_000_000, 1_000_000]) == 2.5
+    assert Teacher("m").at_most(rejected("猫" * 90, [], None)) == [90 + 8, 1024]
+    for request in (topic("Q?", ("Physics",)), judgement("Q?", "a", "b")):
+        assert Teacher("m").at_most(request)[1] == 30
+        assert Teacher("m").at_most(request)[0] >= 2 * 8 + sum(len(text) // 3 for _, text in request.messages)
+
+
+def test_an_estimate_counts_each_missing_answer_once(tmp_path):
+    journal, asked = Journal(tmp_path / "j.jsonl"), questions(4)
+    journal.answers[asked[0].key("m")] = "known"
+    shown = estimate([*asked, asked[1]], journal, Teacher("m", price=(0.0, 1e6)))
+    assert shown.startswith("5 requests, 2 answered in the journal or asked twice; 3 calls of m:")
+    assert shown.endswith(f"and {3 * 1024:,} out, {3 * 1024:,.2f}")
+
+
+def test_a_choice_is_read_from_json_and_from_words_in_any_case():
+    request = judgement("Q?", "a", "b")
+    for answer in ('{"answer": "tie"}', "TIE", ' "Tie". ', '"tie"'):
+        assert request.parse(answer) == "tie"
+    for answer in ("", " ", "A or B", '{"verdict": "A"}', "[1]", '{"answer": "C"}'):
+        with pytest.raises(ValueError):
+            request.parse(answer)
+    assert rejected("Q?", [], None).parse("  any text ") == "any text"
+    with pytest.raises(ValueError, match="empty"):
+        rejected("Q?", [], None).parse(" ")
 
 
 def test_a_torn_last_line_is_removed_and_other_damage_is_named(tmp_path):

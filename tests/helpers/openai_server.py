@@ -82,8 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(400, "Unsupported parameter: 'response_format'")
         if fault == "newer model" and "max_tokens" in body:
             return self.error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
-        if fault == "too long":
-            return self.error(400, "Maximum context length exceeded", "context_length_exceeded")
+        if fault in ("context_length_exceeded", "content_filter"):
+            return self.error(400, "This question is not answered", fault)
         if fault == "400":
             return self.error(400, "Unknown parameter")
         if fault == "429":
