@@ -13,7 +13,12 @@ from hub_server import SHA, hub, hub_environment
 from openai_server import Server
 
 import teacher
-from files import read_json, write_jsonl
+from build import check_output, filled_in, mixed, multiple_choice, open_teacher, token_length
+from config import Config
+from data import load_tokenizer
+from files import InputError, read_json, write_jsonl
+from mixture import row_key
+from sources import Item
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -194,3 +199,82 @@ def test_flags_that_make_no_sense_are_errors(flags, message, tmp_path, capsys):
     assert run(*flags, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+# ------------------------------------------------------------------------------------------------- parts, without a build
+
+
+def test_a_folder_that_this_program_did_not_make_is_not_replaced(tmp_path):
+    config = Config(out=str(tmp_path), name="data", overwrite=True)
+    check_output(tmp_path / "data", config)  # nothing is there
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="has no ledger.json, so this program did not make it"):
+        check_output(tmp_path / "data", config)
+    (tmp_path / "data" / "ledger.json").write_text("{}")
+    check_output(tmp_path / "data", config)
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output(tmp_path / "data", Config(out=str(tmp_path), name="data"))
+
+
+def test_the_price_is_in_then_out(tmp_path):
+    flags = dict(out=str(tmp_path), teacher="m", budget=2.0, concurrency=3)
+    asker, journal = open_teacher(Config(price="0.5,1.5", **flags))
+    assert (asker.price, asker.budget, asker.concurrency, asker.model) == ((0.5, 1.5), 2.0, 3, "m")
+    assert journal.path == tmp_path / "teacher" / "journal.jsonl"
+    for price in ("-1,2", "1,-2", "1", "1,2,3", "a,b"):
+        with pytest.raises(InputError, match=f"--price {price}: two numbers"):
+            open_teacher(Config(price=price, **flags))
+
+
+def test_shares_and_sizes():
+    rows = [
+        {"prompt": f"{s} {i}", "chosen": "a", "rejected": "b", "source": s, "topic": t}
+        for s, t in (("a", "Physics"), ("b", "Biology"))
+        for i in range(40)
+    ]
+
+    def counts(by="source", **flags):
+        made = mixed(Config(shares_by=by, seed=0, **flags), rows)
+        return {name: (len(part), sum(r["source"] == "a" for r in part)) for name, part in made.items()}
+
+    assert counts() == {"train": (80, 40)}
+    assert counts(sizes="8,40", shares="a=3,b=1") == {"train-8": (8, 6), "train-40": (40, 30)}
+    assert counts(by="topic", sizes="8", shares="Biology=3,Physics=1") == {"train-8": (8, 2)}
+    for flags in ({"sizes": "0"}, {"shares": "a=-1"}, {"shares": "a"}, {"sizes": "8.5"}):
+        with pytest.raises(InputError, match="take positive numbers"):
+            counts(**flags)
+
+
+def test_a_filled_in_review_names_known_topics_by_question(tmp_path):
+    path = tmp_path / "filled.jsonl"
+    rows = [{"prompt": "Why?", "topic": "Physics"}, {"prompt": "How?", "topic": "drop"}, {"prompt": "Who?", "topic": ""}]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    told = filled_in(Config(topics=str(path)))
+    assert told == {row_key({"prompt": row["prompt"], "question_id": ""}): row["topic"] for row in rows}
+    assert filled_in(Config()) == {}
+    for bad, message in (
+        ({"prompt": "a", "topic": "Astrology"}, "'Astrology' is none of Math"),
+        ({"topic": ""}, "not a row"),
+    ):
+        path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad))
+        with pytest.raises(InputError, match=rf"filled\.jsonl:2: {message}"):
+            filled_in(Config(topics=str(path)))
+
+
+def test_multiple_choice_keeps_the_explanation_and_each_question_once():
+    items = [Item(f"{i % 20}?", "b", ["a", "b", "c"], "It is so.", source="s", question_id=f"s-{i}") for i in range(30)]
+    made = multiple_choice([*items, Item("An essay?", "Long.")], Config(eval_share=0.25, seed=0))
+    rows = made["mcq-train"] + made["mcq-test"]
+    assert sorted(row["question"] for row in rows) == sorted(f"{i}?" for i in range(20))
+    assert all(row["answer"] == "B" and row["explanation"] == "It is so." and row["topic"] == "Unknown" for row in rows)
+    assert 0 < len(made["mcq-test"]) < 10 and "prompt" not in rows[0]
+    assert multiple_choice([Item("An essay?", "Long.")], Config(eval_share=0.25, seed=0)) == {}
+
+
+def test_lengths_are_in_tokens_of_the_model_if_there_is_one(tiny):
+    length, unit = token_length(Config(model=str(tiny)))
+    text = "Nine tokens, or so?"
+    assert unit == "tokens" and length(text) == len(load_tokenizer(tiny).encode(text, add_special_tokens=False).ids)
+    length, unit = token_length(Config(model="demo"))
+    assert unit == "words and signs" and length("Two words") == 2

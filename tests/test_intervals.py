@@ -1,5 +1,6 @@
 """Intervals by hand and by simulation; the flip rate of labels that are flipped at a known rate."""
 
+import math
 import random
 
 import pytest
@@ -55,6 +56,19 @@ def test_the_bootstrap_of_a_mean_is_close_to_its_standard_error():
     assert estimate == mean(values)  # the same draws every time
 
 
+def test_the_bootstrap_takes_the_middle_95_percent():
+    """The mean of 100 zeros and ones, half each, is binomial: 100 draws give 40 to 60 ones with a probability of 96.5%, 41
+    to 59 with 94.3%. So the middle 95% end at 0.40 or 0.41, and at 0.59 or 0.60; the middle 90% would end at 0.42 and 0.58."""
+    estimate = mean(torch.arange(100) % 2)
+    assert 0.395 < estimate.low < 0.415 and 0.585 < estimate.high < 0.605 and estimate.n == 100
+
+
+def test_a_ratio_draws_examples_not_tokens():
+    """Two examples, of 1 nat over 1 token and of 0 over 9: both, either alone, so from 0 to 1."""
+    estimate = ratio(torch.tensor([1.0, 0.0]), torch.tensor([1, 9]))
+    assert (estimate.value, estimate.low, estimate.high, estimate.n) == (pytest.approx(0.1), 0, 1, 2)
+
+
 def test_a_ratio_is_of_sums_not_a_mean_of_ratios():
     """10 nats over 2 tokens and 1 nat over 8: 11/10, not (5 + 1/8)/2."""
     assert ratio(torch.tensor([10.0, 1.0]), torch.tensor([2, 8])).value == pytest.approx(1.1)
@@ -90,6 +104,20 @@ def test_the_interval_covers_the_rate_in_about_95_of_100_data_sets():
         estimate = estimate_flip_rate(torch.where(agrees != flipped, m, -m))
         covered += estimate.low <= 0.2 <= estimate.high
     assert covered >= 52
+
+
+def test_the_interval_ends_where_the_likelihood_has_fallen_by_1_92_nats():
+    """Of small and of large margins 70 in 100 agree with their labels, so the model is as sure of the small ones. With an
+    eps above 0.3 every slope that is large enough fits best, and the likelihood is binomial in eps."""
+    m = torch.tensor(([1.0] * 70 + [-1.0] * 30) * 2) * torch.tensor([1.0, 1000.0]).repeat_interleave(100)
+
+    def nats(eps):
+        return 140 * math.log(1 - eps) + 60 * math.log(eps)
+
+    estimate = estimate_flip_rate(m)
+    assert estimate.value == pytest.approx(0.3, abs=0.001) and estimate.n == 200
+    assert nats(0.3) - nats(estimate.high) == pytest.approx(1.92, abs=0.07)  # rates are tried in steps of 0.001
+    assert 0.2 < estimate.low < 0.3 - (estimate.high - 0.3)  # below 0.3 the large margins alone say no
 
 
 def test_the_flip_rate_does_not_depend_on_the_unit_of_the_margins():

@@ -13,7 +13,7 @@ from hub_server import SHA, hub, hub_environment
 
 from files import InputError
 from mixture import make_pairs
-from sources import SOURCES, read_source
+from sources import SOURCES, _right, _without_letter, read_source
 
 RECORDS = {
     "mmlu_stem": {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "elementary_mathematics"},
@@ -190,6 +190,69 @@ def test_broken_files_are_named(file, content, message, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_source("sciq", str(tmp_path / file), {})
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [("A)5 km", "5 km"), ("a ) 24", "24"), (" B. yes ", "yes"), ("C: 1", "1"), ("Kelvin", "Kelvin"), ("A force", "A force")],
+)
+def test_an_option_without_its_letter(option, text):
+    assert _without_letter(option) == text
+
+
+def test_the_right_option_by_its_letter():
+    assert [_right(["x", "y"], letter) for letter in ("A", " b ", "B")] == ["x", "y", "y"]
+    for letter in ("C", "", "AB", "1"):
+        with pytest.raises(ValueError, match="there are 2"):
+            _right(["x", "y"], letter)
+
+
+def read(name, tmp_path, *changes):
+    return read_source(name, write(tmp_path / "x.json", [RECORDS[name] | change for change in changes]), {})[0]
+
+
+def test_topics_by_field_subject_course_and_origin(tmp_path):
+    def topics(name, column, values):
+        return [item.topic for item in read(name, tmp_path, *({column: value} for value in values))]
+
+    assert topics("theoremqa", "field", ["EECS", "Math", "Physics", None]) == [
+        "Electrical Engineering and Computer Science",
+        "Mathematics",
+        "Physics",
+        "",
+    ]
+    assert topics("mmlu_stem", "subject", ["machine_learning", "rock_climbing"]) == ["Computer Science", "Rock climbing"]
+    # Two votes each: 9 is a course of computer science, 1 is in no list.
+    assert topics("epfl", "course_id", [15113, 9, "9", 1]) == [*["Physics"] * 2, *["Computer Science"] * 4, "", ""]
+    assert topics("open_platypus", "data_source", ["leetcode_ne", "scibench"]) == ["Computer Science", ""]
+    assert topics("pairs", "topic", ["Unknown", "Biology"]) == ["", "Biology"]
+
+
+def test_a_task_with_an_input_is_asked_with_it(tmp_path):
+    assert read("open_platypus", tmp_path, {"input": "3 and 4"})[0].question == "Add 3 and 4.\n\n3 and 4"
+
+
+def test_own_pairs_may_bring_their_source_id_and_licence(tmp_path):
+    (item,) = read("pairs", tmp_path, {"source": "mine", "question_id": 0, "licence": "CC0"})
+    assert (item.source, item.question_id, item.licence) == ("mine", "0", "CC0")
+    first, second = read("pairs", tmp_path, {}, {})
+    assert (first.source, first.licence) == ("x", "that of the file")
+    assert (first.question_id, second.question_id) == ("pairs-0", "pairs-1")
+
+
+def test_mmlu_csv_answers_may_be_letters(tmp_path):
+    (tmp_path / "college_physics_dev.csv").write_text("question,choice0,choice1,choice2,choice3,answer\nq?,1,2,3,4,C\n")
+    (item,) = read_source("mmlu_stem", str(tmp_path), {})[0]
+    assert (item.answer, item.topic) == ("3", "Physics")
+
+
+def test_a_directory_is_read_in_order_and_json_lines_may_be_called_json(tmp_path):
+    write(tmp_path / "b.json", [RECORDS["sciq"] | {"question": "second"}])
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(RECORDS["sciq"] | {"question": "first"}) + "\n\n", "utf-8")
+    (tmp_path / "notes.txt").write_text("not a record")
+    items, _ = read_source("sciq", str(tmp_path), {})
+    assert [item.question for item in items] == ["first", "second"]
+    assert items[1].where.endswith("b.json:1") and items[0].explanation == RECORDS["sciq"]["support"]
 
 
 def test_unknown_and_private_sources():

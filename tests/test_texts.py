@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from texts import bleu, likelihood, rouge, similarity
+from data import ChatML, Example, load_tokenizer
+from texts import answer_summary, bleu, likelihood, rouge, similarity
 
 
 def test_perplexity_is_by_tokens_not_a_mean_of_means():
@@ -42,3 +43,31 @@ def test_order_does_not_matter():
     one, _ = similarity(answers, references)
     two, _ = similarity(answers[::-1], references[::-1])
     assert {k: v.value for k, v in one.items()} == pytest.approx({k: v.value for k, v in two.items()})
+
+
+def test_words_are_compared_as_they_stand_in_each_pair():
+    """ "running" is not "run"; two words of two are found of four, and one of one: (2/3 + 1)/2."""
+    assert rouge(["running"], ["run"])["ROUGE-1"].value == 0
+    made = rouge(["a b", "x"], ["a b c d", "x"])["ROUGE-1"]
+    assert made.value == pytest.approx((2 / 3 + 1) / 2) and made.n == 2
+    with pytest.raises(ValueError):
+        rouge(["a"], ["a", "b"])
+
+
+def test_the_interval_of_bleu_is_around_it_and_within_0_and_100():
+    answers = [f"the cat sat on the mat number {i}" for i in range(20)]
+    references = [answer if i % 2 else "no word in common with it" for i, answer in enumerate(answers)]
+    score, _ = bleu(answers, references)
+    assert 0 <= score.low < score.value < score.high <= 100 and score.n == 20
+    assert score.high - score.low > 5
+
+
+def test_the_table_of_a_training_run_counts_answers(tiny):
+    chat = ChatML(load_tokenizer(tiny))
+    extras = [{"letter": letter, "choices": ["x", "y", "z"]} for letter in "ABC"]
+    examples = [Example([1], [[2]], extra=extra) for extra in extras]
+    answers = ["A", "Answer: C", "Answer: C"]
+    made = answer_summary(answers, [True, False, False], examples, chat)
+    assert made["tokens per answer"] == sum(len(chat.encode_text(answer)) for answer in answers) / 3
+    assert made["answers that end"] == pytest.approx(1 / 3) and made["sampled: right letter"] == pytest.approx(2 / 3)
+    assert "sampled: right letter" not in answer_summary(answers, [True] * 3, [Example([1], [[2]])] * 3, chat)
