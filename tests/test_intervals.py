@@ -57,8 +57,8 @@ def test_the_bootstrap_of_a_mean_is_close_to_its_standard_error():
 
 
 def test_the_bootstrap_takes_the_middle_95_percent():
-    """Of 100 zeros and ones, half each, 100 draws give 40 to 60 ones with a probability of 96.5%, 41 to 59 with 94.3%. So the
-    middle 95% end at 0.40 or 0.41, and at 0.59 or 0.60; the middle 90% would end at 0.42 and 0.58."""
+    """Of 100 zeros and ones, half each, 100 draws give 40 to 60 ones with a probability of 96.5%, 41 to 59 with 94.3%. So
+    the middle 95% end at 0.40 or 0.41, and at 0.59 or 0.60; the middle 90% would end at 0.42 and 0.58."""
     estimate = mean(torch.arange(100) % 2)
     assert 0.395 < estimate.low < 0.415 and 0.585 < estimate.high < 0.605 and estimate.n == 100
 
