@@ -485,15 +485,16 @@ def test_merging_keeps_the_dtype_that_the_base_is_stored_in(tiny, tmp_path):
 
 def test_merging_measures_on_the_rows_that_it_is_given(tiny, tmp_path, capsys):
     """Onto 4 bits rounding moves the outputs; onto fp32 they stay where they were, to the last digits."""
-    write_jsonl(tmp_path / "rows.jsonl", pair_rows(6))
     changes = {}
-    for name, options in (("fp32", {}), ("nf4", {"base": "nf4"})):
+    for name, options, count in (("fp32", {}, 6), ("nf4", {"base": "nf4"}, 6), ("nf4", {"base": "nf4"}, 1)):
+        write_jsonl(tmp_path / "rows.jsonl", pair_rows(count))
         adapters(tiny, tmp_path / name, **options)
-        assert merge(tmp_path / name, tmp_path / "out" / name, "--data", tmp_path / "rows.jsonl") == 0
-        assert "on 6 examples: KL" in capsys.readouterr().out
-        changes[name] = read_json(tmp_path / "out" / name / "merged" / "results.json")["change"]
-    assert abs(changes["fp32"]["kl"]) < 1e-6 and changes["fp32"]["top 1"] == 1
-    assert changes["nf4"]["kl"] > 1e-5
+        assert merge(tmp_path / name, tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--overwrite") == 0
+        assert f"on {count} examples: KL" in capsys.readouterr().out
+        changes[name, count] = read_json(tmp_path / "out" / "merged" / "results.json")["change"]
+    assert abs(changes["fp32", 6]["kl"]) < 1e-6 and changes["fp32", 6]["top 1"] == 1
+    assert changes["nf4", 6]["kl"] > 1e-5
+    assert changes["nf4", 6]["kl"] != pytest.approx(changes["nf4", 1]["kl"], rel=1e-3)  # on all rows, not on the first
 
 
 def test_flags_that_would_do_nothing_and_adapters_that_differ(tiny, tmp_path, capsys):
