@@ -436,17 +436,27 @@ def test_a_layer_multiplies_with_its_rounded_weights_in_the_dtype_of_its_input(t
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_large_matrices_are_worked_on_in_parts(to, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_matrices_are_worked_on_in_parts(to, dtype, monkeypatch):
     """5 of 24 rows at a time, the last part 4: the same codes, and the same product."""
     plain, whole = layer(to, block=32)
-    x = normal(3, 96, seed=2)
+    x = normal(3, 96, seed=2).to(dtype)
     y = whole(x)
+    assert y.dtype == dtype
     monkeypatch.setattr(quant, "CHUNK", 5 * 96)
     _, parts = layer(to, block=32)
     for name, buffer in whole.named_buffers():
         assert torch.equal(dict(parts.named_buffers())[name], buffer), name
     torch.testing.assert_close(parts(x), y)
-    torch.testing.assert_close(y, F.linear(x, round_to(plain.weight, to, block=32), plain.bias))
+    expected = F.linear(x.float(), round_to(plain.weight, to, block=32), plain.bias)
+    assert relative_rmse(expected, y.float()) < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_layer_names_its_format():
+    _, quantized = layer("nf4", block=32, double=True)
+    assert quantized.extra_repr() == "96, 24, bias=True, nf4, block=32, double"
+    assert layer("int4")[1].extra_repr() == "96, 24, bias=True, int4, block=64"
+    assert layer("int8")[1].extra_repr() == "96, 24, bias=True, int8"
 
 
 def test_int8_products_in_bf16_are_rounded_when_they_are_scaled_and_not_before():
