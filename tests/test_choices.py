@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from choices import Choices, accuracies, by_topic, chance, invalid, letter_shares, parse_letter, position_bias, score_options
+from choices import (
+    Choices,
+    accuracies,
+    by_topic,
+    chance,
+    invalid,
+    letter_shares,
+    parse_letter,
+    position_bias,
+    score_options,
+    topic,
+)
 from data import ChatML, Example, load_tokenizer
 from model import Phi
 
@@ -26,6 +37,8 @@ from model import Phi
         ("Because 2 + 2 = 4.\n\nAnswer: D", 3),
         ("Answer: A\nNo, wait.\nAnswer: B", 1),
         ("B. it is so\nbecause I say so", 1),
+        ("B\nNo, wait.\nC", 2),  # the last line before the first
+        ("A) no\nAnswer: C", 2),  # what is named before what stands alone
         ("A force acts on it", None),
         ("Answer: A force acts on it", None),
         ("The answer is a cat", None),
@@ -48,7 +61,8 @@ def logprob(model, prompt, reply):
 def questions(chat):
     examples = []
     for i, letter in enumerate("ABCAB"):
-        prompt = chat.prompt([{"role": "user", "content": f"Question {i}?"}])
+        # Neither ascending nor descending in length: the passes sort their rows, and must put the results back in place.
+        prompt = chat.prompt([{"role": "user", "content": f"Question {i}" + "?" * (1 + 5 * i % 7)}])
         options = ["9 m", "a much longer option of 12 km", "force"][: 2 + i % 2]
         letter = letter if letter in "AB" or i % 2 else "A"
         extra = {"letter": letter, "choices": options, "topic": f"t{i % 2}"}
@@ -80,6 +94,12 @@ def test_accuracies_chance_and_topics():
     topics = by_topic(MADE, "letter")
     assert list(topics) == ["x", "y"] and topics["x"].value == pytest.approx(1 / 3) and topics["y"].value == 0
     assert invalid(MADE).value == 0.5
+
+
+def test_the_topic_goes_by_two_names():
+    assert topic(Example([1], [[2]], extra={"topic": "Physics", "subject": "x"})) == "Physics"
+    assert topic(Example([1], [[2]], extra={"topic": "", "subject": "Biology"})) == "Biology"
+    assert topic(Example([1], [[2]])) == "Unknown"
 
 
 def test_position_bias():
