@@ -25,7 +25,7 @@ from train import main
 
 
 def config_of(objective: str, **changes) -> Config:
-    losses = dict(loss="robust", beta=0.1, eps=0.2, nll_weight=0.5) if objective == "dpo" else {}
+    losses = dict(loss="robust", beta=0.3, eps=0.2, nll_weight=0.5) if objective == "dpo" else {}
     usual = dict(stage=objective, objective=objective, device="cpu", dtype="fp32", micro_batch_size=3)
     return Config(**{**usual, **losses, **changes})
 
@@ -110,7 +110,9 @@ def test_the_rows_of_the_passes_whose_loss_is_not_finite_are_named(tiny, size, n
 
 
 def descent(model) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=99.0)
+    """Two groups, as AdamW's, that wait for their learning rate."""
+    groups = [{"params": [p for p in model.parameters() if (p.ndim == 2) == matrix]} for matrix in (True, False)]
+    return torch.optim.SGD(groups, lr=99.0)
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.01])
@@ -194,13 +196,13 @@ def test_an_evaluation_measures_the_evaluation_side_from_its_own_table(tiny):
 
 
 def test_the_first_signal_is_kept_and_the_second_acts():
-    usual = signal.getsignal(signal.SIGINT)
+    usual = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signals() as stopped:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is usual
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == usual
 
 
 # ------------------------------------------------------------------------------------------------ what a run starts from
@@ -303,7 +305,7 @@ def test_a_run_takes_its_rows_in_order_and_measures_and_saves_when_it_should(tin
     answers tells which rows it saw."""
     flags = "--lr 1e-12 --warmup-steps 3 --epochs 2 --batch-size 5 --micro-batch-size 2 --seed 3"
     flags += " --samples 3 --max-length 64 --max-prompt-length 48"
-    run = run_stage("dpo", tiny, tmp_path, pair_rows(40), flags + " --eval-every 3 --save-every 4 --keep 2")
+    run = run_stage("dpo", tiny, tmp_path, pair_rows(40), flags + " --eval-every 3 --save-every 5 --keep 2")
     rows, config = read_metrics(run), run_config(run)
     steps = [row for row in rows if "loss" in row]
     inputs = load_inputs(config, run, tiny)
@@ -321,15 +323,16 @@ def test_a_run_takes_its_rows_in_order_and_measures_and_saves_when_it_should(tin
     assert steps[0]["lr"] == pytest.approx(1e-12 / 3) and steps[-1]["lr"] > 0
 
     last = len(order)
+    assert last % 3 and last % 5  # the last step is evaluated and saved whatever its number
     evaluations = [row for row in rows if "eval_loss" in row]
     assert all(row["eval_drift/absolute"] < 1e-4 for row in evaluations)
     evaluated = [row["step"] for row in evaluations]
     assert evaluated == [*range(3, last, 3), last]
     assert rows.index(steps[3]) == 4  # the evaluation after step 3 is logged before step 4
-    saved = sorted({3, *range(4, last, 4), last})  # 3 is the best: nothing later is better
+    saved = sorted({3, *range(5, last, 5), last})  # 3 is the best: nothing later is better
     assert steps_saved(run) == [3, *saved[-2:]]
     results = read_json(run / "results.json")
-    assert results["best_step"] == 3
+    assert results["best_step"] == 3 and results["best_value"] == evaluations[0]["eval_debiased_accuracy"]
     assert results["before"]["metrics"]["ties"] == 1  # the model before training is the reference
     answers, _ = sample_answers(Phi.from_pretrained(tiny), inputs.chat, inputs.eval[:3], 64 - 48, 1.0, seed=3)
     assert results["before"]["answers"] == answers == results["after"]["answers"]
