@@ -337,6 +337,15 @@ def test_a_run_takes_its_rows_in_order_and_measures_and_saves_when_it_should(tin
     answers, _ = sample_answers(Phi.from_pretrained(tiny), inputs.chat, inputs.eval[:3], 64 - 48, 1.0, seed=3)
     assert results["before"]["answers"] == answers == results["after"]["answers"]
 
+    # Cut off after step 10, in the second epoch: the rest of it runs again, and the best step is still known.
+    shutil.rmtree(run / "checkpoints" / f"step-{last}")
+    (run / "results.json").unlink()
+    assert main(f"--stage dpo --out {tmp_path} --name run --resume".split()) == 0
+    timeless = [[{**row, "tokens_per_second": None} for row in curve] for curve in (rows, read_metrics(run))]
+    assert timeless[0] == timeless[1]
+    again = read_json(run / "results.json")
+    assert [again[name] for name in ("best_step", "best_value")] == [3, results["best_value"]]
+
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_gradient_checkpointing_runs_a_block_once_more(tiny, tmp_path, recomputed):
