@@ -1,6 +1,7 @@
 """Quantized checkpoints: what is written is read back, whatever made it, and damage is named."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -280,8 +281,9 @@ def change_state(tensors, **changes):
 def test_damage_is_named(full, tmp_path, change, message):
     quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",), double=True)
     damage(tmp_path / "q", change)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         Phi.from_pretrained(tmp_path / "q")
+    assert re.match(re.escape(f"{tmp_path / 'q'}: model.layers.") + r"[07]\.mlp\.fc1", str(error.value))
 
 
 def test_a_layer_of_another_shape_is_an_error(full, tmp_path):
