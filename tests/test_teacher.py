@@ -267,12 +267,14 @@ def test_an_estimate_counts_each_missing_answer_once(tmp_path):
     shown = estimate([*asked, asked[1]], journal, Teacher("m", price=(0.0, 1e6)))
     assert shown.startswith("5 requests, 2 answered in the journal or asked twice; 3 calls of m:")
     assert shown.endswith(f"and {3 * 1024:,} out, {3 * 1024:,.2f}")
+    assert estimate(asked, journal, Teacher("another model")).startswith("4 requests, 0 answered")
 
 
 def test_a_choice_is_read_from_json_and_from_words_in_any_case():
     request = judgement("Q?", "a", "b")
     for answer in ('{"answer": "tie"}', "TIE", ' "Tie". ', '"tie"'):
         assert request.parse(answer) == "tie"
+    assert request.parse("a") == request.parse('{"answer": "A"}') == "A"
     for answer in ("", " ", "A or B", '{"verdict": "A"}', "[1]", '{"answer": "C"}'):
         with pytest.raises(ValueError):
             request.parse(answer)
