@@ -254,13 +254,13 @@ def write_run(directory, base, seed, margin, point=None, **changes):
 def test_measures_of_a_setting_by_hand(tmp_path):
     """Two seeds, four pairs of which the second is labelled the wrong way round."""
     base = Config(eps=0.25, beta=0.5)
-    margins = [2.0, 4.0, 0.0, -3.0], [1.0, -2.0, 1.0, 3.0]
+    margins = [2.0, 4.0, 0.0, -3.0], [1.0, -2.0, 1.0, 5.0]
     made = summarise("x", [write_run(tmp_path, base, seed, margin) for seed, margin in enumerate(margins)], base)
     assert made.right.tolist() == [[True, False, False, False], [True, True, True, True]]
     assert made.measures["reward accuracy"].value == pytest.approx((2 + 3) / 8) and made.measures["clean"].value == 5 / 8
     assert made.measures["debiased"].value == pytest.approx((5 / 8 - 0.25) / 0.5)
     assert {name: estimate.n for name, estimate in made.measures.items()} == dict.fromkeys(made.measures, 4)
-    assert made.measures["margin"].value == pytest.approx((3 + 2 + 1 + 0) / 8)
+    assert made.measures["margin"].value == pytest.approx((3 + 2 + 1 + 2) / 8)
     losses = [math.log1p(math.exp(-0.5 * m)) for row in margins for m in row]
     assert made.measures["DPO loss"].value == pytest.approx(sum(losses) / 8)
     baselines = {name: credit.tolist() for name, credit in made.baselines.items()}
