@@ -13,7 +13,7 @@ from rows import pair_rows
 
 from checkpoint import fingerprint, read_metrics, steps_saved
 from config import Config
-from data import ChatML, epoch_order, load_tokenizer
+from data import ChatML, Example, epoch_order, load_tokenizer
 from dpo import robust_loss
 from files import InputError, read_json, write_json, write_jsonl
 from inputs import Inputs, add_adapters, demo_rows, load_chat, load_inputs, reference_tables, run_config
@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_or_exactly_zero_updates_nothing(tiny):
     assert fingerprint(model) == before
 
 
-def test_what_dropout_drops_follows_from_the_seed_and_the_step(tiny):
+def test_adapters_follow_from_the_seed_and_what_is_dropped_from_the_step_too(tiny):
     examples = unsorted_examples(1)
 
     def norm(seed, step):
@@ -157,6 +157,10 @@ def test_what_dropout_drops_follows_from_the_seed_and_the_step(tiny):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
         return update(model, optimizer, examples, None, make_objective(config), config, step, total=9)["grad_norm"]
 
+    first, second = (Phi.from_pretrained(tiny) for _ in range(2))
+    for seed, model in enumerate((first, second)):
+        add_adapters(model, config_of("sft", lora=4, seed=seed))
+    assert fingerprint(first) != fingerprint(second)
     assert norm(0, 1) == norm(0, 1)
     assert len({norm(0, 1), norm(1, 1), norm(0, 2)}) == 3
 
@@ -222,10 +226,13 @@ def test_reference_tables_are_kept_by_side_model_and_compute_type(tiny, tmp_path
         torch.testing.assert_close(train, wanted[:5], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(evaluation, wanted[3:], atol=1e-4, rtol=1e-5)
         assert len(list((tmp_path / "reference").iterdir())) == 2
+    inputs.train = [Example(e.prompt, e.completions[::-1]) for e in examples[:5]]
+    torch.testing.assert_close(tables()[0], wanted[:5].flip(1), atol=1e-4, rtol=1e-5)
+    inputs.train = examples[:5]
     assert not torch.equal(tables(dtype="bf16")[0], train)
     model.lm_head.bias.data[0] += 1
     assert not torch.equal(tables()[0], train)
-    assert len(list((tmp_path / "reference").iterdir())) == 6
+    assert len(list((tmp_path / "reference").iterdir())) == 7
 
 
 def test_no_question_of_the_demo_is_asked_in_two_stages():
@@ -362,15 +369,15 @@ def test_gradient_checkpointing_runs_a_block_once_more(tiny, tmp_path, recompute
 
 
 def test_the_model_that_a_run_leaves_is_the_best_that_it_evaluated(tiny, tmp_path):
-    """Twelve rows are soon overfitted: the evaluation loss falls and rises again. No step but the best and the last is
-    saved."""
+    """Twelve rows are soon overfitted: the evaluation loss falls and rises again. A later step is saved too."""
     rows = [{"prompt": f"Say {i}", "completion": f"Here it is: {i * i} of {i}"} for i in range(16)]
-    flags = "--lr 3e-3 --max-steps 40 --batch-size 8 --micro-batch-size 4 --eval-every 2 --save-every 100 --patience 3"
+    flags = "--lr 3e-3 --max-steps 40 --batch-size 8 --micro-batch-size 4 --eval-every 2 --save-every 5 --patience 3"
     run = run_stage("sft", tiny, tmp_path, rows, flags + " --warmup-steps 0 --samples 0 --eval-share 0.3")
     losses = {row["step"]: row["eval_loss"] for row in read_metrics(run) if "eval_loss" in row}
     results = read_json(run / "results.json")
     best = results["best_step"]
     assert losses[best] == results["best_value"] == min(losses.values())
+    assert best % 5 and steps_saved(run)[-1] > best
     assert 2 < best and max(losses) == best + 2 * 3 < 40  # three evaluations without a better one, and it stops
     assert results["after"]["metrics"]["loss per token"] == pytest.approx(losses[best], rel=1e-5)
     config = run_config(run)
