@@ -18,7 +18,8 @@ def result(right, point=None, loss=0.0, rate=0.2, start=0.5, tuned=0.5):
     def first(share):
         return torch.arange(E) < share * E
 
-    baselines = {"starting model": first(start).double(), "tuned model": first(tuned).double()}
+    credits = {"starting model": first(start), "tuned model": first(tuned)}
+    baselines = {name: torch.where(right, 1.0, 0.5) for name, right in credits.items()}  # the others are ties: not right
     measures = {"flip rate": Estimate(rate, 0, 0.5, E)}
     name = ",".join(f"{key}={value}" for key, value in (point or {}).items()) or "defaults"
     return Result(name, point or {}, first(right)[None], baselines, measures, loss, [1], 1.0)
