@@ -270,7 +270,7 @@ def change_state(tensors, **changes):
         (lambda t: t.update({f"{LAYER}.weight.nested_absmax": torch.ones(2)}), "incomplete or damaged"),
         (lambda t: change_state(t, nested_offset=None), "incomplete or damaged"),
         (lambda t: change_state(t, blocksize=32), "128 scales for 8192 values in blocks of 32"),
-        (lambda t: change_state(t, blocksize=-64), "in blocks of -64"),
+        (lambda t: change_state(t, blocksize=0), "in blocks of 0"),
         (lambda t: change_state(t, shape=[128, 32]), "128 scales for 4096 values"),
         (lambda t: change_state(t, quant_type="fp4"), "not the table of 'fp4'"),
         (lambda t: change_state(t, quant_type="nf5"), "not the table of 'nf5'"),
