@@ -119,6 +119,13 @@ def test_the_half_of_a_byte_that_is_left_over_holds_the_code_of_zero():
     assert quantize_4bit(torch.tensor([1.0, -1.0, 1.0]), "fp4").packed.flatten().tolist() == [0x3B, 0x30]
 
 
+def test_a_block_of_zeros_has_the_code_of_zero():
+    """Its scale of 0 would hide any other code, until a kernel or a reader of the file sees it."""
+    for code, pair in (("nf4", 0x77), ("int4", 0x77), ("fp4", 0x00)):
+        q = quantize_4bit(torch.zeros(4), code, block=4)
+        assert q.packed.flatten().tolist() == [pair, pair] and q.absmax.tolist() == [0], code
+
+
 def test_int4_by_hand():
     w = torch.tensor([0.7, -0.7, 0.34, 0.36, -0.04, 0.0])
     assert unpack(quantize_4bit(w, "int4", 6).packed, 4)[:6].tolist() == [14, 0, 10, 11, 7, 7]  # k + 7
