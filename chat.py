@@ -22,8 +22,8 @@ from itertools import takewhile
 from typing import TextIO
 
 from data import ChatML
-from files import InputError
 from model import Phi, stream
+from runtime.files import InputError
 
 MARK = "> "
 HELP = """\

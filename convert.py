@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from coded import checkpoint_config, layer_tensors
-from files import InputError, read_json, whole_file, write_json
 from model import Phi, PhiConfig
 from quant import linear_layers, quantize_layer
-from weights import INDEX, modern_tensors, stored_tensors
+from runtime.coded import checkpoint_config, layer_tensors
+from runtime.files import InputError, read_json, whole_file, write_json
+from runtime.weights import INDEX, modern_tensors, stored_tensors
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from files import InputError
+from runtime.files import InputError
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import InputError
+from runtime.files import InputError
 
 # ------------------------------------------------------------------------------------- losses of z: [P] -> [P], in nats
 

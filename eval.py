@@ -23,23 +23,22 @@ from pathlib import Path
 
 import torch
 
-import choices
-import judge
-import scores
-import texts
-from bertscore import BEST_LAYERS, Encoder, bert_score, load_encoder
-from choices import Choices, parse_letter, score_options
-from config import Config
 from data import LETTERS, ChatML, Example, Ledger, Row
-from files import InputError, first_line
 from inputs import encode_for, load_chat, load_reference, rows_to_measure, seen_in_training, tuned_from
-from intervals import mean, share
+from metrics import judge, scores
+from metrics import multiple_choice as choices
+from metrics import text as texts
+from metrics.bertscore import BEST_LAYERS, Encoder, bert_score, load_encoder
+from metrics.intervals import mean, share
+from metrics.multiple_choice import Choices, parse_letter, score_options
+from metrics.preferences import measure_baselines, measure_rewards
+from metrics.scores import Results
 from model import Phi
 from passes import all_logprobs, completion_lengths, flips, grades, sample_answers
-from preferences import measure_baselines, measure_rewards
-from scores import Results
-from teacher import Journal, Teacher, ask_all
-from weights import resolve
+from prepare.teacher import Journal, Teacher, ask_all
+from runtime.files import InputError, first_line
+from runtime.settings import Config
+from runtime.weights import resolve
 
 BETA = 0.1  # of the DPO loss, if --beta is not given
 BATCH_OF_TEXTS = 64  # for BERTScore

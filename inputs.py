@@ -11,10 +11,6 @@ import torch
 from torch import Tensor
 
 import demo
-import parallel
-from checkpoint import cached_logprobs, fingerprint, save_model
-from coded import coded_layers
-from config import TRAINING, Config
 from data import (
     ChatML,
     Example,
@@ -29,12 +25,16 @@ from data import (
     split_by_question,
     supervise_everything,
 )
-from files import InputError, read_json, write_jsonl
 from lora import LoraLinear, add_lora, base_format, lora_layers, merge_lora
 from model import Phi, PhiConfig, read_config
 from passes import all_logprobs
 from quant import FORMATS, FrozenLinear
-from weights import base_directory, is_adapter, stored_tensors
+from runtime import parallel
+from runtime.coded import coded_layers
+from runtime.files import InputError, read_json, write_jsonl
+from runtime.runs import cached_logprobs, fingerprint, save_model
+from runtime.settings import TRAINING, Config
+from runtime.weights import base_directory, is_adapter, stored_tensors
 
 # Where each stage's questions stand in the demo's one list of distinct questions: none is asked in two stages.
 QUESTIONS = {"sft": (0, 26_000), "qat": (26_000, 30_000), "dpo": (30_000, demo.MOST_QUESTIONS)}

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 import dpo
-import parallel
 import sft
-from checkpoint import load_optimizer, prune, save_checkpoint, truncate_metrics
-from config import LOWER_IS_BETTER, Config
 from data import Batch, Example, collate, collate_rows, epoch_order, pack_rows
-from files import InputError
 from inputs import Inputs, add_adapters
 from lora import load_lora, starting_point, trained_before
 from model import Phi, completion_logprobs
-from optimizer import Offloaded, learning_rate, make_optimizer
 from passes import all_logprobs, autocast, evaluate
 from quant import FrozenLinear, compile_missing, train_quantized
+from runtime import parallel
+from runtime.files import InputError
+from runtime.optimizer import Offloaded, learning_rate, make_optimizer
+from runtime.runs import load_optimizer, prune, save_checkpoint, truncate_metrics
+from runtime.settings import LOWER_IS_BETTER, Config
 
 # ------------------------------------------------------------------------------------------------------------- a step
 

@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from files import InputError, read_json, whole_file, write_json
 from quant import SKIP, FrozenLinear, Int8Linear, compute_dtype, quantize_layer
-from weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from runtime.files import InputError, read_json, whole_file, write_json
+from runtime.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."  # of PEFT's tensor names: the model inside of its two wrappers
 

@@ -28,16 +28,16 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import parallel
-from coded import checkpoint_config, coded_layers, layer_from_tensors, layer_tensors
 from data import Batch
-from files import InputError, read_json, write_json
 from lora import add_lora as add_lora
 from lora import base_format, load_lora, lora_layers, save_lora
 from lora import merge_lora as merge_lora
 from lora import unmerge_lora as unmerge_lora
 from quant import SKIP, FrozenLinear, compute_dtype, quantize_layer, use_kernels
-from weights import (
+from runtime import parallel
+from runtime.coded import checkpoint_config, coded_layers, layer_from_tensors, layer_tensors
+from runtime.files import InputError, read_json, write_json
+from runtime.weights import (
     ADAPTER_CONFIG,
     base_directory,
     is_adapter,

@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import demo
-import parallel
 from data import ChatML, Example, collate
 from model import LOGIT_CHUNK, Phi, completion_logprobs, generate
+from runtime import parallel
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:

@@ -36,8 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import InputError
 from levels import CODES, bits, levels, pack, unpack
+from runtime.files import InputError
 
 FORMATS = ("int8", *CODES)  # what `--to` and `quantize_model` take
 SKIP = ("lm_head",)  # layers that stay as they are unless asked: the output layer's errors would be errors of the logits

@@ -33,21 +33,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import card
 import chat
-import fits
-import parallel
-import ranking
-import report
-import sweep
-from build import build_data, open_teacher
-from checkpoint import open_run, publish, save_model
-from checks import resolve, with_preset
-from config import TRAINING, Config, default_name, parse, resume_command
 from convert import quantize_checkpoint
 from data import Example, Ledger
 from eval import evaluate_models, gather
-from files import InputError, read_json, write_json
+from experiments import precisions as card
+from experiments import ranking, sweep
+from experiments.paper import replicate
 from inputs import (
     Inputs,
     encode_for,
@@ -63,14 +55,19 @@ from inputs import (
 )
 from loop import compiles, make_objective, step_gradients, train
 from lora import merge_lora
+from metrics.preferences import training_summary
+from metrics.text import answer_summary
 from model import Phi, read_config, stored_dtype
 from passes import all_logprobs, completion_lengths, divergence, flips, sample_answers
-from preferences import training_summary
+from prepare.build import build_data, open_teacher
 from quant import SKIP, linear_layers, round_to
-from replicate import replicate
-from texts import answer_summary
-from weights import is_adapter
-from weights import resolve as resolve_model
+from runtime import fits, parallel, report
+from runtime.checks import resolve, with_preset
+from runtime.files import InputError, read_json, write_json
+from runtime.runs import open_run, publish, save_model
+from runtime.settings import TRAINING, Config, default_name, parse, resume_command
+from runtime.weights import is_adapter
+from runtime.weights import resolve as resolve_model
 
 # ---------------------------------------------------------------------------------------------------------- the stages
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from files import read_json
 from inputs import demo_base
+from runtime.files import read_json
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,8 +16,8 @@ import pytest
 import chat as chat_file
 from chat import Settings, answer_once, converse, text_pieces
 from data import ChatML, load_tokenizer
-from files import InputError, write_jsonl
 from model import Phi, generate
+from runtime.files import InputError, write_jsonl
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent

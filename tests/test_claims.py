@@ -2,12 +2,21 @@
 
 import torch
 
-from claims import FORMATS, answer_claims, best_of_grids, checkpoints, claims, last_checkpoint, nearest, noise_claims
-from config import Config
-from files import write_json
-from intervals import Estimate
-from ranking import Result
-from sweep import Run
+from experiments.claims import (
+    FORMATS,
+    answer_claims,
+    best_of_grids,
+    checkpoints,
+    claims,
+    last_checkpoint,
+    nearest,
+    noise_claims,
+)
+from experiments.ranking import Result
+from experiments.sweep import Run
+from metrics.intervals import Estimate
+from runtime.files import write_json
+from runtime.settings import Config
 
 E = 200  # test pairs
 
@@ -18,8 +27,7 @@ def result(right, point=None, loss=0.0, rate=0.2, start=0.5, tuned=0.5):
     def first(share):
         return torch.arange(E) < share * E
 
-    credits = {"starting model": first(start), "tuned model": first(tuned)}
-    baselines = {name: torch.where(right, 1.0, 0.5) for name, right in credits.items()}  # the others are ties: not right
+    baselines = {"starting model": first(start).double(), "tuned model": first(tuned).double()}
     measures = {"flip rate": Estimate(rate, 0, 0.5, E)}
     name = ",".join(f"{key}={value}" for key, value in (point or {}).items()) or "defaults"
     return Result(name, point or {}, first(right)[None], baselines, measures, loss, [1], 1.0)

@@ -8,10 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convert import quantize_checkpoint
-from files import InputError, read_json
 from model import Phi, PhiConfig
 from quant import FrozenLinear, Int8Linear
-from weights import INDEX
+from runtime.files import InputError, read_json
+from runtime.weights import INDEX
 
 # Of each of the 2 blocks q, k, v, dense [64, 64] and fc1, fc2 [128, 64]: 32,768 weights.
 SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)

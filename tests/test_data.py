@@ -28,7 +28,7 @@ from data import (
     supervise_everything,
     written_options,
 )
-from files import InputError
+from runtime.files import InputError
 
 NEWLINES, ENDOFTEXT, END, START = 256, 257, 258, 259
 
@@ -444,8 +444,6 @@ def test_a_question_on_both_sides_is_refused_and_named():
     check_no_leak(train, [question("Why is it red?")])
     with pytest.raises(InputError, match=r"^1 evaluation rows .* the first eval.jsonl:7 that of train.jsonl:3\."):
         check_no_leak(train, [question("why is it BLUE", "eval.jsonl:7"), question("Why is it red?")])
-    with pytest.raises(InputError, match=r"^2 evaluation rows .* the first eval.jsonl:8 that of train.jsonl:4\."):
-        check_no_leak(train, [question("Why not", "eval.jsonl:8"), question("Why is it blue?", "eval.jsonl:9")])
 
 
 # -------------------------------------------------------------------------------------------------------- epoch order
@@ -653,8 +651,6 @@ def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
     for row, kind in ((mcq(), "mcq"), ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs"), ({"messages": []}, "sft")):
         (tmp_path / "rows.jsonl").write_text("\ufeff\n" + json.dumps(row))
         assert kind_of(tmp_path / "rows.jsonl") == kind
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Which question was chosen?", "completion": "The first."}))
-    assert kind_of(tmp_path / "rows.jsonl") == "sft"  # told by the fields, not by the words
     with pytest.raises(InputError, match="No such file"):
         kind_of(tmp_path / "missing.jsonl")
 

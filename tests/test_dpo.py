@@ -23,7 +23,7 @@ from dpo import (
     robust_loss,
     sigmoid_loss,
 )
-from files import InputError
+from runtime.files import InputError
 
 GRID = torch.linspace(-30, 30, 241, dtype=torch.float64)
 EPS = [0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.49]

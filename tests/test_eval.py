@@ -7,8 +7,8 @@ import pytest
 from openai_server import Server
 from rows import pair_rows
 
-import teacher
-from files import read_json, write_json, write_jsonl
+from prepare import teacher
+from runtime.files import read_json, write_json, write_jsonl
 from train import main
 
 

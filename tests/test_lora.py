@@ -9,9 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint import fingerprint, read_metrics
 from data import Example, collate
-from files import InputError, read_json, write_jsonl
 from inputs import load_to_tune
 from lora import (
     UNSUPPORTED,
@@ -26,6 +24,8 @@ from lora import (
 )
 from model import Phi, completion_logprobs
 from quant import FORMATS, Int8Linear, Linear4bit, linear_layers, quantize_layer, quantize_model
+from runtime.files import InputError, read_json, write_jsonl
+from runtime.runs import fingerprint, read_metrics
 from train import main
 
 

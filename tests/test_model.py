@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_file
 from data import Example, collate, collate_rows
-from files import InputError
 from model import (
     Phi,
     PhiConfig,
@@ -24,6 +23,7 @@ from model import (
     sibling_mask,
     stream,
 )
+from runtime.files import InputError
 
 VOCABULARY = 64
 TINY = dict(vocab_size=VOCABULARY, hidden_size=40, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from plain import plain_logprobs, unsorted_examples
 
-from config import Config
 from data import ChatML, Example, load_tokenizer
 from loop import make_objective
 from model import Phi, generate
 from passes import all_logprobs, completion_lengths, divergence, evaluate, flips, grades, sample_answers
 from quant import quantize_model
+from runtime.settings import Config
 
 
 @pytest.fixture(scope="module")

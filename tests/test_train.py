@@ -17,16 +17,16 @@ from rows import pair_rows
 
 import dpo
 import train as driver
-from checkpoint import fingerprint, read_metrics, steps_saved
-from checks import resolve
-from config import Config, parse
 from data import ChatML, Example, load_tokenizer
-from files import InputError, read_json, write_jsonl
 from loop import compile_blocks, make_objective, micro_batches, step_gradients
 from model import Phi, PhiConfig
-from optimizer import learning_rate
 from passes import divergence
 from quant import Linear4bit, compile_missing, quantize_model
+from runtime.checks import resolve
+from runtime.files import InputError, read_json, write_jsonl
+from runtime.optimizer import learning_rate
+from runtime.runs import fingerprint, read_metrics, steps_saved
+from runtime.settings import Config, parse
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -403,7 +403,7 @@ def test_every_field_of_the_config_is_a_flag_with_help():
 
 
 def test_the_demo_trains_sft_first_says_so_and_keeps_questions_apart(tmp_path, capsys, monkeypatch):
-    from config import RECIPES
+    from runtime.settings import RECIPES
 
     monkeypatch.setitem(RECIPES, ("demo", "sft"), {**RECIPES["demo", "sft"], "demo_rows": 64, "epochs": 1})
     assert main(["--out", str(tmp_path), "--demo-rows", "80", "--samples", "4", "--device", "cpu"]) == 0

@@ -17,14 +17,14 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import parallel  # noqa: E402
-from config import Config  # noqa: E402
 from data import Example, collate  # noqa: E402
-from files import InputError  # noqa: E402
 from inputs import add_adapters  # noqa: E402
 from loop import make_objective, update  # noqa: E402
 from model import Phi, completion_logprobs  # noqa: E402
 from quant import train_quantized  # noqa: E402
+from runtime import parallel  # noqa: E402
+from runtime.files import InputError  # noqa: E402
+from runtime.settings import Config  # noqa: E402
 
 TINY, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 close = functools.partial(torch.testing.assert_close, atol=1e-6, rtol=1e-5)

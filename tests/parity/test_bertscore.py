@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from bertscore import BEST_LAYERS, bert_score, embed, load_encoder
+from metrics.bertscore import BEST_LAYERS, bert_score, embed, load_encoder
 
 LAYERS, POSITIONS = 4, 40
 TEXTS = [

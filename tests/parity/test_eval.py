@@ -13,12 +13,12 @@ from rouge_score.scoring import BootstrapAggregator
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import demo
-from choices import accuracies, score_options
 from data import LETTERS, ChatML, Ledger, Row, encode, load_tokenizer, parse_mcq, parse_pair
+from metrics.multiple_choice import accuracies, score_options
+from metrics.preferences import measure_rewards
+from metrics.text import likelihood, similarity
 from model import Phi
 from passes import all_logprobs, completion_lengths
-from preferences import measure_rewards
-from texts import likelihood, similarity
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from levels import dynamic_map
-from optimizer import AdamW8bit
+from runtime.optimizer import AdamW8bit
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 KEYS = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_absmax": "absmax1", "exp_avg_sq_absmax": "absmax2"}

@@ -1,0 +1,1 @@
+"""`python -m bench`: speed and memory, beside the libraries that do the same."""

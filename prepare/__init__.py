@@ -1,0 +1,1 @@
+"""`--stage data`: from the report's sources to checked, mixed preference pairs."""

@@ -1,0 +1,163 @@
+"""What bench.py does around its measurements: rows, targets, processes, and counts of operations by hand."""
+
+import json
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import inference as bench_inference
+from bench import scaling as bench_scaling
+from bench import timing
+from bench.flops import forward_parts, peak, training_operations
+from data import Example
+from model import Phi, PhiConfig
+from runtime.files import InputError
+
+SHAPE = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=11)
+CONFIG = PhiConfig(**SHAPE, partial_rotary_factor=0.5)
+PAIR = Example(prompt=[1, 2], completions=[[3, 4], [5]])
+
+
+def test_a_rows_target_is_of_the_ratio_or_of_ours():
+    assert timing.row("a", "s", 1.0, 5.0, "<= 0.25")["met"] is True
+    assert timing.row("a", "s", 2.0, 5.0, "<= 0.25")["met"] is False
+    assert timing.row("a", "tokens/s", 3.0, 2.0, ">= 1.5")["met"] is True
+    assert timing.row("a", "s", 4.0, 1.0, "<= 5", of="ours")["met"] is True
+    assert timing.row("a", "s", 4.0, 1.0)["met"] is None
+    assert timing.row("a", "s", None, 1.0, "<= 1")["met"] is None, "without a number there is nothing to meet"
+
+
+def test_the_table_is_markdown_with_targets_and_notes():
+    rows = [
+        timing.row("step", "s", 1.0, 5.0, "<= 0.25"),
+        timing.row("speed", "pairs/s", 2.0, None, ">= 1.5", note="TRL failed: out of memory"),
+    ]
+    assert timing.table(rows).splitlines() == [
+        "| case | unit | ours | peer | ours / peer | target |",
+        "|---|---|---:|---:|---:|---|",
+        "| step | s | 1 | 5 | 0.20 | <= 0.25, met |",
+        "| speed | pairs/s | 2 | - | - | >= 1.5 |",
+        "",
+        "- speed: TRL failed: out of memory",
+    ]
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count():
+    order = []
+    seconds = timing.medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert "".join(order) == "ab" * 4 and set(seconds) == {"a", "b"}
+
+
+def test_the_exponent_of_a_power_law():
+    assert timing.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert timing.exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+
+
+def test_operations_by_hand():
+    """N = 3 (4 * 64 + 2 * 8 * 16) = 1,536 weights, T = 5; a token sees itself and what is before it but for the sibling: 13
+    pairs; three tokens are predicted."""
+    layers, attention, output = 2 * 1536 * 5, 4 * 3 * 8 * 13, 2 * 11 * 8 * 3
+    assert forward_parts(CONFIG, [PAIR]) == (layers, attention, output)
+    assert forward_parts(CONFIG, [PAIR, PAIR]) == (2 * layers, 2 * attention, 2 * output)
+    assert forward_parts(CONFIG, [PAIR], all_logits=True)[2] == 2 * 11 * 8 * 5
+    assert training_operations(CONFIG, [PAIR]) == 3 * (layers + attention + output)
+    assert training_operations(CONFIG, [PAIR], frozen=True) == 2 * layers + 3 * attention + 2 * output
+
+
+def test_operations_are_those_that_torch_counts():
+    """One completion, all logits: torch's own counter sees the same products (and attention's whole square)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Phi(CONFIG).init_weights(seed=0)
+    ids = [1, 2, 3, 4, 5, 6]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.tensor([ids]))
+    layers, attention, output = forward_parts(CONFIG, [Example(ids[:2], [ids[2:]])], all_logits=True)
+    square = attention * 36 // 21  # 6 x 6 pairs where 21 are needed
+    assert counter.get_total_flops() in (layers + output, layers + output + square)  # some versions do not see attention
+
+
+@pytest.mark.parametrize(
+    "card, flops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+    ],
+)
+def test_the_peak_goes_by_the_cards_name(card, flops):
+    assert peak(card) == flops
+
+
+def test_an_unknown_card_has_no_peak():
+    assert peak("Voodoo 3") is None
+
+
+def test_a_decoding_step_reads_all_weights_but_the_embedding():
+    weights = sum(p.numel() for p in Phi(CONFIG).parameters()) - 11 * 8
+    assert bench_inference.read_bytes(Phi(CONFIG)) == 4 * weights
+
+
+@pytest.mark.parametrize("completions", [1, 2])
+def test_growths_examples_have_the_length_that_they_should(completions):
+    examples = bench_scaling.examples_of(length=64, batch=3, completions=completions)
+    assert [len(e) for e in examples] == [64] * 3 and all(len(e.completions) == completions for e in examples)
+
+
+def test_steps_that_differ_are_not_timed(capsys):
+    same = (1.0, {"w": torch.ones(2)})
+    timing.same_steps(same, same, 1e-5)
+    with pytest.raises(InputError, match="do not compute the same step"):
+        timing.same_steps(same, (1.0, {"w": torch.full((2,), 1.1)}), 1e-5)
+    with pytest.raises(InputError, match="do not compute the same step"):
+        timing.same_steps(same, (1.1, {"w": torch.ones(2)}), 1e-5)
+    with pytest.raises(InputError, match="different parameters"):
+        timing.same_steps(same, (1.0, {"v": torch.ones(2)}), 1e-5)
+
+
+def failing(*_, **__):
+    raise ModuleNotFoundError("No module named 'trl'", name="trl")
+
+
+def test_a_case_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    cases = {"forward": failing, "sft": lambda *_: [timing.row("step", "s", 1.0, 2.0)]}
+    monkeypatch.setattr(bench, "CASES", cases)
+    assert bench.main(["--only", "forward", "sft", "--json", str(tmp_path / "b.json")]) == 1
+    told = capsys.readouterr()
+    assert "error: forward: trl is not installed; pip install -r requirements-peers.txt" in told.err
+    assert "| step | s | 1 | 2 | 0.50 | - |" in told.out
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["rows"][0]["ratio"] == 0.5 and list(written["failed"]) == ["forward"] and "torch" in written["hardware"]
+
+
+@pytest.mark.parametrize("flags", [["--only", "nothing"], ["--repeats", "0"], ["--nonsense"]])
+def test_wrong_flags_are_told(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(flags)
+    assert ended.value.code == 2 and "error" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_an_error_of_one_line(capsys):
+    assert bench.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: torch sees no CUDA GPU here; leave out --device cuda\n"
+
+
+def test_a_worker_says_in_one_line_why_it_failed(capsys):
+    def too_big():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    assert timing.work({"good": lambda x: {"y": x}}, "good", '{"x": 3}') == 0
+    assert capsys.readouterr().out == '{"y": 3}\n'
+    for name, worker in {"big": too_big, "missing": failing}.items():
+        assert timing.work({name: worker}, name, "{}") == 1
+    assert capsys.readouterr().err == "out of memory\ntrl is not installed; pip install -r requirements-peers.txt\n"
+
+
+def test_the_first_step_of_a_run_that_ends_without_one_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="came to no first step: error: .*nothing.jsonl"):
+        bench_scaling.first_step(
+            ["--stage", "sft", "--train", "nothing.jsonl", "--out", str(tmp_path)], tmp_path / "demo-sft"
+        )

@@ -1,0 +1,291 @@
+"""Sweeps: which runs there are; that they share rows and reference; that finished ones are skipped, failed ones recorded."""
+
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rows import pair_rows
+from safetensors.torch import save_file
+
+from experiments.ranking import Result, cannot_tell, collect, pick_eps, summarise
+from experiments.sweep import Run, make_points, parse_grid, point_name
+from metrics.intervals import Estimate
+from runtime.files import InputError, read_json, write_json, write_jsonl
+from runtime.settings import Config, parse
+from train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """command(*flags) -> the flags of a sweep over the tiny model and 60 pairs."""
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(60))
+
+    def make(*flags):
+        fixed = ["--stage", "sweep", "--model", tiny, "--train", tmp_path / "pairs.jsonl", "--out", tmp_path, "--name", "s"]
+        fixed += ["--lr", "1e-3", "--epochs", "1", "--batch-size", "8", "--eval-every", "3", "--device", "cpu"]
+        return [str(part) for part in (*fixed, *flags)]
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_a_grid_is_read_with_the_flags_own_types():
+    grid = parse_grid(["beta=0.1,0.3", "--batch-size=8,16", "loss=robust", "train=a.jsonl,b.jsonl"])
+    assert grid == {"beta": [0.1, 0.3], "batch_size": [8, 16], "loss": ["robust"], "train": ["a.jsonl", "b.jsonl"]}
+    assert isinstance(grid["batch_size"][0], int)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["nonsense=1"], "'nonsense' is no flag"),
+        (["seed=1,2"], "'seed' is no flag"),
+        (["to=nf4"], "'to' is no flag"),
+        (["max_length=9"], "'max_length' is no flag"),
+        (["model=a,b"], "'model' is no flag"),
+        (["beta"], "give each flag once"),
+        (["beta="], "give each flag once"),
+        (["beta=0.1,0.1"], "give each flag once"),
+        (["beta=0.1", "beta=0.2"], "give each flag once"),
+        (["beta=high"], "are floats"),
+        (["batch_size=1.5"], "are ints"),
+        (["gradient_checkpointing=1"], "without a value"),
+        (["schedule=cosine,wavy"], "the values of schedule are cosine, linear"),
+    ],
+)
+def test_a_grid_that_makes_no_sense(texts, message):
+    with pytest.raises(InputError, match=message):
+        parse_grid(texts)
+
+
+def test_one_flag_at_a_time_or_all_combinations():
+    base = Config(beta=0.3, eps=0.1)
+    grid = {"beta": [0.1, 0.3], "eps": [0.0, 0.1]}
+    assert make_points(grid, base, full=False) == [{}, {"beta": 0.1}, {"eps": 0.0}]
+    assert make_points(grid, base, full=True) == [{"beta": 0.1, "eps": 0.0}, {"beta": 0.1}, {"eps": 0.0}, {}]
+
+
+def test_names_are_fit_for_directories():
+    assert point_name({}) == "defaults" and point_name({"beta": 0.1, "eps": 0.0}) == "beta=0.1,eps=0.0"
+    assert point_name({"train": "some/where/a b.jsonl"}) == "train=a_b" and "/" not in point_name({"model": "a/b"})
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def test_a_sweep_ranks_its_runs_and_skips_them_the_second_time(command, tmp_path, capsys):
+    flags = command("--grid", "beta=0.1,0.3", "--grid", "eps=0,0.1", "--seeds", "2")
+    assert main(flags) == 0
+    made = read_json(tmp_path / "s" / "sweep.json")
+    assert sorted(r["setting"] for r in made["results"]) == ["beta=0.1", "defaults", "eps=0.0"] and made["failed"] == {}
+    accuracies = [r["debiased"]["value"] for r in made["results"]]
+    assert accuracies == sorted(accuracies, reverse=True) and all(r["reward accuracy"]["n"] > 3 for r in made["results"])
+    runs = [path.parent for path in (tmp_path / "s").glob("*/test.json")]
+    assert len(runs) == 6 and not any((run / "checkpoints").exists() for run in runs)
+    for name in ("sweep.md", "figures/curves.png"):
+        assert (tmp_path / "s" / name).stat().st_size > 0
+    assert "not comparable" in (tmp_path / "s" / "sweep.md").read_text()
+    tables = list((tmp_path / "s" / "reference").iterdir())
+    assert len(tables) == 3  # of the training, evaluation and test rows, for all six runs
+
+    before = {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir()}
+    assert main(command("--grid", "beta=0.1,0.3", "--grid", "eps=0,0.1", "--seeds", "2")) == 0
+    assert {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir()} == before
+    capsys.readouterr()
+    assert main(command("--grid", "beta=0.1,0.3", "--seeds", "2", "--lr", "1e-4")) == 2
+    assert "was made with lr = 0.001, now it would be 0.0001" in capsys.readouterr().err
+
+
+def test_no_question_is_on_two_sides(command, tmp_path):
+    assert main(command("--grid", "beta=0.1,0.3", "--max-steps", "1")) == 0
+    sides = [
+        {json.loads(line)["prompt"][0]["content"] for line in (tmp_path / "s" / "data" / name).read_text().splitlines()}
+        for name in ("test.jsonl", "pairs-train.jsonl", "pairs-eval.jsonl")
+    ]
+    assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == 60
+
+
+def test_a_run_that_fails_is_recorded_and_the_others_go_on(command, tmp_path, capsys):
+    assert main(command("--grid", "lr=1e-3,1e30", "--clip", "1e30")) == 2
+    made = read_json(tmp_path / "s" / "sweep.json")
+    assert list(made["failed"]) == ["lr=1e+30"]
+    assert [r["setting"] for r in made["results"]] == ["defaults"]
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out and "Traceback" not in printed.out + printed.err
+    assert "Traceback" in (tmp_path / "s" / "lr=1e+30" / "log.txt").read_text()
+
+
+def test_data_sets_are_compared_on_given_test_rows(command, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", pair_rows(60)[:30])
+    write_jsonl(tmp_path / "b.jsonl", pair_rows(60)[10:50])
+    write_jsonl(tmp_path / "test.jsonl", pair_rows(60)[50:])
+    flags = command("--grid", f"train={tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--max-steps", "1")
+    del flags[flags.index("--train") : flags.index("--train") + 2]
+    assert main(flags) == 2 and "give it with --data FILE.jsonl" in capsys.readouterr().err
+    assert main([*flags, "--data", str(tmp_path / "pairs.jsonl")]) == 2
+    assert "ask a question of the training rows" in capsys.readouterr().err
+    assert main([*flags, "--data", str(tmp_path / "test.jsonl")]) == 0
+    assert {r["setting"] for r in read_json(tmp_path / "s" / "sweep.json")["results"]} == {"defaults", "train=b"}
+
+
+def test_a_dry_run_lists_the_runs_and_leaves_nothing(command, tmp_path, capsys):
+    assert main(command("--grid", "beta=0.1,0.2", "--full-grid", "--dry-run")) == 0
+    assert "2 runs: beta=0.1, beta=0.2" in capsys.readouterr().out and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "either --grid"),
+        (["--grid", "beta=1", "--preset", "report"], "either --grid"),
+        (["--grid", "beta=-1"], "--beta -1.0: must be a positive number"),
+        (["--grid", "eps=0.6"], "a flip rate lies in"),
+        (["--grid", "beta=1", "--resume"], "needs no --resume"),
+        (["--grid", "beta=1", "--seeds", "0"], "--seeds 0: must be positive"),
+        (["--grid", "beta=1", "--bert", "x"], "--bert does nothing in --stage sweep"),
+    ],
+)
+def test_flags_that_make_no_sense(command, flags, message, capsys):
+    assert main(command(*flags)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_run_saves_it_and_the_same_command_goes_on(command, tmp_path):
+    flags = command("--grid", "beta=0.1,0.3", "--epochs", "30")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    log, deadline = tmp_path / "s" / "defaults" / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and b"the same command goes on" in printed
+    assert not (tmp_path / "s" / "defaults" / "test.json").exists()
+    assert main(flags) == 0 and len(read_json(tmp_path / "s" / "sweep.json")["results"]) == 2, shlex.join(flags)
+
+
+# ----------------------------------------------------------------------------------------------------------- the ranking
+
+
+def result(name, right, point, rate=0.2, loss=0.0):
+    rows = torch.tensor(right, dtype=torch.bool)[None]
+    return Result(name, point, rows, {}, {"flip rate": Estimate(rate, 0, 1, 9)}, loss, [1], 1.0)
+
+
+def test_mcnemar_by_hand():
+    """20 pairs that both have right; then 8 that only a has right and 1 that only b has. Of 2^9 splits 1 + 9 are as uneven
+    on one side: p = 20/512 = 0.039. With 7 to 1 it is 2 (1 + 8)/256 = 0.07, though one side alone is below 5%. With 4 to 0
+    it is 2/16 = 0.125."""
+    both = [1] * 20
+    a, b = torch.tensor([both + [1] * 8 + [0]]).bool(), torch.tensor([both + [0] * 8 + [1]]).bool()
+    assert not cannot_tell(a, b) and not cannot_tell(b, a)
+    assert cannot_tell(a[:, 1 + 20 :], b[:, 1 + 20 :]) and cannot_tell(b[:, 1 + 20 :], a[:, 1 + 20 :])
+    assert cannot_tell(a[:, :24], b[:, :24]) and cannot_tell(a, a)
+    assert cannot_tell(a[:, :24].repeat(3, 1), b[:, :24].repeat(3, 1))  # three seeds do not make a pair three pairs
+    many = torch.arange(4000) % 2 == 0
+    assert cannot_tell(many[None], ~many[None])  # 2,000 against 2,000: whole numbers that no float holds
+
+
+def test_the_pick_is_the_eps_nearest_to_the_flip_rate_among_those_alike():
+    base = Config(eps=0.1)
+    good, bad = [1] * 95 + [0] * 5, [1] * 60 + [0] * 40
+    results = [
+        result("eps=0.0", [1] * 96 + [0] * 4, {"eps": 0.0}, rate=0.25, loss=0.5),
+        result("defaults", good, {}, loss=0.4),
+        result("eps=0.3", good, {"eps": 0.3}, loss=-1.0),
+        result("eps=0.22", bad, {"eps": 0.22}, loss=-9.0),
+        result("beta=1", good, {"beta": 1.0}),
+    ]
+    picked = pick_eps(results, base)
+    assert picked.name == "eps=0.3"  # .05 from the rate of .25; 0.22 is nearer, but worse
+    assert pick_eps(results[4:], base) is None
+    assert min(results, key=lambda r: r.own_loss).name == "eps=0.22"  # what the robust loss would have picked
+
+
+def test_a_grid_for_each_flag_adds_up():
+    config, given = parse(["--stage", "sweep", "--grid", "beta=1", "--grid", "eps=0"])
+    assert config.grid == ["beta=1", "eps=0"] and given == {"stage", "grid"}
+
+
+def test_losses_are_compared_each_with_the_eps_that_it_has(command, tmp_path):
+    assert main(command("--grid", "loss=robust,sigmoid,ipo", "--max-steps", "1")) == 0
+    configs = {
+        name: read_json(tmp_path / "s" / name / "run.json")["config"] for name in ("defaults", "loss=sigmoid", "loss=ipo")
+    }
+    assert [(c["loss"], c["eps"]) for c in configs.values()] == [("robust", 0.1), ("sigmoid", None), ("ipo", None)]
+
+
+def test_other_rows_under_the_same_name_are_an_error(command, tmp_path, capsys):
+    assert main(command("--grid", "beta=0.1,0.3", "--max-steps", "1")) == 0
+    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(80))
+    assert main(command("--grid", "beta=0.1,0.3,0.5", "--max-steps", "1")) == 2
+    assert "holds other rows than this call gives" in capsys.readouterr().err
+
+
+def write_run(directory, base, seed, margin, point=None, **changes):
+    """The files of one run on four test pairs: margins, and what the labels, lengths and the starting model say."""
+    run = Run(f"{point or 'd'}-{seed}", point or {}, replace(base, out=str(directory)))
+    tensors = {
+        "margin": torch.tensor(margin),
+        "reference": torch.tensor([1.0, 1.0, -1.0, 0.0]),
+        "longer": torch.tensor([1, 0, -1, 1]),
+        "flipped": torch.tensor([False, True, False, False]),
+    }
+    (directory / run.name).mkdir()
+    save_file(tensors, directory / run.name / "margins.safetensors")
+    record = {"labels known": True, "own loss": -1.0 - seed, "seconds": 10.0, "best step": 5 + seed, **changes}
+    write_json(directory / run.name / "test.json", record)
+    return run
+
+
+def test_measures_of_a_setting_by_hand(tmp_path):
+    """Two seeds, four pairs of which the second is labelled the wrong way round."""
+    base = Config(eps=0.25, beta=0.5)
+    margins = [2.0, 4.0, 0.0, -3.0], [1.0, -2.0, 1.0, 3.0]
+    made = summarise("x", [write_run(tmp_path, base, seed, margin) for seed, margin in enumerate(margins)], base)
+    assert made.right.tolist() == [[True, False, False, False], [True, True, True, True]]
+    assert made.measures["reward accuracy"].value == pytest.approx((2 + 3) / 8) and made.measures["clean"].value == 5 / 8
+    assert made.measures["debiased"].value == pytest.approx((5 / 8 - 0.25) / 0.5)
+    assert {name: estimate.n for name, estimate in made.measures.items()} == dict.fromkeys(made.measures, 4)
+    assert made.measures["margin"].value == pytest.approx((3 + 2 + 1 + 0) / 8)
+    losses = [math.log1p(math.exp(-0.5 * m)) for row in margins for m in row]
+    assert made.measures["DPO loss"].value == pytest.approx(sum(losses) / 8)
+    baselines = {name: credit.tolist() for name, credit in made.baselines.items()}
+    assert baselines["longer answer"] == [1, 0.5, 0, 1] and baselines["starting model"] == [1, 0, 0, 0.5]
+    assert baselines["tuned model"] == [1, 0, 0, 0]  # the starting model's 1, 1, -1, 0 and the first seed's margins
+    assert (made.own_loss, made.best_steps, made.seconds) == (-1.5, [5, 6], 20.0)
+
+
+def test_settings_are_ranked_by_what_they_order_rightly_and_failures_are_told(tmp_path):
+    base = Config(eps=0.25, beta=0.5)
+    worse = write_run(tmp_path, base, 0, [-1.0, 1.0, -1.0, 1.0], {"lr": 1}, **{"own loss": -99.0})
+    better = write_run(tmp_path, base, 0, [1.0, -1.0, 1.0, 1.0], {"lr": 2})
+    again = write_run(tmp_path, base, 1, [1.0, -1.0, 1.0, -1.0], {"lr": 2})
+    failed, missing = (Run(name, {"lr": 3}, better.config) for name in ("failed", "never begun"))
+    (tmp_path / "failed").mkdir()
+    write_json(tmp_path / "failed" / "failed.json", {"error": "out of memory"})
+    results, failures = collect([worse, better, again, failed, missing], base)
+    assert [(r.name, len(r.right)) for r in results] == [("lr=2", 2), ("lr=1", 1)] and failures == {
+        "failed": "out of memory"
+    }
+    assert results[0].alike and results[1].alike  # four pairs tell nothing apart
+
+
+def test_without_known_labels_there_is_no_clean_accuracy(tmp_path):
+    base = Config(eps=None, beta=0.5)
+    made = summarise("x", [write_run(tmp_path, base, 0, [0.0] * 4, **{"labels known": False})], base)
+    assert "clean" not in made.measures and "flip rate" not in made.measures  # nor a flip rate of margins that are all 0
+    assert made.measures["debiased"].value == made.measures["reward accuracy"].value == 0

@@ -1,0 +1,111 @@
+"""Multiple choice: letters are read from replies, options scored as in a plain forward pass, and bias is counted."""
+
+import pytest
+import torch
+
+from data import ChatML, Example, load_tokenizer
+from metrics.multiple_choice import (
+    Choices,
+    accuracies,
+    by_topic,
+    chance,
+    invalid,
+    letter_shares,
+    parse_letter,
+    position_bias,
+    score_options,
+    topic,
+)
+from model import Phi
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("C", 2),
+        (" c", None),
+        ("C.", 2),
+        ("(C)", 2),
+        ("C) 12 m", 2),
+        ("**C**", 2),
+        ("Answer: C", 2),
+        ("answer: (B)", 1),
+        ("**Answer:** B", 1),
+        ("The answer is D.", 3),
+        ("So the correct option is option B", 1),
+        ("Option B is right because of A.", 1),
+        ("Because 2 + 2 = 4.\n\nAnswer: D", 3),
+        ("Answer: A\nNo, wait.\nAnswer: B", 1),
+        ("B. it is so\nbecause I say so", 1),
+        ("B\nNo, wait.\nC", 2),  # the last line before the first
+        ("A) no\nAnswer: C", 2),  # what is named before what stands alone
+        ("A force acts on it", None),
+        ("Answer: A force acts on it", None),
+        ("The answer is a cat", None),
+        ("Answer: E", None),  # of four options
+        ("", None),
+        ("I do not know.", None),
+    ],
+)
+def test_the_letter_of_a_reply(reply, letter):
+    assert parse_letter(reply, 4) == letter
+
+
+def logprob(model, prompt, reply):
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt + reply])).log_softmax(-1)[0]
+    places = range(len(prompt) - 1, len(prompt) + len(reply) - 1)
+    return sum(logprobs[place, token].item() for place, token in zip(places, reply, strict=True))
+
+
+def questions(chat):
+    examples = []
+    for i, letter in enumerate("ABCAB"):
+        # Neither ascending nor descending in length: the passes sort their rows, and must put the results back in place.
+        prompt = chat.prompt([{"role": "user", "content": f"Question {i}" + "?" * (1 + 5 * i % 7)}])
+        options = ["9 m", "a much longer option of 12 km", "force"][: 2 + i % 2]
+        letter = letter if letter in "AB" or i % 2 else "A"
+        extra = {"letter": letter, "choices": options, "topic": f"t{i % 2}"}
+        examples.append(Example(prompt, [chat.reply(letter)], extra=extra))
+    return examples
+
+
+def test_scores_equal_a_plain_forward_pass_for_each_option(tiny):
+    model, chat = Phi.from_pretrained(tiny), ChatML(load_tokenizer(tiny))
+    examples = questions(chat)
+    scored = score_options(model, examples, chat, 2, "cpu", "fp32")
+    for i, e in enumerate(examples):
+        options = e.extra["choices"]
+        letters = [logprob(model, e.prompt, chat.reply(letter)) for letter in "ABC"[: len(options)]]
+        texts = [logprob(model, e.prompt, chat.reply(text)) for text in options]
+        per_char = [score / len(text) for score, text in zip(texts, options, strict=True)]
+        for name, scores in (("letter", letters), ("summed", texts), ("per char", per_char)):
+            assert scored.picks[name][i] == scores.index(max(scores))
+    for size in (1, 5):
+        assert score_options(model, examples, chat, size, "cpu", "fp32") == scored
+
+
+MADE = Choices([0, 1, 2, 3], [4, 4, 4, 2], ["x", "x", "y", "x"], {"letter": [0, 0, 0, 0], "generated": [0, 1, None, None]})
+
+
+def test_accuracies_chance_and_topics():
+    assert accuracies(MADE)["letter"].value == 0.25 and accuracies(MADE)["generated"].value == 0.5
+    assert chance(MADE) == pytest.approx((3 * 0.25 + 0.5) / 4)
+    topics = by_topic(MADE, "letter")
+    assert list(topics) == ["x", "y"] and topics["x"].value == pytest.approx(1 / 3) and topics["y"].value == 0
+    assert invalid(MADE).value == 0.5
+
+
+def test_the_topic_goes_by_two_names():
+    assert topic(Example([1], [[2]], extra={"topic": "Physics", "subject": "x"})) == "Physics"
+    assert topic(Example([1], [[2]], extra={"topic": "", "subject": "Biology"})) == "Biology"
+    assert topic(Example([1], [[2]])) == "Unknown"
+
+
+def test_position_bias():
+    assert position_bias(MADE, "letter") == 0.75  # always A, which is right in a quarter
+    assert position_bias(MADE, "generated") == 0  # the two that name a letter name the right ones
+    fair = Choices([0, 1], [2, 2], ["x"] * 2, {"letter": [1, 0], "generated": [None, None]})
+    assert position_bias(fair, "letter") == 0 and accuracies(fair)["letter"].value == 0  # always wrong, but without a habit
+    assert position_bias(fair, "generated") is None
+    assert letter_shares([0, 0, 1, None]) == {"A": 0.5, "B": 0.25}

@@ -1,0 +1,280 @@
+"""--stage data from the command line: a teacher that misbehaves, a kill, a review of topics, flags that make no sense."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import SHA, hub, hub_environment
+from openai_server import Server
+
+from data import load_tokenizer
+from prepare import teacher
+from prepare.build import check_output, filled_in, mixed, multiple_choice, open_teacher, token_length
+from prepare.mixture import row_key
+from prepare.sources import Item
+from runtime.files import InputError, read_json, write_jsonl
+from runtime.settings import Config
+from train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def mmlu(count):
+    """Records as TIGER-Lab/MMLU-STEM publishes them."""
+    return [
+        {
+            "question": f"What is {i} + 1?",
+            "choices": [str(i), str(i + 1), str(i + 2), str(i + 3)],
+            "answer": 1,
+            "subject": "",
+        }
+        for i in range(count)
+    ]
+
+
+def physics(count):
+    return [
+        {"question": f"Why does body {i} fall?", "answer": f"Because masses attract each other, as Newton found, {i}."}
+        for i in range(count)
+    ]
+
+
+def answer(body):
+    question = body["messages"][-1]["content"]
+    if "response_format" in body:
+        return json.dumps({"answer": "Unknown" if "3 + 1" in question else "Mathematics"})
+    return f"Step by step one arrives at it: {question.split()[-1]}"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "mmlu.json").write_text(json.dumps(mmlu(60)))
+    write_jsonl(tmp_path / "physics.jsonl", physics(40))
+    return f"mmlu_stem={tmp_path}/mmlu.json,arxiv_physics={tmp_path}/physics.jsonl"
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    server = Server(answer, fault=lambda body, attempt: "500" if attempt == 1 and len(str(body)) % 3 == 0 else None)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setattr(teacher, "FIRST_WAIT", 0.001)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run(*flags):
+    return main(["--stage", "data", *map(str, flags)])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_from_sources_to_mixtures(files, serve, tmp_path, capsys):
+    flags = ("--sources", files, "--out", tmp_path, "--teacher", "m", "--price", "1,2", "--sizes", "20,60")
+    assert run(*flags, "--dry-run") == 0
+    assert "220 calls of m" in capsys.readouterr().out  # 60 explanations, 100 rejected answers, 60 topics
+    assert not serve.answered and not (tmp_path / "data").exists()
+
+    assert run(*flags) == 0
+    out, data = capsys.readouterr().out, tmp_path / "data"
+    assert "the longer answer is the chosen one" in out and "by topic: " in out
+    small, large, test = (lines(data / f"{name}.jsonl") for name in ("train-20", "train-60", "test"))
+    assert len(small) == 20 and small == large[:20]
+    assert not {r["prompt"] for r in large} & {r["prompt"] for r in test}
+    assert {r["licence"] for r in large} == {"MIT", "none stated"}
+    ledger = read_json(data / "ledger.json")
+    assert ledger["items"] == 100 == ledger["pairs"] + sum(ledger["left out"].values())
+    card = (data / "README.md").read_text()
+    assert "| mmlu_stem | MIT |" in card and "Teacher: m" in card and str(tmp_path) in card
+    assert (data / "figures" / "dataset.png").stat().st_size > 5000
+    assert max(serve.answered.values()) == 1
+
+    # Multiple choice: the right option under its letter, in shuffled places.
+    choices = lines(data / "mcq-train.jsonl") + lines(data / "mcq-test.jsonl")
+    assert len(choices) == 60 and len({r["answer"] for r in choices}) == 4
+    assert all(r["choices"]["ABCD".index(r["answer"])] == str(int(r["question"].split()[2]) + 1) for r in choices)
+
+    # Pairs show the options in the same places.
+    shown = {r["question"]: r["prompt"] for r in large + test if r["source"] == "mmlu_stem"}
+    for r in choices:
+        if r["question"] in shown:
+            right = r["choices"]["ABCD".index(r["answer"])]
+            assert f"\n{r['answer']}. {right}" in shown[r["question"]]
+
+    # A finished folder is not written over; with --overwrite nothing is asked again.
+    assert run(*flags) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    before = sum(serve.answered.values())
+    assert run(*flags, "--overwrite") == 0 and sum(serve.answered.values()) == before
+    assert lines(data / "train-60.jsonl") == large
+
+    # A filled-in review is read back.
+    review = lines(data / "topics_to_review.jsonl")
+    assert {r["topic"] for r in review} == {""} and len(review) == sum("3 + 1" in r["prompt"] for r in review)
+    write_jsonl(tmp_path / "filled.jsonl", [r | {"topic": "drop" if i else "Physics"} for i, r in enumerate(review)])
+    assert run(*flags, "--overwrite", "--topics", tmp_path / "filled.jsonl") == 0
+    assert not lines(data / "topics_to_review.jsonl")
+    assert read_json(data / "ledger.json")["left out"]["dropped in the review of topics"] == len(review) - 1
+
+
+def test_a_killed_build_goes_on_and_pays_for_nothing_twice(files, serve, tmp_path):
+    command = [sys.executable, "train.py", "--stage", "data", "--sources", files, "--out", str(tmp_path), "--teacher", "m"]
+    process = subprocess.Popen([*command, "--concurrency", "4"], cwd=ROOT, env=os.environ, stderr=subprocess.DEVNULL)
+    while process.poll() is None and sum(serve.answered.values()) < 60:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "data").exists()
+    assert run("--sources", files, "--out", tmp_path, "--teacher", "m") == 0
+    assert len(serve.answered) == 220 and sum(serve.answered.values()) <= 224
+
+
+def test_hub_sources_are_pinned_at_the_first_build(tmp_path):
+    published = tmp_path / "physics"
+    published.mkdir()
+    write_jsonl(published / "arxiv_physics_instruct_30k.jsonl", physics(5))
+    command = [
+        sys.executable,
+        "train.py",
+        "--stage",
+        "data",
+        "--sources",
+        "arxiv_physics",
+        "--out",
+        str(tmp_path),
+        "--dry-run",
+    ]
+    with hub({"ArtifactAI/arxiv-physics-instruct-tune-30k": published}) as (endpoint, _):
+        environment = hub_environment(endpoint, tmp_path / "home", offline=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f"arxiv-physics-instruct-tune-30k@{SHA}: 5 records" in done.stdout
+    assert "5 answers are missing; --teacher MODEL asks" in done.stdout
+    assert read_json(tmp_path / "sources.lock.json") == {"arxiv_physics": SHA}
+    environment = hub_environment(endpoint, tmp_path / "home", offline=True)
+    assert "5 records" in subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+
+
+def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path, capsys):
+    physics_only = files.partition(",")[2]
+    assert run("--sources", physics_only, "--out", tmp_path) == 2
+    assert "no pairs are left: 40 no rejected answer" in capsys.readouterr().err and not (tmp_path / "data").exists()
+    assert run("--sources", files, "--out", tmp_path, "--name", "choices") == 0  # multiple choice needs no teacher
+    assert not (tmp_path / "choices" / "test.jsonl").exists() and lines(tmp_path / "choices" / "mcq-test.jsonl")
+    pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
+    write_jsonl(tmp_path / "own.jsonl", pairs)
+    assert run("--sources", f"pairs={tmp_path}/own.jsonl", "--out", tmp_path) == 0
+    assert {r["source"] for r in lines(tmp_path / "data" / "train.jsonl")} == {"own"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--sources is missing"),
+        (("--sources", "theorem"), "no source 'theorem'"),
+        (("--sources", "epfl"), "epfl=PATH"),
+        (("--sources", "sciq=nowhere"), "nowhere: no such file"),
+        (("--sources", "sciq=x", "--price", "1,2"), "add --teacher MODEL"),
+        (("--sources", "OWN", "--sizes", "20k"), "--sizes 20000,30000"),
+        (("--sources", "OWN", "--sizes", "5000"), "has 22 training rows"),
+        (("--sources", "OWN", "--shares", "x=1"), "no rows of x"),
+        (("--sources", "OWN", "--teacher", "m", "--price", "cheap"), "--price cheap"),
+        (("--sources", "OWN", "--teacher", "m", "--budget", 1), "--budget needs --price"),
+        (("--sources", "OWN", "--topics", "none.jsonl"), "none.jsonl"),
+        (("--sources", "OWN,OWN"), "twice"),
+        (("--sources", "OWN", "--lr", 1), "--lr does nothing in --stage data"),
+    ],
+)
+def test_flags_that_make_no_sense_are_errors(flags, message, tmp_path, capsys):
+    pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
+    write_jsonl(tmp_path / "own.jsonl", pairs)
+    flags = [str(flag).replace("OWN", f"pairs={tmp_path}/own.jsonl") for flag in flags]
+    assert run(*flags, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+# ------------------------------------------------------------------------------------------------- parts, without a build
+
+
+def test_a_folder_that_this_program_did_not_make_is_not_replaced(tmp_path):
+    config = Config(out=str(tmp_path), name="data", overwrite=True)
+    check_output(tmp_path / "data", config)  # nothing is there
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="has no ledger.json, so this program did not make it"):
+        check_output(tmp_path / "data", config)
+    (tmp_path / "data" / "ledger.json").write_text("{}")
+    check_output(tmp_path / "data", config)
+    with pytest.raises(InputError, match="--overwrite"):
+        check_output(tmp_path / "data", Config(out=str(tmp_path), name="data"))
+
+
+def test_the_price_is_in_then_out(tmp_path):
+    flags = dict(out=str(tmp_path), teacher="m", budget=2.0, concurrency=3)
+    asker, journal = open_teacher(Config(price="0.5,1.5", **flags))
+    assert (asker.price, asker.budget, asker.concurrency, asker.model) == ((0.5, 1.5), 2.0, 3, "m")
+    assert journal.path == tmp_path / "teacher" / "journal.jsonl"
+    for price in ("-1,2", "1,-2", "1", "1,2,3", "a,b"):
+        with pytest.raises(InputError, match=f"--price {price}: two numbers"):
+            open_teacher(Config(price=price, **flags))
+
+
+def test_shares_and_sizes():
+    rows = [
+        {"prompt": f"{s} {i}", "chosen": "a", "rejected": "b", "source": s, "topic": t}
+        for s, t in (("a", "Physics"), ("b", "Biology"))
+        for i in range(40)
+    ]
+
+    def counts(by="source", **flags):
+        made = mixed(Config(shares_by=by, seed=0, **flags), rows)
+        return {name: (len(part), sum(r["source"] == "a" for r in part)) for name, part in made.items()}
+
+    assert counts() == {"train": (80, 40)}
+    assert counts(sizes="8,40", shares="a=3,b=1") == {"train-8": (8, 6), "train-40": (40, 30)}
+    assert counts(by="topic", sizes="8", shares="Biology=3,Physics=1") == {"train-8": (8, 2)}
+    for flags in ({"sizes": "0"}, {"shares": "a=-1"}, {"shares": "a"}, {"sizes": "8.5"}):
+        with pytest.raises(InputError, match="take positive numbers"):
+            counts(**flags)
+
+
+def test_a_filled_in_review_names_known_topics_by_question(tmp_path):
+    path = tmp_path / "filled.jsonl"
+    rows = [{"prompt": "Why?", "topic": "Physics"}, {"prompt": "How?", "topic": "drop"}, {"prompt": "Who?", "topic": ""}]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    told = filled_in(Config(topics=str(path)))
+    assert told == {row_key({"prompt": row["prompt"], "question_id": ""}): row["topic"] for row in rows}
+    assert filled_in(Config()) == {}
+    for bad, message in (
+        ({"prompt": "a", "topic": "Astrology"}, "'Astrology' is none of Math"),
+        ({"topic": ""}, "not a row"),
+    ):
+        path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad))
+        with pytest.raises(InputError, match=rf"filled\.jsonl:2: {message}"):
+            filled_in(Config(topics=str(path)))
+
+
+def test_multiple_choice_keeps_the_explanation_and_each_question_once():
+    items = [Item(f"{i % 20}?", "b", ["a", "b", "c"], "It is so.", source="s", question_id=f"s-{i}") for i in range(30)]
+    made = multiple_choice([*items, Item("An essay?", "Long.")], Config(eval_share=0.25, seed=0))
+    rows = made["mcq-train"] + made["mcq-test"]
+    assert sorted(row["question"] for row in rows) == sorted(f"{i}?" for i in range(20))
+    assert all(row["answer"] == "B" and row["explanation"] == "It is so." and row["topic"] == "Unknown" for row in rows)
+    assert 0 < len(made["mcq-test"]) < 10 and "prompt" not in rows[0]
+    assert multiple_choice([Item("An essay?", "Long.")], Config(eval_share=0.25, seed=0)) == {}
+
+
+def test_lengths_are_in_tokens_of_the_model_if_there_is_one(tiny):
+    length, unit = token_length(Config(model=str(tiny)))
+    text = "Nine tokens, or so?"
+    assert unit == "tokens" and length(text) == len(load_tokenizer(tiny).encode(text, add_special_tokens=False).ids)
+    length, unit = token_length(Config(model="demo"))
+    assert unit == "words and signs" and length("Two words") == 2

@@ -1,0 +1,244 @@
+"""From items to data sets: what is kept, on which side, in which mixture."""
+
+from collections import Counter
+
+import pytest
+
+from prepare.mixture import (
+    chosen_requests,
+    clean,
+    make_pairs,
+    match_lengths,
+    mix,
+    mixtures,
+    prompt_text,
+    requests,
+    review_topics,
+    row_key,
+    shuffled_choices,
+    split,
+    statistics,
+    teach,
+    words,
+    wrong_option,
+)
+from prepare.sources import Item
+from runtime.files import InputError
+
+
+def row(prompt, chosen="A right answer.", rejected="A wrong one, no.", source="s", topic="Physics"):
+    names = ("prompt", "question", "chosen", "rejected", "source", "topic", "question_id")
+    return dict(zip(names, (prompt, prompt, chosen, rejected, source, topic, prompt)))
+
+
+def many(count, source="s", topic="Physics"):
+    return [row(f"Question {source} {i}?", source=source, topic=topic) for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_what_is_asked_of_the_teacher():
+    """An option needs an explanation, and a wrong option argued for; an essay only a rejected answer; a pair nothing."""
+    option = Item("Which?", "blue", ["red", "blue"], topic="Physics")
+    essay = Item("Why?", "Because of a long chain of reasons, one after the other.")
+    pair = Item("How?", "So.", chosen="So it goes.", rejected="Otherwise.", topic="Physics")
+    asked = [r.messages for r in requests([option, essay, pair], seed=0)]
+    assert [m[-1][1] for m in asked] == [
+        "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue",
+        "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: red",
+        "Why?",
+        "Why?",
+    ]
+    assert "topic" in asked[-1][0][1] and option.explanation == ""  # the items stay as they were
+
+    teach([option, essay, pair], lambda batch, label: [f"{label} {i}" for i in range(len(batch))], 0)
+    rows = make_pairs([option, essay, pair])
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [
+        ("explanations 0", "rejected answers 0"),
+        (essay.answer, "rejected answers 1"),
+        ("So it goes.", "Otherwise."),
+    ]
+    assert rows[0]["prompt"] == "Which?\n\nA. red\nB. blue" == prompt_text(option)
+
+
+def test_answers_that_the_teacher_refused_leave_the_pair_incomplete_and_counted():
+    item = Item("Which?", "blue", ["red", "blue"])
+    teach([item], lambda batch, label: [None] * len(batch), 0)
+    counts = Counter()
+    assert clean(make_pairs([item]), counts) == [] and counts == {"no rejected answer": 1}
+
+
+def test_bare_answers_are_those_under_40_characters_and_options():
+    asked = chosen_requests([Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])])
+    assert [item.question for item in asked] == ["a?", "c?"]
+    assert not chosen_requests([Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")])
+
+
+def test_what_is_preferred_is_the_pairs_own_answer_then_the_explanation_then_the_bare_answer():
+    items = [Item("?", "c", chosen=" a ", explanation="b"), Item("?", "c", explanation="b"), Item("?", "c")]
+    assert [r["chosen"] for r in make_pairs(items)] == ["a", "b", "c"]
+    assert [r["topic"] for r in make_pairs([Item("?", ""), Item("?", "", topic="Physics")])] == ["Unknown", "Physics"]
+
+
+def test_wrong_options_and_orders_follow_from_the_seed():
+    item = Item("Which?", "d", ["a", "b", "c", "d"])
+    assert wrong_option(item, 0) == wrong_option(item, 0) != "d"
+    items = [Item(f"{i}?", "d", item.choices) for i in range(50)]
+    assert {wrong_option(item, 0) for item in items} == {"a", "b", "c"}
+    for draw in (wrong_option, shuffled_choices):
+        assert [draw(item, 0) for item in items] == [draw(item, 0) for item in items] != [draw(item, 1) for item in items]
+    places = Counter(shuffled_choices(Item(f"{i}?", "d", item.choices), 0).index("d") for i in range(400))
+    assert min(places.values()) > 70  # SciQ's right answer is always published last
+
+
+@pytest.mark.parametrize(
+    "explanation",
+    [
+        "5 * 3 = 15.\nAnswer: D",
+        "Hence B",
+        "option (a)",
+        "C\n72 is it",
+        "So A is your answer",
+        "Correct answer - A",
+        "AnswerB",
+        "= 40. D",
+    ],
+)
+def test_options_keep_their_order_if_the_explanation_names_a_letter(explanation):
+    items = [Item(f"{i}?", "d", ["a", "b", "c", "d"], explanation) for i in range(20)]
+    assert all(shuffled_choices(item, 0) == item.choices for item in items)
+
+
+@pytest.mark.parametrize(
+    "explanation", ["", "A beam of light bends.", "Bacteria, a kind of life, ferment it.", "Sum = 15 km"]
+)
+def test_options_are_shuffled_if_it_names_none(explanation):
+    items = [Item(f"{i}?", "d", ["a", "b", "c", "d"], explanation) for i in range(20)]
+    assert any(shuffled_choices(item, 0) != item.choices for item in items)
+
+
+# --------------------------------------------------------------------------------------------------------------- cleaning
+
+
+def test_every_reason_is_counted():
+    rows = [
+        row("Q1?"),
+        row("Q1?"),
+        row("Q2?", chosen="short"),
+        row("Q3?", rejected="A right answer."),
+        row("Q4?", rejected=""),
+        row(" "),
+        *[row("Many?", chosen=f"Right answer {i}.") for i in range(12)],
+    ]
+    counts = Counter()
+    kept = clean(rows, counts)
+    assert counts == {
+        "exact duplicate": 1,
+        "an answer under 10 characters": 1,
+        "chosen and rejected are the same": 1,
+        "no rejected answer": 1,
+        "empty question or answer": 1,
+        "over 10 pairs of one question": 2,
+    }
+    assert len(kept) == 11 and len(kept) + sum(counts.values()) == len(rows)
+
+
+def test_answers_of_ten_characters_are_long_enough():
+    rows = [
+        row("Q1?", chosen="x" * 10),
+        row("Q2?", rejected="x" * 10),
+        row("Q3?", chosen="x" * 9),
+        row("Q4?", rejected="x" * 9),
+    ]
+    assert [r["prompt"] for r in clean(rows, Counter())] == ["Q1?", "Q2?"]
+
+
+def test_near_duplicates_of_a_question_stay_on_one_side():
+    spellings = ("What is 7 + {}?", "what is  7 + {} ?", "What is 7 + {}", "WHAT IS 7 + {}!")
+    rows = [row(spelling.format(i), chosen=f"{spelling}, {i}") for i in range(200) for spelling in spellings]
+    train, test = split(rows, 0.2, seed=0)
+    assert not {row_key(r) for r in train} & {row_key(r) for r in test}
+    assert len(train) + len(test) == 800 and 0.1 < len(test) / 800 < 0.3
+    options = [r | {"prompt": r["prompt"] + f"\n\nA. 1\nB. {i}"} for i, r in enumerate(rows)]
+    train, test = split(rows + options, 0.2, seed=0)  # with and without options
+    assert not {r["question"].casefold() for r in train} & {r["question"].casefold() for r in test}
+    assert row_key(row("What is 7 + 8?")) != row_key(row("What is 7 - 8?")) != row_key(row("What is 7 + 9?"))
+
+
+def test_topics_are_reviewed_by_question():
+    rows = [row("A?", topic="Unknown"), row("B?", topic="Unknown"), row("C?"), row("D?", topic="Unknown")]
+    counts = Counter()
+    kept, review = review_topics(rows, {row_key(row("a ?")): "Biology", row_key(row("B?")): "drop"}, counts)
+    assert [r["topic"] for r in kept] == ["Biology", "Physics", "Unknown"] and counts.total() == 1
+    assert [r["prompt"] for r in review] == ["D?"] and review[0]["topic"] == ""
+    kept, review = review_topics([row("C?", topic="Physics")], {row_key(row("C?")): "Biology"}, counts)
+    assert kept[0]["topic"] == "Physics" and not review  # what is known already is not reviewed
+
+
+def test_match_lengths_balances_each_source():
+    rows = [row(f"L{i}?", chosen="long " * 9, source="x") for i in range(30)]
+    rows += [row(f"S{i}?", rejected="long " * 9, source="x") for i in range(10)]
+    rows += [row(f"E{i}?", chosen="same size!", rejected="size same!", source="x") for i in range(5)]
+    rows += [row(f"Y{i}?", rejected="long " * 9, source="y") for i in range(7)]
+    counts = Counter()
+    kept = match_lengths(rows, 0, counts)
+    assert len(kept) == 25 and counts.total() == 27
+    assert statistics(kept, words)["longer answer is the chosen one"] == 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------- mixing
+
+
+def test_every_beginning_of_a_mixture_has_its_shares():
+    rows = many(300, "a") + many(300, "b") + many(40, "c")
+    mixed = mix(rows, {"a": 2, "b": 1, "c": 1}, "source", "0")
+    for size in (4, 40, 100, 160):
+        counts = Counter(r["source"] for r in mixed[:size])
+        assert abs(counts["a"] - size / 2) <= 1 and abs(counts["c"] - size / 4) <= 1
+    assert len(mixed) == 640 and Counter(r["source"] for r in mixed[:160])["c"] == 40  # then the others go on without it
+    assert mix(rows[::-1], {"a": 2, "b": 1, "c": 1}, "source", "0") == mixed  # whatever order they came in
+    assert {r["source"] for r in mix(rows, {"a": 1}, "source", "0")} == {"a"}
+
+
+def test_mixtures_are_nested_unless_independent():
+    rows = many(500, "a", "Physics") + many(500, "b", "Biology")
+    nested = mixtures(rows, [100, 300, 900], {}, "topic", 0, independent=False)
+    assert nested[100] == nested[300][:100] and nested[300] == nested[900][:300]
+    assert Counter(r["topic"] for r in nested[100]) == {"Physics": 50, "Biology": 50}
+    apart = mixtures(rows, [100, 300], {}, "topic", 0, independent=True)
+    inside = {r["prompt"] for r in apart[300]}
+    assert 10 < sum(r["prompt"] in inside for r in apart[100]) < 60  # 30 by chance
+    with pytest.raises(InputError, match="--sizes 1001: the mixture has 1,000 training rows"):
+        mixtures(rows, [1001], {}, "source", 0, False)
+    with pytest.raises(InputError, match="no rows of z; there are a, b"):
+        mix(rows, {"z": 1}, "source", "0")
+
+
+def test_statistics_by_hand():
+    rows = [
+        row("One two?", "a b c d e f g h", "a b", "x"),
+        row("One two?", "a b", "a b c d", "x"),
+        row("Three?", "a", "b", "y"),
+    ]
+    stats = statistics(rows, words)
+    assert stats["by source"] == {"x": 2, "y": 1} and stats["lengths"]["prompt"]["longest"] == 3
+    assert stats["longer answer is the chosen one, by source"] == {"x": 0.5, "y": 0.5}  # a tie counts half
+    assert stats["share of rows that repeat a question"] == pytest.approx(1 / 3)
+
+
+def test_quantiles_of_a_hundred_lengths():
+    """Prompts of 1 to 100 words: the 51st in order is the median, the 96th has 95 of 100 below it."""
+    stats = statistics([row("w " * n, chosen="a", rejected="b") for n in range(100, 0, -1)], words)
+    assert stats["lengths"]["prompt"] == {"median": 51, "95%": 96, "longest": 100}
+    assert stats["lengths"]["chosen"] == {"median": 1, "95%": 1, "longest": 1}
+
+
+def test_words_and_signs():
+    assert words("It isn't 2.5 m/s!") == len(["It", "isn", "'", "t", "2", ".", "5", "m", "/", "s", "!"])
+
+
+def test_equal_shares_without_any_named():
+    mixed = mix(many(3, "a") + many(9, "b"), {}, "source", "0")
+    assert [Counter(r["source"] for r in mixed[:n])["a"] for n in (2, 4, 6, 12)] == [1, 2, 3, 3]
+    assert mix(many(9, "a"), {}, "source", "0") != mix(many(9, "a"), {}, "source", "1")

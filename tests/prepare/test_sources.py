@@ -1,0 +1,295 @@
+"""Each source's reader on a hand-made file in the form in which the set is published."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hub_server import SHA, hub, hub_environment
+
+from prepare.mixture import make_pairs
+from prepare.sources import SOURCES, _right, _without_letter, read_source
+from runtime.files import InputError
+
+RECORDS = {
+    "mmlu_stem": {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "elementary_mathematics"},
+    "theoremqa": {"Question": "How many?", "Answer": "11760", "Answer_type": "integer", "Picture": None},
+    "math_qa": {
+        "Problem": "a car drives 3 km in 2 h . how fast ?",
+        "Rationale": '"3 / 2 = 1.5 answer : b"',
+        "options": "a ) 1 , b ) 1.5 , c ) 1 , 000 , d ) 4 , e ) none",
+        "correct": "b",
+        "annotated_formula": "divide(3, 2)",
+        "linear_formula": "divide(n0,n1)|",
+        "category": "physics",
+    },
+    "arxiv_physics": {"question": "What is a quark?", "answer": "A constituent of hadrons."},
+    "open_platypus": {
+        "input": "",
+        "output": "The answer is 7, since 3 + 4 = 7.",
+        "instruction": "Add 3 and 4.",
+        "data_source": "MATH/PRM-800K",
+    },
+    "sciq": {
+        "question": "What turns milk to yogurt?",
+        "distractor1": "viruses",
+        "distractor2": "protozoa",
+        "distractor3": "algae",
+        "correct_answer": "bacteria",
+        "support": "Bacteria ferment the milk.",
+    },
+    "aqua_rat": {
+        "question": "How fast?",
+        "options": ["A)5(√3 + 1)", "B)6000", "C)600", "D)60000", "E)10"],
+        "rationale": "It is so.\nAnswer is A",
+        "correct": "A",
+    },
+    "epfl": {
+        "question_id": 7,
+        "question_complete": "Why is the sky blue?",
+        "course_id": 15113,
+        "preference": [
+            {"A": "Rayleigh.", "B": "The sea.", "overall": "A", "criteria": {"overall": "A", "correctness": "AB"}},
+            {"A": "Paint.", "B": "Scattering.", "overall": "B", "criteria": {"overall": "B", "correctness": "B"}},
+        ],
+    },
+    "pairs": {"prompt": "Why?", "chosen": "Because of this.", "rejected": "No idea.", "topic": "Physics"},
+    "mcq": {
+        "subject": "college_biology",
+        "question": "Question: Which cell\nhas a wall?\n\nOptions:\nA. animal\nB. plant\nC. both\nD. none\n\nAnswer:",
+        "answer": "B",
+    },
+}
+EXPECTED = {  # question, answer, choices, explanation, topic
+    "mmlu_stem": ("2 + 2?", "4", ["3", "4", "5", "6"], "", "Mathematics"),
+    "theoremqa": ("How many?", "11760", [], "", ""),
+    "math_qa": (
+        "a car drives 3 km in 2 h . how fast ?",
+        "1.5",
+        ["1", "1.5", "1 , 000", "4", "none"],
+        "3 / 2 = 1.5 answer : b",
+        "Mathematics",
+    ),
+    "arxiv_physics": ("What is a quark?", "A constituent of hadrons.", [], "", "Physics"),
+    "open_platypus": ("Add 3 and 4.", "The answer is 7, since 3 + 4 = 7.", [], "", "Mathematics"),
+    "sciq": (
+        "What turns milk to yogurt?",
+        "bacteria",
+        ["viruses", "protozoa", "algae", "bacteria"],
+        "Bacteria ferment the milk.",
+        "",
+    ),
+    "aqua_rat": (
+        "How fast?",
+        "5(√3 + 1)",
+        ["5(√3 + 1)", "6000", "600", "60000", "10"],
+        "It is so.\nAnswer is A",
+        "Mathematics",
+    ),
+    "epfl": ("Why is the sky blue?", "Rayleigh.", [], "", "Physics"),
+    "pairs": ("Why?", "Because of this.", [], "", "Physics"),
+    "mcq": ("Which cell\nhas a wall?", "plant", ["animal", "plant", "both", "none"], "", "Biology"),
+}
+
+
+def write(path, records):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "jsonl"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_from_every_form(name, form, tmp_path):
+    counts = {}
+    items, origin = read_source(name, write(tmp_path / f"x.{form}", [RECORDS[name]]), counts)
+    item = items[0]
+    assert (item.question, item.answer, item.choices, item.explanation, item.topic) == EXPECTED[name]
+    assert item.licence and item.question_id and item.source == ("x" if name == "pairs" else name)
+    assert counts == {"records": 1} and origin.endswith(form)
+
+
+def test_a_vote_becomes_a_pair_with_the_winner_chosen(tmp_path):
+    items, _ = read_source("epfl", write(tmp_path / "x.json", [RECORDS["epfl"]]), {})
+    assert [(i.chosen, i.rejected, i.question_id) for i in items] == [
+        ("Rayleigh.", "The sea.", "7"),
+        ("Scattering.", "Paint.", "7"),
+    ]
+
+
+def test_mmlu_as_csv_files_named_by_subject(tmp_path):
+    with open(tmp_path / "college_physics_test.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows(
+            [["question", "choice0", "choice1", "choice2", "choice3", "answer"], ["a, b?", "1", "2", "3", "4", "2"]]
+        )
+    items, _ = read_source("mmlu_stem", str(tmp_path), {})
+    assert (items[0].question, items[0].answer, items[0].topic) == ("a, b?", "3", "Physics")
+
+
+def test_theoremqa_keeps_every_type_of_answer_and_leaves_out_pictures(tmp_path):
+    answers = [11760, 0.5, True, [1, 2], "(b)"]
+    records = [RECORDS["theoremqa"] | {"Answer": a, "field": "Math", "id": "x.json"} for a in answers]
+    records.append(RECORDS["theoremqa"] | {"Picture": "images/basic.jpg"})
+    counts = {}
+    items, _ = read_source("theoremqa", write(tmp_path / "t.json", records), counts)
+    assert [i.answer for i in items] == ["11760", "0.5", "True", "[1, 2]", "(b)"] and items[0].topic == "Mathematics"
+    assert counts == {"records": 6, "needs its picture": 1}
+
+
+def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
+    records = [RECORDS["open_platypus"], RECORDS["open_platypus"] | {"data_source": "reclor"}]
+    counts = {}
+    items, _ = read_source("open_platypus", write(tmp_path / "p.parquet", records), counts)
+    assert len(items) == 1 and counts["not a STEM source"] == 1
+    assert items[0].licence == "mixed, as of MATH/PRM-800K" and make_pairs(items)[0]["data_source"] == "MATH/PRM-800K"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sciq", {"distractor2": None, "drop": "support"}, r"x\.json:1: sciq has no column 'support'; found: question, "),
+        ("aqua_rat", {"correct": "F"}, r"x\.json:1: not a record of aqua_rat \(the right option is .F., but"),
+        ("epfl", {"preference": [{"A": "a", "B": "b", "overall": "C"}]}, "neither A nor B"),
+        ("mcq", {"question": "Which?"}, "not of the form"),
+        ("mmlu_stem", {"answer": 9}, "not a record of mmlu_stem"),
+    ],
+)
+def test_what_does_not_fit_names_file_record_and_columns(name, change, message, tmp_path):
+    record = RECORDS[name] | change
+    record.pop(change.get("drop", ""), None)
+    with pytest.raises(InputError, match=message):
+        read_source(name, write(tmp_path / "x.json", [record]), {})
+
+
+def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
+    records, counts = [RECORDS["aqua_rat"], RECORDS["aqua_rat"] | {"correct": "F"}], {}
+    items, _ = read_source("aqua_rat", write(tmp_path / "x.json", records), counts, on_bad_row="skip")
+    assert len(items) == 1 and counts == {"records": 2, "not usable": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("x.json", b"[1, 2]", "a JSON int, not an object"),
+        ("x.json", b"[{", "cannot be read as json"),
+        ("x.parquet", b"PAR1 no", "cannot be read as parquet"),
+        ("x.json", b"[]", "holds no row"),
+        ("x.txt", b"", "no such file or directory of"),
+    ],
+)
+def test_broken_files_are_named(file, content, message, tmp_path):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_source("sciq", str(tmp_path / file), {})
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [("A)5 km", "5 km"), ("a ) 24", "24"), (" B. yes ", "yes"), ("C: 1", "1"), ("Kelvin", "Kelvin"), ("A force", "A force")],
+)
+def test_an_option_without_its_letter(option, text):
+    assert _without_letter(option) == text
+
+
+def test_the_right_option_by_its_letter():
+    assert [_right(["x", "y"], letter) for letter in ("A", " b ", "B")] == ["x", "y", "y"]
+    for letter in ("C", "", "AB", "1"):
+        with pytest.raises(ValueError, match="there are 2"):
+            _right(["x", "y"], letter)
+
+
+def read(name, tmp_path, *changes):
+    return read_source(name, write(tmp_path / "x.json", [RECORDS[name] | change for change in changes]), {})[0]
+
+
+def test_topics_by_field_subject_course_and_origin(tmp_path):
+    def topics(name, column, values):
+        return [item.topic for item in read(name, tmp_path, *({column: value} for value in values))]
+
+    assert topics("theoremqa", "field", ["EECS", "Math", "Physics", None]) == [
+        "Electrical Engineering and Computer Science",
+        "Mathematics",
+        "Physics",
+        "",
+    ]
+    assert topics("mmlu_stem", "subject", ["machine_learning", "rock_climbing"]) == ["Computer Science", "Rock climbing"]
+    # Two votes each: 9 is a course of computer science, 1 is in no list.
+    assert topics("epfl", "course_id", [15113, 9, "9", 1]) == [*["Physics"] * 2, *["Computer Science"] * 4, "", ""]
+    assert topics("open_platypus", "data_source", ["leetcode_ne", "scibench"]) == ["Computer Science", ""]
+    assert topics("pairs", "topic", ["Unknown", "Biology"]) == ["", "Biology"]
+
+
+def test_a_task_with_an_input_is_asked_with_it(tmp_path):
+    assert read("open_platypus", tmp_path, {"input": "3 and 4"})[0].question == "Add 3 and 4.\n\n3 and 4"
+
+
+def test_own_pairs_may_bring_their_source_id_and_licence(tmp_path):
+    (item,) = read("pairs", tmp_path, {"source": "mine", "question_id": 0, "licence": "CC0"})
+    assert (item.source, item.question_id, item.licence) == ("mine", "0", "CC0")
+    first, second = read("pairs", tmp_path, {}, {})
+    assert (first.source, first.licence) == ("x", "that of the file")
+    assert (first.question_id, second.question_id) == ("pairs-0", "pairs-1")
+
+
+def test_mmlu_csv_answers_may_be_letters(tmp_path):
+    (tmp_path / "college_physics_dev.csv").write_text("question,choice0,choice1,choice2,choice3,answer\nq?,1,2,3,4,C\n")
+    (item,) = read_source("mmlu_stem", str(tmp_path), {})[0]
+    assert (item.answer, item.topic) == ("3", "Physics")
+
+
+def test_a_directory_is_read_in_order_and_json_lines_may_be_called_json(tmp_path):
+    write(tmp_path / "b.json", [RECORDS["sciq"] | {"question": "second"}])
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(RECORDS["sciq"] | {"question": "first"}) + "\n\n", "utf-8")
+    (tmp_path / "notes.txt").write_text("not a record")
+    items, _ = read_source("sciq", str(tmp_path), {})
+    assert [item.question for item in items] == ["first", "second"]
+    assert items[1].where.endswith("b.json:1") and items[0].explanation == RECORDS["sciq"]["support"]
+
+
+def test_unknown_and_private_sources():
+    with pytest.raises(InputError, match="no source 'scic'; there are mmlu_stem"):
+        read_source("scic", None, {})
+    with pytest.raises(InputError, match="give your copy as epfl=PATH"):
+        read_source("epfl", None, {})
+
+
+def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tmp_path):
+    published = tmp_path / "sciq"
+    (published / "data").mkdir(parents=True)
+    write(published / "data" / "train-00000-of-00001.parquet", [RECORDS["sciq"]] * 3)
+    write(published / "data" / "test-00000-of-00001.parquet", [RECORDS["sciq"]])
+    (published / "sciq.py").write_text("a loading script, which is never run")
+    code = (
+        "import sys; from sources import *\n"
+        "try: items, origin = read_source(sys.argv[1], None, {}, sys.argv[2] or None); print(len(items), origin)\n"
+        "except InputError as error: print('error:', error)"
+    )
+
+    def read(name, revision="", offline=False):
+        environment = hub_environment(endpoint, tmp_path / "home", offline)
+        command = [sys.executable, "-c", code, name, revision]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    with hub({"allenai/sciq": published, "TIGER-Lab/TheoremQA": published}) as (endpoint, requests):
+        assert read("sciq") == f"3 allenai/sciq@{SHA}"  # the training split, and the commit it is
+        fetched = {path.rpartition("/")[2] for path in requests if "/resolve/" in path}
+        assert fetched == {"train-00000-of-00001.parquet"}
+        assert read("sciq", SHA) == f"3 allenai/sciq@{SHA}"
+        assert "has no column 'Picture'; found: question" in read("theoremqa")
+        assert "no such repository on the hub" in read("open_platypus")
+    assert read("sciq", SHA, offline=True) == f"3 allenai/sciq@{SHA}"
+    assert "--sources also takes NAME=PATH" in read("aqua_rat", offline=True)
+
+
+ROOT = Path(__file__).resolve().parents[2]

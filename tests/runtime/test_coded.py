@@ -1,0 +1,371 @@
+"""Quantized checkpoints: what is written is read back, whatever made it, and damage is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import quantize_checkpoint
+from data import Example, collate
+from levels import CODES
+from model import Phi, PhiConfig, completion_logprobs, generate
+from quant import FrozenLinear, Int8Linear, Linear4bit, dequantize, quantize_blockwise, quantize_layer, quantize_model
+from runtime.coded import coded_layers, from_tensors, layer_from_tensors, layer_tensors, to_tensors
+from runtime.files import InputError
+from runtime.weights import INDEX
+from train import main
+
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=96)
+FORMATS = [
+    ("int8", {}),
+    ("int8", {"threshold": 6.0}),
+    ("nf4", {}),
+    ("nf4", {"double": True}),
+    ("fp4", {"block": 128}),
+    ("int4", {}),
+    ("int4-asym", {"block": 32}),
+    ("nf3", {}),
+    ("nf2", {"block": 256}),
+    ("dynamic8", {}),
+]
+IDS = torch.arange(40).view(2, 20)
+
+
+def phi():
+    model = Phi(PhiConfig(**TINY, partial_rotary_factor=0.5)).init_weights(0)
+    for p in model.parameters():  # biases too, and large enough that rounding shows
+        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+@pytest.fixture
+def full(tmp_path):
+    phi().save_pretrained(tmp_path / "full")
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize(("to", "options"), FORMATS, ids=str)
+@torch.no_grad()
+def test_a_converted_checkpoint_is_the_quantized_model(full, tmp_path, to, options):
+    expected = quantize_model(Phi.from_pretrained(full), to, **options)(IDS)
+    quantize_checkpoint(full, tmp_path / "q", to, ("lm_head",), **options)
+    model = Phi.from_pretrained(tmp_path / "q")
+    assert torch.equal(model(IDS), expected) and not torch.equal(expected, phi()(IDS))
+    layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
+    assert len(layers) == 12 and type(model.lm_head.weight) is torch.nn.Parameter
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(Phi.from_pretrained(tmp_path / "again")(IDS), expected)
+    first, again = (json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("q", "again"))
+    assert first == again
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_matrix_of_any_size_and_dtype_comes_back_from_its_tensors(code, dtype):
+    """3 x 43 values: the last block is short, and so is the last byte."""
+    w = torch.randn(3, 43, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for double in (False, True) if code != "int4-asym" else (False,):
+        q = quantize_blockwise(w, code, block=32, double=double)
+        back = from_tensors(to_tensors(q))
+        assert (back.code, back.block, back.shape, back.dtype) == (code, 32, (3, 43), dtype)
+        assert dequantize(back).dtype == dtype and torch.equal(dequantize(back), dequantize(q))
+
+
+def test_names_on_disk_are_those_of_bitsandbytes_where_it_knows_the_code():
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    plain = {"weight", "weight.absmax", "weight.quant_map"}
+    nested = {"weight.nested_absmax", "weight.nested_quant_map"}
+    assert set(to_tensors(quantize_blockwise(w, "nf4"))) == plain | {"weight.quant_state.bitsandbytes__nf4"}
+    assert set(to_tensors(quantize_blockwise(w, "int4"))) == plain | {"weight.quant_state.blockwise__int4"}
+    doubled = to_tensors(quantize_blockwise(w.bfloat16(), "fp4", block=128, double=True))
+    assert set(doubled) == plain | nested | {"weight.quant_state.bitsandbytes__fp4"}
+    state = json.loads(bytes(doubled["weight.quant_state.bitsandbytes__fp4"].tolist()))
+    assert state.pop("nested_offset") > 0
+    assert state == {
+        "quant_type": "fp4",
+        "blocksize": 128,
+        "dtype": "bfloat16",
+        "shape": [4, 64],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+    }
+    assert coded_layers(["a.fc.weight.quant_state.bitsandbytes__nf4", "a.fc.weight", "b.SCB", "c.weight"]) == {"a.fc", "b"}
+
+
+def test_codes_in_words_of_another_type_and_scales_of_16_bits_are_read():
+    """bitsandbytes may store the bytes as any type (bnb_4bit_quant_storage), so that FSDP can shard them with the rest."""
+    q = quantize_blockwise(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), "nf4")
+    tensors = to_tensors(q)
+    stored = tensors | {"weight": q.packed.flatten().view(torch.bfloat16)[:, None], "weight.absmax": q.absmax.half()}
+    back = from_tensors(stored)
+    assert torch.equal(back.packed, q.packed) and back.absmax.dtype == torch.float32
+    assert torch.equal(back.absmax, q.absmax.half().float())
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "expected"),
+    [
+        (
+            "nf4",
+            {"double": True},
+            {
+                "quant_method": "bitsandbytes",
+                "llm_int8_skip_modules": ["lm_head"],
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "bfloat16",
+                "bnb_4bit_quant_storage": "uint8",
+            },
+        ),
+        ("fp4", {}, {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
+        ("nf4", {"block": 16}, {"quant_method": "blockwise", "code": "nf4", "block": 16}),  # bitsandbytes begins at 32
+        ("int4", {}, {"quant_method": "blockwise", "code": "int4", "block": 64}),
+        (
+            "int8",
+            {"threshold": 5.0},
+            {
+                "quant_method": "bitsandbytes",
+                "llm_int8_skip_modules": ["lm_head"],
+                "load_in_8bit": True,
+                "llm_int8_threshold": 5.0,
+                "weight_only": False,
+            },
+        ),
+        ("int8", {}, {"llm_int8_threshold": 6.0, "weight_only": True}),
+    ],
+    ids=str,
+)
+def test_the_config_says_what_is_stored(tmp_path, to, options, expected):
+    quantize_model(phi().bfloat16(), to, **options).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {name: config.get(name) for name in expected} == expected
+    if to == "int8":
+        layer = Phi.from_pretrained(tmp_path).model.layers[0].mlp.fc1
+        assert layer.threshold == options.get("threshold")
+
+
+def test_a_config_goes_without_the_quantization_that_is_no_longer_there(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    model = Phi.from_pretrained(tmp_path / "q")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, FrozenLinear):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features)
+            plain.weight.data, plain.bias.data = layer.dense(), layer.bias.data
+            model.set_submodule(name, plain)
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    with torch.no_grad():
+        assert torch.equal(Phi.from_pretrained(tmp_path / "plain")(IDS), model(IDS))
+
+
+def test_what_is_quantized_already_is_not_quantized_again(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    with pytest.raises(InputError, match="q is stored quantized already; leave out --base int8"):
+        Phi.from_pretrained(tmp_path / "q", base="int8")
+
+
+@torch.no_grad()
+def test_quantizing_while_reading_gives_the_quantized_model(full):
+    model = Phi.from_pretrained(full, base="nf4")
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    assert torch.equal(model(IDS), quantize_model(phi(), "nf4")(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_what_is_not_quantized_takes_the_dtype_that_is_asked_for(full, tmp_path, dtype):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    model = Phi.from_pretrained(tmp_path / "q", dtype=dtype)
+    assert model(IDS).dtype == dtype and model.model.layers[0].mlp.fc1.absmax.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_the_output_layer_is_quantized_when_asked(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "int8", ())
+    model = Phi.from_pretrained(tmp_path / "q")
+    assert isinstance(model.lm_head, Int8Linear)
+    assert torch.equal(model(IDS), quantize_model(Phi.from_pretrained(full), "int8", skip=())(IDS))
+    batch = collate([Example([5, 6, 7], [[8, 9], [10]])])  # log-probabilities go through the rounded output layer too
+    logits = model(torch.tensor([[5, 6, 7, 8, 9]])).log_softmax(-1)[0]
+    expected = logits[2, 8] + logits[3, 9]
+    torch.testing.assert_close(completion_logprobs(model, batch)[0], expected)
+    assert len(generate(model, [[5, 6, 7]], 4)[0]) == 4
+
+
+@torch.no_grad()
+def test_shards_stay_shards(full, tmp_path):
+    tensors, weight_map = load_file(full / "model.safetensors"), {}
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):  # a layer's weight and bias in different files
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, full / file)
+        weight_map |= dict.fromkeys(part, file)
+    (full / "model.safetensors").unlink()
+    (full / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) == 2
+    assert torch.equal(Phi.from_pretrained(tmp_path / "q")(IDS), quantize_model(phi(), "nf4")(IDS))
+
+
+def test_the_old_fused_names_are_converted(tmp_path, full):
+    """phi-msft checkpoints: Wqkv is cut into q, k and v, each with blocks of its own."""
+    old = {}
+    for name, tensor in load_file(full / "model.safetensors").items():
+        for new_part, old_part in (
+            ("model.embed_tokens.", "transformer.embd.wte."),
+            ("model.final_layernorm.", "lm_head.ln."),
+            ("model.layers.", "transformer.h."),
+            (".input_layernorm.", ".ln."),
+            (".self_attn.dense.", ".mixer.out_proj."),
+        ):
+            name = name.replace(new_part, old_part)
+        old["lm_head.linear." + name.removeprefix("lm_head.") if name in ("lm_head.weight", "lm_head.bias") else name] = (
+            tensor
+        )
+    for i in range(2):
+        for kind in ("weight", "bias"):
+            parts = [old.pop(f"transformer.h.{i}.self_attn.{p}_proj.{kind}") for p in "qkv"]
+            old[f"transformer.h.{i}.mixer.Wqkv.{kind}"] = torch.cat(parts)
+    save_file(old, full / "model.safetensors")
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    with torch.no_grad():
+        assert torch.equal(Phi.from_pretrained(tmp_path / "q")(IDS), quantize_model(phi(), "nf4")(IDS))
+
+
+# ----------------------------------------------------------------------------------------------------------------- damage
+
+
+def damage(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+LAYER = "model.layers.0.mlp.fc1"
+STATE = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
+
+
+def change_state(tensors, **changes):
+    text = json.dumps(json.loads(bytes(tensors[STATE].tolist())) | changes)
+    tensors[STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight.absmax"), "incomplete or damaged"),
+        (lambda t: t.pop(f"{LAYER}.weight"), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][:-8].clone()}), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.absmax": t[f"{LAYER}.weight.absmax"][1:].clone()}), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.quant_map": torch.zeros(16)}), "not the table"),
+        (lambda t: t.pop(f"{LAYER}.bias"), "no bias"),
+        (lambda t: t.update({"model.layers.7.mlp.fc1.SCB": torch.zeros(3)}), "no such layer"),
+        (lambda t: t.update({f"{LAYER}.weight.extra": torch.zeros(3)}), "weight.extra"),
+        (lambda t: change_state(t, nested_blocksize=512), "quantized otherwise than in blocks of 256"),
+        (lambda t: t.update({f"{LAYER}.weight.nested_quant_map": torch.zeros(256)}), "quantized otherwise than"),
+        (lambda t: t.pop(f"{LAYER}.weight.nested_quant_map"), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.nested_absmax": torch.ones(2)}), "incomplete or damaged"),
+        (lambda t: change_state(t, nested_offset=None), "incomplete or damaged"),
+        (lambda t: change_state(t, blocksize=32), "128 scales for 8192 values in blocks of 32"),
+        (lambda t: change_state(t, blocksize=-64), "in blocks of -64"),
+        (lambda t: change_state(t, shape=[128, 32]), "128 scales for 4096 values"),
+        (lambda t: change_state(t, quant_type="fp4"), "not the table of 'fp4'"),
+        (lambda t: change_state(t, quant_type="nf5"), "not the table of 'nf5'"),
+        (lambda t: change_state(t, dtype="float31"), "incomplete or damaged"),
+        (lambda t: t.update({STATE: torch.tensor(list(b"{"), dtype=torch.uint8)}), "incomplete or damaged"),
+    ],
+)
+def test_damage_is_named(full, tmp_path, change, message):
+    quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",), double=True)
+    damage(tmp_path / "q", change)
+    with pytest.raises(InputError, match=message):
+        Phi.from_pretrained(tmp_path / "q")
+
+
+def test_a_layer_of_another_shape_is_an_error(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "int8", ("lm_head",))
+    damage(tmp_path / "q", lambda t: t.update({f"{LAYER}.weight": torch.zeros(128, 32, dtype=torch.int8)}))
+    with pytest.raises(InputError, match=r"holds a matrix of \[128, 32\], the config needs \[128, 64\]"):
+        Phi.from_pretrained(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_format": torch.tensor(1, dtype=torch.uint8)}, "not in bitsandbytes' row format"),
+        ({"weight": torch.zeros(24, 64)}, "not in bitsandbytes' row format"),
+        ({"weight": None}, "not in bitsandbytes' row format"),
+        ({"SCB": torch.ones(23)}, r"23 scales for \[24, 64\] codes"),
+        ({"extra": torch.ones(3)}, "extra"),
+        ({"weight": torch.zeros(24, 32, dtype=torch.int8)}, r"a matrix of \[24, 32\], the config needs \[24, 64\]"),
+    ],
+)
+def test_int8_layers_that_are_damaged(changes, message):
+    plain = torch.nn.Linear(64, 24)
+    tensors = layer_tensors(quantize_layer(plain.weight, None, "int8"))
+    assert torch.equal(layer_from_tensors(tensors, plain, {}).weight, tensors["weight"])
+    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    with pytest.raises(InputError, match=message):
+        layer_from_tensors(tensors, plain, {})
+
+
+def test_an_int8_checkpoint_without_a_threshold_has_bitsandbytes_own():
+    plain = torch.nn.Linear(64, 24)
+    tensors = layer_tensors(quantize_layer(plain.weight, None, "int8"))
+    for config, threshold in (({}, 6.0), ({"llm_int8_threshold": 4.0}, 4.0), ({"weight_only": True}, None)):
+        assert layer_from_tensors(tensors, plain, config).threshold == threshold
+
+
+def test_nan_in_a_checkpoint_names_file_and_tensor_and_leaves_nothing_that_loads(full, tmp_path):
+    damage(full, lambda t: t[f"{LAYER}.weight"].view(-1)[5:6].fill_(float("nan")))
+    with pytest.raises(InputError, match=r"model\.safetensors: model\.layers\.0\.mlp\.fc1\.weight holds NaN"):
+        quantize_checkpoint(full, tmp_path / "q", "nf4", ("lm_head",))
+    with pytest.raises(InputError):
+        Phi.from_pretrained(tmp_path / "q")
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+
+def run(*flags):
+    return main([str(flag) for flag in flags])
+
+
+def test_the_quantize_stage(full, tmp_path, capsys):
+    where = ("--model", full, "--out", tmp_path)
+    assert run("--stage", "quantize", "--to", "nf4", "--double", *where) == 0
+    out = capsys.readouterr().out
+    assert "65,536 weights at" in out and "relative error" in out
+    assert "this project's own" not in out
+    assert run("--stage", "quantize", "--to", "int4", *where) == 0
+    assert "int4 in this form is this project's own" in capsys.readouterr().out
+    model = Phi.from_pretrained(tmp_path / "full-nf4-double")
+    assert isinstance(model.model.layers[1].self_attn.dense, Linear4bit)
+    assert run("--stage", "quantize", "--to", "nf4", "--double", *where) == 2  # never over an earlier run
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("--stage", "quantize", "--to", "int8", "--model", tmp_path / "full-nf4-double", "--out", tmp_path) == 2
+    assert "quantized already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("quantize",), "--to FORMAT is missing"),
+        (("quantize", "--to", "int8", "--double"), "--block and --double are for the blockwise formats"),
+        (("quantize", "--to", "nf4", "--threshold", 6), "--threshold is for --to int8"),
+        (("quantize", "--to", "int4-asym", "--double"), "int4-asym has two"),
+        (("quantize", "--to", "nf4", "--block", 0), "--block 0: must be positive"),
+        (("quantize", "--to", "nf4", "--lr", 1), "--lr does nothing in --stage quantize"),
+        (("dpo", "--to", "nf4"), "--to does nothing in --stage dpo"),
+        (("qat",), "--to FORMAT is missing"),
+        (("qat", "--to", "dynamic8"), "no level at -1"),
+        (("qat", "--to", "nf4", "--beta", 0.1), "--beta does nothing in --stage qat --objective sft"),
+        (("eval", "--precisions", "nf5"), "no 'nf5'"),
+    ],
+)
+def test_flags_that_make_no_sense_are_errors(flags, message, tmp_path, capsys):
+    assert run("--stage", *flags, "--out", tmp_path) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

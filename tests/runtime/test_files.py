@@ -1,0 +1,190 @@
+"""A file is whole or absent, whatever happens while it is written; errors name the file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.files import InputError, first_line, read_json, whole_directory, whole_file, write_json, write_jsonl, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_and_die(script, path):
+    """Runs `script` in another process, which kills itself without any chance to clean up (kill -9)."""
+    script = f"import os, signal, sys; from files import *; {script}"
+    process = subprocess.run([sys.executable, "-B", "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+def tree(directory):
+    return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------- one file
+
+
+def test_file_appears_when_the_block_ends_and_not_before(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with whole_file(path) as temporary:
+        temporary.write_text("complete")
+        assert not path.exists() and temporary.parent == path.parent
+    assert tree(tmp_path) == {"new/a.txt": "complete"}
+
+
+def test_crash_inside_the_block_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
+        temporary.write_text("half of the n")
+        1 / 0
+    assert tree(tmp_path) == {"a.txt": "old"}
+
+
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with open(path) as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"  # the new one took its name, not its place
+    assert path.read_text() == "new"
+
+
+def test_crash_before_anything_was_written_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a.txt"):
+        1 / 0
+    assert tree(tmp_path) == {}
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """Or a loss of power after the rename could leave an empty file under its final name."""
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    write_text(tmp_path / "a.txt", "complete")
+    assert order == ["fsync", "replace"]
+
+
+def test_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    run_and_die(
+        """
+with whole_file(sys.argv[1]) as temporary:
+    file = open(temporary, "w")
+    file.write("half of the n")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)""",
+        path,
+    )
+    assert path.read_text() == "old"
+    assert "half of the n" in tree(tmp_path).values()  # it had really begun to write
+    write_text(path, "new")
+    assert tree(tmp_path) == {"a.txt": "new"}  # the next write takes the left-over away, too
+
+
+# ------------------------------------------------------------------------------------------------------- a directory
+
+
+def test_directory_replaces_the_older_one_as_a_whole(tmp_path):
+    path = tmp_path / "run"
+    for name in ("first", "second"):
+        with whole_directory(path) as temporary:
+            (temporary / name).write_text(name)
+            assert not (path / name).exists()
+    assert tree(tmp_path) == {"run/second": "second"}
+
+
+def test_crash_inside_the_block_leaves_the_old_directory_and_no_temporary(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), whole_directory(path) as temporary:
+        (temporary / "a.txt").write_text("half of the n")
+        1 / 0
+    assert tree(tmp_path) == {"run/a.txt": "old"} and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_directory_of_several_levels_appears_with_all_of_them(tmp_path):
+    path = tmp_path / "out" / "run" / "checkpoints" / "step-1"
+    with whole_directory(path) as temporary:
+        (temporary / "tb").mkdir()
+        (temporary / "tb" / "a.txt").write_text("complete")
+        assert temporary.parent == path.parent and temporary.name.startswith(".")
+    assert tree(tmp_path) == {"out/run/checkpoints/step-1/tb/a.txt": "complete"}
+    assert [p.name for p in path.parent.iterdir()] == ["step-1"]
+
+
+def test_kill_in_the_middle_of_a_write_leaves_the_old_directory(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "a.txt").write_text("old")
+    run_and_die(
+        """
+with whole_directory(sys.argv[1]) as temporary:
+    (temporary / "b.txt").write_text("half of the n")
+    os.kill(os.getpid(), signal.SIGKILL)""",
+        path,
+    )
+    assert tree(path) == {"a.txt": "old"}
+    with whole_directory(path) as temporary:
+        (temporary / "a.txt").write_text("new")
+    assert tree(tmp_path) == {"run/a.txt": "new"}  # b.txt of the killed process is not in it
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_json_comes_back_as_it_went(tmp_path):
+    value = {"name": "Zoë", "numbers": [1, 2.5, None], "nested": {"力": True}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "Zoë" in (tmp_path / "a.json").read_text(encoding="utf-8")  # readable, not \u00eb
+    write_jsonl(tmp_path / "a.jsonl", [value, {"text": "two\nlines"}])
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [value, {"text": "two\nlines"}]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "no such file"),
+        (b"", "not readable as JSON"),
+        (b'{"half": ', "not readable as JSON"),
+        (b'{"latin-1": "\xe9"}', "not readable as JSON"),
+        (b"[1, 2]", "holds list, not one JSON object"),
+        (b"7", "holds int, not one JSON object"),
+    ],
+)
+def test_json_that_cannot_be_used_is_an_error_that_names_the_file(tmp_path, content, reason):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_json(path)
+    assert str(error.value).startswith(f"{path}: {reason}")
+
+
+def test_text_files_end_with_a_newline(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": 1\n}\n'
+    write_jsonl(tmp_path / "a.jsonl", [{"a": 1}, {"é": 2}])
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"a": 1}\n{"é": 2}\n'.encode()
+    write_jsonl(tmp_path / "a.jsonl", [])
+    assert (tmp_path / "a.jsonl").read_bytes() == b""
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError()) == "ValueError"  # an error without a message is told by its kind
+    assert issubclass(InputError, ValueError)
+
+
+def test_directory_in_place_of_a_json_file_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(InputError, match="not readable as JSON") as error:
+        read_json(tmp_path)
+    assert str(error.value).startswith(str(tmp_path))

@@ -1,0 +1,68 @@
+"""Several processes give what one gives. The checks are in helpers/ranks.py; one launch of 2 and one of 4 run them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import parallel
+from runtime.files import read_json
+
+WORKER = Path(__file__).resolve().parents[1] / "helpers" / "ranks.py"
+CHECKS = re.findall(r"^def (check_\w+)", WORKER.read_text(), re.MULTILINE)
+ENDINGS = {2: "killed", 4: "mistake"}
+
+
+@pytest.fixture(scope="session", params=ENDINGS, ids=lambda size: f"{size}_ranks")
+def launched(request, tiny, tmp_path_factory):
+    """(how many ranks, the failures of each check, the finished process)"""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    done = subprocess.run(
+        [*torchrun, str(WORKER), str(tiny), str(folder), ENDINGS[request.param]], capture_output=True, text=True, timeout=300
+    )
+    assert (folder / "checks.json").exists(), done.stderr
+    return request.param, read_json(folder / "checks.json"), done
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_several_ranks(launched, check):
+    failures = launched[1][check]
+    assert not failures, "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
+
+
+def test_the_end_of_one_rank_ends_the_job_with_one_line(launched):
+    size, _, done = launched
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if ENDINGS[size] == "killed":
+        expected = (
+            "error: another process of this job ended (torchrun says below which), so rank 0 cannot go on in step 3. "
+            "Nothing half-written is left; the same command with --resume goes on from the last checkpoint."
+        )
+    else:
+        expected = "error: a mistake that one rank alone noticed"
+    assert lines == [expected], done.stderr
+    assert done.returncode == 1 and "gloo" not in done.stderr and "worker" not in done.stdout
+    assert done.stdout.count("This is said once.") == 1
+
+
+def test_a_single_process_shares_with_nobody():
+    x, p = torch.arange(6.0).view(3, 2), torch.nn.Parameter(torch.zeros(3, 2))
+    with parallel.job():
+        assert (parallel.rank(), parallel.size(), parallel.is_main()) == (0, 1, True)
+        assert parallel.own_device("cuda:1") == "cuda:1" and parallel.own_device(None) is None
+        assert parallel.deal([3, 4]) == [3, 4] == parallel.collect([3, 4]) and parallel.rounds(5, 2) == 3
+        assert parallel.sum_over_ranks(x) is x and parallel.largest(2) == 2 and parallel.gather("a") == ["a"]
+        parallel.fill(p, torch.cat((x[:1], x)), first=1)
+        assert torch.equal(p, x) and parallel.own_rows(p) == (0, 3) and parallel.whole(x, beside=p) is x
+        assert torch.equal(parallel.gathered({"p": p}.items())["p"], x)
+        parallel.sum_gradients([p])
+        parallel.barrier()
+        with parallel.main_first():
+            pass
+    assert parallel.first_to_report()
+    with pytest.raises(RuntimeError, match="own"), parallel.watching("in step 1"):
+        raise RuntimeError("an error of its own")
