@@ -4,11 +4,9 @@
     python train.py --stage chat --model DIR < questions.txt      asks line by line; stdout gets the answers, nothing else
     python train.py --stage chat --model DIR --prompt "2 + 2?"    one answer
 
-Commands: /reset, /system TEXT, /temperature X, /help, /quit; a line that is to begin with a slash is typed with two. Ctrl-C
-stops the answer, Ctrl-D leaves. The lines of a pipe are one conversation, commands and all; hints go to stderr.
-
-The n-th answer is sampled with seed + n (n = 0, 1, ...), so a session can be repeated. When the model's window is full, the
-oldest turns are forgotten, never the system turn.
+/help lists the commands. The lines of a pipe are one conversation, commands and all; hints go to stderr. The n-th answer is
+sampled with seed + n (n = 0, 1, ...), so a session can be repeated. When the model's window is full, the oldest turns are
+forgotten, never the system turn.
 """
 
 import contextlib
@@ -21,11 +19,16 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TextIO
 
-from data import ChatML
-from model import Phi, stream
-from runtime.files import InputError
+import torch
 
-MARK = "> "
+from data import ChatML
+from generate import stream
+from model import Phi
+from runtime.files import InputError
+from runtime.runs import load_chat
+from runtime.settings import Chat
+from runtime.weights import resolve
+
 HELP = """\
 /reset           forget the conversation
 /system TEXT     forget it and go on under this system turn; without TEXT, show the system turn
@@ -33,54 +36,46 @@ HELP = """\
 /quit            leave, as Ctrl-D does
 //TEXT           say /TEXT
 Ctrl-C           stop an answer; what was said until then counts"""
-# C0, DEL and C1 but for newline and tab: with an ESC in it, a text can move a terminal's cursor, fake or hide lines, in some
-# even type for the user; a model may have learned that from anyone.
+# Control characters (C0, DEL, C1) except newline and tab: an escape can move the cursor, fake lines, even type for the user.
 CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 @dataclass
-class Settings:
-    system: str | None = None  # None: the ChatML's own system prompt; "": no system turn
-    temperature: float = 0.7
-    top_p: float = 0.95
-    max_new_tokens: int = 256
-    seed: int = 0
-
-
-@dataclass
 class Talk:
-    """A conversation. Its system turn is the system prompt of its own ChatML, which opens every prompt with it once."""
+    """A conversation. Its system turn is the system prompt of its ChatML, which opens every prompt with it once."""
 
     model: Phi
     chat: ChatML
-    settings: Settings
+    settings: Chat
     out: TextIO
-    source: TextIO | None = None
-    turns: list[dict] = field(default_factory=list)  # user and assistant by turns
-    asked: int = 0
     interactive: bool = False  # someone types: Ctrl-C is meant for the answer, not for the program
     waiting: bool = False  # for the user or the model: where there is something to interrupt
+    turns: list[dict] = field(default_factory=list)  # user and assistant by turns
+    asked: int = 0
 
 
-def converse(model: Phi, chat: ChatML, settings: Settings, source: TextIO, out: TextIO) -> int:
+def run(settings: Chat) -> int:
+    """A conversation in the terminal, or one answer to --prompt; returns the exit status."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers alone
+        directory = resolve(settings.model, settings.revision)
+    chat = load_chat(directory, settings.system_prompt)
+    model = Phi.from_pretrained(directory, torch.bfloat16 if settings.dtype == "bf16" else torch.float32, settings.device)
+    if settings.prompt is None:
+        return converse(model, chat, settings, sys.stdin, sys.stdout)
+    return answer_once(model, chat, settings, sys.stdin.read() if settings.prompt == "-" else settings.prompt, sys.stdout)
+
+
+def converse(model: Phi, chat: ChatML, settings: Chat, source: TextIO, out: TextIO) -> int:
     """Answers the lines of `source` until it ends or one is /quit; returns the exit status."""
-    talk = begin(model, chat, settings, out)
-    talk.source, talk.interactive = source, source.isatty()
-    return exit_status(lambda: listen(talk), out)
+    talk = Talk(model, copy.copy(chat), replace(settings), out, source.isatty())
+    return exit_status(lambda: listen(talk, source), out)
 
 
-def answer_once(model: Phi, chat: ChatML, settings: Settings, prompt: str, out: TextIO) -> int:
+def answer_once(model: Phi, chat: ChatML, settings: Chat, prompt: str, out: TextIO) -> int:
     """Answers one prompt; returns the exit status. InputError if the prompt is empty or does not fit."""
     if not prompt.strip():
         raise InputError("the prompt is empty")
-    return exit_status(lambda: answer(begin(model, chat, settings, out), prompt.strip()), out)
-
-
-def begin(model: Phi, chat: ChatML, settings: Settings, out: TextIO) -> Talk:
-    chat = copy.copy(chat)  # /system changes it
-    if settings.system is not None:
-        chat.system_prompt = settings.system
-    return Talk(model, chat, replace(settings), out)
+    return exit_status(lambda: answer(Talk(model, chat, settings, out), prompt.strip()), out)
 
 
 def exit_status(work: Callable[[], None], out: TextIO) -> int:
@@ -95,33 +90,15 @@ def exit_status(work: Callable[[], None], out: TextIO) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------- in and out
-
-
 def show(out: TextIO, text: str) -> None:
     """Prints a piece of an answer at once: what `out` has characters for and, if it is a terminal, what is safe there."""
-    if out.isatty():
-        text = text.translate(CONTROL)
     encoding = getattr(out, "encoding", None) or "utf-8"
-    out.write(text.encode(encoding, "replace").decode(encoding))
-    out.flush()
+    text = text.encode(encoding, "replace").decode(encoding)
+    print(text.translate(CONTROL) if out.isatty() else text, end="", file=out, flush=True)
 
 
 def hint(text: str) -> None:
     print(text.translate(CONTROL), file=sys.stderr, flush=True)
-
-
-def read_line(source: TextIO, edited: bool) -> str:
-    """The next line without blanks around it. EOFError at the end; UnicodeError if it is no text (the next one may be)."""
-    if edited:
-        line = input(MARK)
-    else:
-        line = getattr(source, "buffer", source).readline()  # bytes: a text stream breaks off at the first bad one
-        if not line:
-            raise EOFError
-    line = line if isinstance(line, str) else line.decode("utf-8")
-    line.encode("utf-8")  # in some locales Python hands on bytes that are no text as surrogates
-    return line.strip()
 
 
 def text_pieces(chat: ChatML, tokens: Iterable[int]) -> Iterator[str]:
@@ -139,25 +116,22 @@ def text_pieces(chat: ChatML, tokens: Iterable[int]) -> Iterator[str]:
         yield text[printed:]
 
 
-# ---------------------------------------------------------------------------------------------------- the conversation
-
-
-def listen(talk: Talk) -> None:
-    """Heeds line after line. In a terminal, Ctrl-C interrupts only what stands in a block of `interruptible`, and once: a
-    second one cannot strike while the first is dealt with."""
+def listen(talk: Talk, source: TextIO) -> None:
+    """Reads and answers lines until the end. In a terminal, Ctrl-C only interrupts waiting or generating (`interruptible`),
+    never the cleanup."""
 
     def interrupt(number, frame):
         if talk.waiting:
             talk.waiting = False
             raise KeyboardInterrupt
 
-    edited = talk.interactive and talk.source is sys.stdin and talk.out is sys.stdout and talk.out.isatty()
+    edited = talk.interactive and source is sys.stdin and talk.out is sys.stdout and talk.out.isatty()
     if edited:
         with contextlib.suppress(ImportError):  # there is none on Windows
             import readline  # noqa: F401  gives input() its arrow keys and a history
     former = signal.signal(signal.SIGINT, interrupt) if talk.interactive else None
     try:
-        while heed(talk, edited):
+        while respond(talk, source, edited):
             pass
     finally:
         if talk.interactive:
@@ -165,21 +139,28 @@ def listen(talk: Talk) -> None:
 
 
 @contextlib.contextmanager
-def interruptible(talk: Talk) -> Iterator[None]:
+def interruptible(talk: Talk, note: str = "") -> Iterator[None]:
+    """Where someone types, Ctrl-C ends the block, with a note on stderr, and not the program."""
     talk.waiting = True
     try:
         yield
+    except KeyboardInterrupt:
+        if not talk.interactive:
+            raise
+        if note:
+            hint(note)
     finally:
         talk.waiting = False
 
 
-def heed(talk: Talk, edited: bool) -> bool:
-    """Reads one line and does what it asks for; False if that was to leave."""
+def respond(talk: Talk, source: TextIO, edited: bool) -> bool:
+    """Reads one line and answers it, or carries out its command. Returns False to leave."""
+    line = ""
     try:
-        with interruptible(talk):
-            line = read_line(talk.source, edited)
+        with interruptible(talk, "\n/quit leaves"):
+            line = read_line(source, edited)
         if line.startswith("/") and not line.startswith("//"):
-            return obey(talk, *line.split(maxsplit=1))
+            return carry_out(talk, *line.split(maxsplit=1))
         if line:
             answer(talk, line.removeprefix("/"))
     except EOFError:
@@ -190,15 +171,22 @@ def heed(talk: Talk, edited: bool) -> bool:
         hint("that line is not UTF-8 text; it is left out")
     except InputError as error:
         hint(str(error))
-    except KeyboardInterrupt:
-        if not talk.interactive:
-            raise
-        hint("\n/quit leaves")
     return True
 
 
-def obey(talk: Talk, command: str, text: str = "") -> bool:
-    """Carries out a command; False if it was to leave."""
+def read_line(source: TextIO, edited: bool) -> str:
+    """The next line without blanks around it. EOFError at the end; UnicodeError if it is no text (the next one may be)."""
+    # Bytes where there are any: a text stream breaks off at the first bad one.
+    line = input("> ") if edited else getattr(source, "buffer", source).readline()
+    if not line and not edited:
+        raise EOFError
+    line = line if isinstance(line, str) else line.decode("utf-8")
+    line.encode("utf-8")  # in some locales Python hands on bytes that are no text as surrogates
+    return line.strip()
+
+
+def carry_out(talk: Talk, command: str, text: str = "") -> bool:
+    """Carries out a command. Returns False to leave."""
     if command == "/reset":
         talk.turns.clear()
     elif command == "/system" and text:
@@ -207,7 +195,11 @@ def obey(talk: Talk, command: str, text: str = "") -> bool:
     elif command == "/system":
         hint(talk.chat.system_prompt or "there is no system turn")
     elif command == "/temperature":
-        set_temperature(talk.settings, text)
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) < float("inf"):
+                talk.settings.temperature = float(text)
+                return True
+        hint(f"/temperature takes a number, 0 or more; it is {talk.settings.temperature:g}")
     elif command == "/help":
         hint(HELP)
     elif command != "/quit":
@@ -215,28 +207,13 @@ def obey(talk: Talk, command: str, text: str = "") -> bool:
     return command != "/quit"
 
 
-def set_temperature(settings: Settings, text: str) -> None:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if 0 <= value < float("inf"):
-        settings.temperature = value
-    else:
-        hint(f"/temperature takes a number, 0 or more; it is {settings.temperature:g}")
-
-
 def fitting_prompt(talk: Talk, message: dict) -> list[int]:
-    """Ids of the conversation with one more message, with room for an answer. If need be, the oldest turns are forgotten for
-    that; InputError if it would not help."""
+    """Ids of the conversation and one more message that leave room for an answer, for which the oldest turns are forgotten.
+    InputError if that would not help."""
     window = talk.model.config.max_position_embeddings
     limit = window - min(talk.settings.max_new_tokens, window // 2)
-    alone = len(talk.chat.prompt([message]))
-    if alone > limit:
-        raise InputError(
-            f"this message alone takes {alone:,} tokens with its system turn; the model's window of {window:,} has room for "
-            f"{limit:,} beside an answer"
-        )
+    if (alone := len(talk.chat.prompt([message]))) > limit:
+        raise InputError(f"this message alone takes {alone:,} tokens; the window of {window:,} has room for {limit:,}")
     forgotten = 0
     while len(ids := talk.chat.prompt([*talk.turns[forgotten:], message])) > limit:
         forgotten += 2  # a question with its answer
@@ -252,16 +229,12 @@ def answer(talk: Talk, text: str) -> None:
     prompt = fitting_prompt(talk, message)
     room = min(settings.max_new_tokens, talk.model.config.max_position_embeddings - len(prompt))
     seed, talk.asked = settings.seed + talk.asked, talk.asked + 1
-    try:
-        with interruptible(talk):
-            steps = stream(talk.model, [prompt], room, settings.temperature, settings.top_p, seed)
-            tokens = takewhile(lambda token: token not in talk.chat.control_ids, (step.item() for step in steps))
-            for piece in text_pieces(talk.chat, tokens):
-                said.append(piece)
-                show(talk.out, piece)
-    except KeyboardInterrupt:
-        if not talk.interactive:
-            raise
+    with interruptible(talk):
+        steps = stream(talk.model, [prompt], room, settings.temperature, settings.top_p, seed)
+        tokens = takewhile(lambda token: token not in talk.chat.control_ids, (step.item() for step in steps))
+        for piece in text_pieces(talk.chat, tokens):
+            said.append(piece)
+            show(talk.out, piece)
     show(talk.out, "\n")
     if said:
         talk.turns += [message, {"role": "assistant", "content": "".join(said)}]

@@ -1,4 +1,11 @@
-"""The embedded world: STEM questions, a tokenizer and a tiny Phi, made on the spot; every stage runs without a download.
+"""The demo's world: STEM questions, a tokenizer and a tiny random Phi, so that every stage runs without a download.
+
+    python demo.py --out out/noisy --flip-rate 0.4 --seed 1          train.py writes its own world, out/demo-seed0
+
+    DIR/  model/       a Phi with a million random weights, and its tokenizer
+          sft.jsonl    answers to learn from, 40% of them right; qat.jsonl: the same kind, for training through rounding
+          pairs.jsonl  preference pairs, a known share of which is labelled wrongly; pairs.truth.jsonl: which ones
+          test.jsonl   pairs to compare models on, test.truth.jsonl. No question is in two of these files
 
 A question names a person, a thing and one or two small numbers. Its right answer applies one law; its wrong answer makes
 one of the mistakes that people make:
@@ -6,29 +13,33 @@ one of the mistakes that people make:
     Mia pushes a cart of mass 7 kg so that it accelerates at 8 m/s^2. What net force acts on it?
 
     right         Newton's second law: F = m * a = 7 * 8 = 56 N.
-    "formula"     Newton's second law: F = m + a = 7 + 8 = 15 N.       computed without error, from the wrong formula
+    "formula"     Newton's second law: F = m + a = 7 + 8 = 15 N.       correct arithmetic, wrong formula
     "unit"        Newton's second law: F = m * a = 7 * 8 = 56 kg.
     "arithmetic"  Newton's second law: F = m * a = 7 * 8 = 48 N.       the neighbour in the times table
 
-All arithmetic is a look-up in a one-digit table: a product, its inverse, a sum or a difference. A million parameters can
-learn that in minutes, so what is left to learn from preferences is *which formula* to apply. No operator is always right
-(resistors in series add up, speed and time do not), and the longer answer is right about as often as the shorter one.
-
-Answers have one shape, so `grade` needs no judge: it reads formula, substitution, value and unit back from a sampled text.
-The *method* is right if formula, substitution and unit are; the answer is *fully* right if the value is, too.
-
-What a flip rate teaches: `make_pair_rows` swaps an exactly known share of the labels, as a careless annotator would. A loss
-that believes every label pays for it, one told the flip rate can discount it, and `grade` sees the truth behind both.
+All arithmetic is a look-up in a one-digit table, which a million parameters learn in minutes. So preferences have to teach
+*which formula* to apply. No operator is always right (resistors in series add up, speed and time do not), and the longer
+answer is right about as often as the shorter one. All answers have one shape, so two regular expressions in the truth file
+grade a sampled answer: its method is right if formula, substitution and unit are; method and number, if the value is, too.
 """
 
+import argparse
+import itertools
 import random
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# ---------------------------------------------------------------------------------------------------------- the world
+from data import Row, Truth, write_truth
+from model import Phi, PhiConfig
+from runtime import parallel
+from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl
+from runtime.runs import stored_settings
+from runtime.settings import settle
 
 
 @dataclass(frozen=True)
@@ -133,52 +144,43 @@ KINDS = (
 
 MISTAKES = {"formula": 0.7, "unit": 0.2, "arithmetic": 0.1}  # shares of the wrong answers
 MOST_QUESTIONS = 40_000  # of about 400,000 texts: beyond, the kinds with a single number would run out of new ones
-ANSWER = re.compile(r"(?:[^:=\n]+: )?"                # law
-                    r"([A-Za-z] = [^=]+) = "          # formula
-                    r"([0-9][0-9 ()*/+-]*) = "        # substitution
-                    r"([0-9]+(?: / [0-9]+)?)"         # value, a fraction if it is no whole number
-                    r"(?: ([^0-9\s=.][^\s=.]*))?\.")  # unit, none for a probability
 
 
 def make_questions(count: int, seed: int) -> list[dict]:
     """`count` questions with distinct texts, the same for the same seed, all kinds about equally often.
 
-    Each is {"prompt", "kind", "topic", "answer", "wrong", "mistake"}, where `mistake` says what `wrong` gets wrong. To hold
-    some out, split the questions of *one* call: two seeds share a few. ValueError if not 0 <= `count` <= MOST_QUESTIONS.
+    Each is {"prompt", "kind", "topic", "answer", "wrong", "mistake", "parts"}: `mistake` says what is wrong in `wrong`, and
+    `parts` are formula, substitution, value and unit of the right answer. Two seeds share a few questions.
     """
     if not 0 <= count <= MOST_QUESTIONS:
         raise ValueError(f"{count} questions: choose between 0 and {MOST_QUESTIONS}, or texts would repeat")
     rng = random.Random(seed)
-    questions, seen = [], set()
+    questions: dict[str, dict] = {}  # by their texts
     while len(questions) < count:
-        question = _question(rng.choice(KINDS), rng)
-        right, wrong = ANSWER.fullmatch(question["answer"]), ANSWER.fullmatch(question["wrong"])
-        by_chance = question["mistake"] == "formula" and wrong[3] == right[3]  # 2 + 2 = 2 * 2 would teach nothing
-        text = question["prompt"].casefold()
-        if not by_chance and text not in seen:
-            seen.add(text)
-            questions.append(question)
-    return questions
+        if question := _question(rng.choice(KINDS), rng):
+            questions.setdefault(question["prompt"].casefold(), question)
+    return list(questions.values())
 
 
-def _question(kind: Kind, rng: random.Random) -> dict:
-    """One question of this kind. The wrong answer is the right one with one part replaced."""
+def _question(kind: Kind, rng: random.Random) -> dict | None:
+    """One question of this kind. The wrong answer is the right one with one part replaced. None if a wrong formula gives
+    the right value by chance: 2 + 2 = 2 * 2 would teach nothing."""
     numbers = _numbers(kind.right, rng)
     prompt = rng.choice(kind.wordings).format(who=rng.choice(NAMES), thing=rng.choice(kind.things), **numbers)
     [mistake] = rng.choices(list(MISTAKES), weights=MISTAKES.values())
-
-    formula, unit = kind.right, kind.units[0]
-    substitution, value = _work_out(formula, numbers)
-    answer = _answer(kind.law, formula, substitution, value, unit)
+    right = [kind.right, *_work_out(kind.right, numbers), kind.units[0]]
+    formula, substitution, value, unit = right
     if mistake == "formula":
         formula = rng.choice(kind.wrong)
         substitution, value = _work_out(formula, numbers)
+        if value == right[2]:
+            return None
     elif mistake == "unit":
         unit = rng.choice(kind.units[1:])
     else:
         value = _slip(substitution, value, rng)
-    wrong = _answer(kind.law, formula, substitution, value, unit)
-    return {"prompt": prompt, "kind": kind.name, "topic": kind.topic, "answer": answer, "wrong": wrong, "mistake": mistake}
+    answers = {"answer": _answer(kind.law, *right), "wrong": _answer(kind.law, formula, substitution, value, unit)}
+    return {"prompt": prompt, "kind": kind.name, "topic": kind.topic, **answers, "mistake": mistake, "parts": right}
 
 
 def _numbers(formula: str, rng: random.Random) -> dict[str, int]:
@@ -197,7 +199,8 @@ def _work_out(formula: str, numbers: dict[str, int]) -> tuple[str, str]:
     """("F = m * a", {"m": 7, "a": 8}) -> ("7 * 8", "56"), numbers in the order of the formula."""
     substitution = " ".join(str(numbers.get(term, term)) for term in formula.split()[2:])
     first, operator, *rest = substitution.split()
-    a, b = int(first), sum(int(term) for term in rest if term.isdigit())  # brackets hold nothing but sums
+    a = int(first)
+    b = sum(int(term) for term in rest if term.isdigit())  # brackets contain only sums
     if operator == "/" and "(" in rest:
         return substitution, f"{a} / {b}"  # not reduced: a probability shows the cases that were counted
     if operator == "/":
@@ -219,55 +222,39 @@ def _answer(law: str, formula: str, substitution: str, value: str, unit: str) ->
     return f"{law}: {formula} = {substitution} = {value} {unit}".rstrip() + "."
 
 
-# ----------------------------------------------------------------------------------------- rows for training, grades
+def grades(parts: list[str]) -> dict[str, str]:
+    """{grade: regex} for sampled answers, from the `parts` of the right one. The method is right if formula, substitution
+    and unit are. The law in front is not graded. A text that rambles on after its answer gets no grade."""
+    formula, substitution, value, unit = (re.escape(part) for part in parts)
+    start = rf"(?:[^:=\n]+: )?{formula} = {substitution} = "
+    end = rf" {unit}\." if unit else r"\."
+    return {"right method": rf"{start}[0-9]+(?: / [0-9]+)?{end}", "right method and number": f"{start}{value}{end}"}
 
 
-def make_sft_rows(questions: list[dict], right_share: float, seed: int) -> list[dict]:
-    """One {"prompt", "completion", "kind", "topic", "right"} a question: the right answer with probability `right_share`,
-    the wrong one otherwise. A model tuned on them knows the shape of an answer and half-knows the laws.
-
-    ValueError if `right_share` is not in [0, 1].
-    """
-    if not 0 <= right_share <= 1:
-        raise ValueError(f"right_share {right_share}: a share lies in [0, 1]")
+def make_sft_rows(questions: list[dict], right_share: float, seed: int) -> list[Row]:
+    """One row a question, whose completion is the right answer with probability `right_share`, else the wrong one."""
     rng = random.Random(f"{seed}-right")
-    rights = [rng.random() < right_share for _ in questions]
-    return [{"prompt": q["prompt"], "completion": q["answer" if right else "wrong"], "kind": q["kind"], "topic": q["topic"],
-             "right": right} for q, right in zip(questions, rights, strict=True)]
+    return [_row(q, completion=q["answer" if rng.random() < right_share else "wrong"]) for q in questions]
 
 
-def make_pair_rows(questions: list[dict], flip_rate: float, seed: int) -> list[dict]:
-    """One {"prompt", "chosen", "rejected", "kind", "topic", "mistake", "answer", "flipped"} a question. In exactly
-    round(flip_rate * len(questions)) rows, drawn by the seed, the wrong answer is the chosen one.
-
-    ValueError if `flip_rate` is not in [0, 0.5): at one half the labels say nothing.
-    """
+def make_pair_rows(questions: list[dict], flip_rate: float, seed: int) -> list[Row]:
+    """One pair a question, with its truth. In exactly round(flip_rate * len(questions)) of them, drawn by the seed, the
+    wrong answer is the chosen one. ValueError if `flip_rate` is not in [0, 0.5)."""
     if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"flip_rate {flip_rate}: it lies in [0, 0.5), because labels flipped half of the time say nothing")
+        raise ValueError(f"flip rate {flip_rate}: it lies in [0, 0.5); labels that are flipped half of the time say nothing")
     flips = set(random.Random(f"{seed}-flips").sample(range(len(questions)), round(flip_rate * len(questions))))
     rows = []
     for i, q in enumerate(questions):
         chosen, rejected = ("wrong", "answer") if i in flips else ("answer", "wrong")
-        kept = {name: q[name] for name in ("kind", "topic", "mistake", "answer")}
-        rows.append({"prompt": q["prompt"], "chosen": q[chosen], "rejected": q[rejected], **kept, "flipped": i in flips})
+        rows.append(_row(q, Truth(i in flips, q["answer"], grades(q["parts"])), chosen=q[chosen], rejected=q[rejected]))
     return rows
 
 
-def grade(text: str, answer: str) -> tuple[bool, bool]:
-    """(method right, fully right) of a sampled `text`, where `answer` is the right worked answer.
+def _row(q: dict, truth: Truth | None = None, **completions: str) -> Row:
+    extra = {"topic": q["topic"]}
+    raw = {"prompt": q["prompt"], **completions, **extra}
+    return Row([{"role": "user", "content": q["prompt"]}], [*completions.values()], "demo", extra, truth=truth, raw=raw)
 
-    The method is right if formula, substitution and unit are those of the answer, fully right if the value is, too. The
-    law in front is not graded. A text of another shape, or one that rambles on after its answer, is (False, False).
-    ValueError if `answer` itself has another shape.
-    """
-    right, found = ANSWER.fullmatch(answer), ANSWER.fullmatch(text.strip())
-    if right is None:
-        raise ValueError(f"not a worked answer: {answer!r}")
-    method = found is not None and found.group(1, 2, 4) == right.group(1, 2, 4)
-    return method, method and found[3] == right[3]
-
-
-# ------------------------------------------------------------------------------------------------ tokenizer and network
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 NUMBERS = sorted({*range(101), *(n * step for n in range(1, 11) for step in (60, 100, 1000))})  # all that the world shows
@@ -280,21 +267,115 @@ TINY_PHI = {  # config.json of a Phi with a million parameters; vocab_size comes
 }
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` entries, the same for the same texts. Any text decodes back unchanged.
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of at most 768 entries, the same for the same texts. Any text decodes back unchanged.
 
     Every number of the world, with the blank before it, is a single token: a model this small learns 7 * 8 = 56 as one
-    fact about three symbols. The control tokens have the last three ids. ValueError if `vocab_size` has no room for that.
+    fact about three symbols. The control tokens have the last three ids.
     """
-    if vocab_size < 512:
-        raise ValueError(f"vocab_size {vocab_size}: 256 bytes, the numbers of the world and a few words need at least 512")
-    texts = list(texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(CONTROL_TOKENS), show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=768 - len(CONTROL_TOKENS), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     numbers = "".join(f" {n}" for n in NUMBERS)  # once per text, so that they outnumber words and are merged first
     tokenizer.train_from_iterator([*texts, *[numbers] * max(1, len(texts))], trainer)
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))  # added after training, they come last
     return tokenizer
+
+
+SIZES = {"sft": 26_000, "qat": 4_000, "pairs": 7_000, "test": 3_000}  # questions of each file, in this order
+RIGHT_SHARE = 0.4  # of SFT answers; a model tuned on them samples the right method about half the time
+
+
+@dataclass
+class World:
+    """The files of a world."""
+    model: Path
+    sft: Path
+    qat: Path
+    pairs: Path
+    test: Path
+
+
+def write_world(directory: str | Path, seed: int = 0, flip_rate: float = 0.2, sizes: dict[str, int] | None = None) -> World:
+    """Writes a world, complete or not at all, unless `directory` holds it already (of any size, if no `sizes` are given to
+    replace some of SIZES). InputError if it holds something else, ValueError for an impossible flip rate or size."""
+    directory = Path(directory)
+    world = World(directory / "model", *(directory / f"{name}.jsonl" for name in SIZES))
+    settings = {"seed": seed, "flip_rate": flip_rate, "sizes": SIZES | (sizes or {})}
+    if directory.exists() and any(directory.iterdir()):
+        found = read_json(directory / "world.json")
+        wanted = settings if sizes else settings | {"sizes": found.get("sizes")}
+        if found != wanted:
+            raise InputError(f"{directory} holds a world with {found}, not with {wanted}; choose another directory")
+        return world
+    sizes = settings["sizes"]
+    if min(sizes.values()) < 0:
+        raise ValueError(f"a file cannot have {min(sizes.values())} rows")
+    questions = make_questions(max(2_000, sum(sizes.values())), seed)
+    with whole_directory(directory) as made:
+        tokenizer = train_tokenizer([f"{q['prompt']}\n{q[part]}" for q in questions[:2_000] for part in ("answer", "wrong")])
+        config = PhiConfig.from_dict({**TINY_PHI, "vocab_size": tokenizer.get_vocab_size()})
+        Phi(config).init_weights(seed).save_pretrained(made / "model")
+        tokenizer.save(str(made / "model" / "tokenizer.json"))
+        left = iter(questions)
+        for name, count in sizes.items():
+            part = list(itertools.islice(left, count))
+            if name in ("sft", "qat"):
+                rows = make_sft_rows(part, RIGHT_SHARE, seed)
+            else:
+                rows = make_pair_rows(part, flip_rate, seed if name == "pairs" else seed + 1)
+            write_jsonl(made / f"{name}.jsonl", [row.raw for row in rows])
+            write_truth(made / f"{name}.jsonl", rows)
+        write_json(made / "world.json", settings)
+    return world
+
+
+def stages(settings: Any) -> list[Any]:
+    """The stages to run for a command: its own and, on the demo, before it the SFT stage whose model it starts from."""
+    if settings.stage not in ("sft", "dpo", "qat", "sweep") or settings.model != "demo":
+        return [settings]
+    with parallel.main_first():
+        world = write_world(Path(settings.out) / f"demo-seed{settings.seed}", settings.seed)
+    if settings.stage == "sft":
+        return [replace(settings, model=str(world.model), train=settings.train or str(world.sft))]
+    first = Path(settings.out) / f"demo-sft-seed{settings.seed}"
+    rows = world.qat if settings.stage == "qat" and settings.objective == "sft" else world.pairs
+    asked = replace(settings, model=str(first), train=settings.train or str(rows))
+    if settings.stage == "sweep":
+        asked = replace(asked, data=settings.data or str(world.test))
+    finished, begun = parallel.gather([(first / file).exists() for file in ("results.json", "run.json")])[0]
+    if finished:
+        return [asked]
+    if settings.dry_run:
+        print("The demo's SFT model is not there yet; a real run makes it first. Shown here: its untrained model.")
+        return [replace(asked, model=str(world.model))]
+    print(f"The demo's SFT model comes first: {'resuming' if begun else 'running'} --stage sft in {first}/")
+    if begun:
+        before = replace(stored_settings(first), resume=True, out=settings.out, device=settings.device)
+    else:
+        given = {"name": first.name, "out": settings.out, "seed": settings.seed, "device": settings.device}
+        before = parallel.on_this_machine(settle("sft", given).settings)
+    return [*stages(before), asked]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write a demo world: a tiny random model, and rows to tune it on.")
+    parser.add_argument("--out", required=True, help="directory of the world")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions, the weights and the flips (default 0)")
+    parser.add_argument("--flip-rate", type=float, default=0.2, help="share of the labels to swap (default 0.2)")
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size, metavar="N", help=f"rows of {name}.jsonl (default {size})")
+    args = parser.parse_args(argv)
+    try:
+        world = write_world(args.out, args.seed, args.flip_rate, {name: getattr(args, name) for name in SIZES})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Written to {args.out}/. To tune the demo's model on its pairs:\n  python train.py --train {world.pairs}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

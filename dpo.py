@@ -27,14 +27,14 @@ One pair by hand: log-probabilities -12 and -15 under the policy, -13 and -14 un
 >>> [round(loss.item(), 4) for loss in (z, sigmoid_loss(z), conservative_loss(z, 0.1), robust_loss(z, 0.1))]
 [0.2, 0.5981, 0.6181, 0.5731]
 
-Letters: P pairs. Completions come in the order chosen, rejected, chosen, rejected, ... , so N = 2P.
+Letters: P pairs. A table [P, 2] holds a number for the chosen and one for the rejected answer of each pair.
 """
+
+import inspect
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from runtime.files import InputError
 
 # ------------------------------------------------------------------------------------- losses of z: [P] -> [P], in nats
 
@@ -46,6 +46,7 @@ def sigmoid_loss(z: Tensor) -> Tensor:
 
 def conservative_loss(z: Tensor, eps: float) -> Tensor:
     """(1-eps) softplus(-z) + eps softplus(z). cDPO, Mitchell 2023, eq. 3: cross-entropy with the label smoothed by eps."""
+    check_flip_rate(eps)
     return (1 - eps) * F.softplus(-z) + eps * F.softplus(z)
 
 
@@ -55,6 +56,7 @@ def robust_loss(z: Tensor, eps: float) -> Tensor:
     Unbiased: with probability 1-eps the label is right and the pair's loss is L(z), with eps it is flipped and is L(-z);
     (1-eps) L(z) + eps L(-z) = softplus(-z).
     """
+    check_flip_rate(eps)
     return ((1 - eps) * F.softplus(-z) - eps * F.softplus(z)) / (1 - 2 * eps)
 
 
@@ -69,45 +71,69 @@ def ipo_loss(z: Tensor, beta: float) -> Tensor:
     return ((z - 0.5) / beta) ** 2
 
 
-LOSSES = ("sigmoid", "robust", "conservative", "ipo", "hinge")
-LOSSES_WITH_EPS = ("robust", "conservative")
+# To add a loss, write its function of z (and of beta and eps, if it names them) and add it here.
+LOSSES = {
+    "sigmoid": sigmoid_loss,
+    "robust": robust_loss,
+    "conservative": conservative_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+}
 
 
-def check_loss(loss: str, beta: float, eps: float | None) -> None:
-    """InputError unless `loss` exists, beta > 0, and eps is given exactly where it means something, in [0, 1/2)."""
+def options(loss: str) -> list[str]:
+    """What a loss takes besides z: "beta", "eps", or nothing."""
+    return list(inspect.signature(LOSSES[loss]).parameters)[1:]
+
+
+def check_flip_rate(eps: float) -> None:
+    """ValueError unless eps is in [0, 1/2): labels that are flipped half of the time say nothing."""
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps is {eps}, but a flip rate lies in [0, 0.5)")
+
+
+def preference_loss(z: Tensor, loss: str = "sigmoid", beta: float = 0.1, eps: float | None = None) -> Tensor:
+    """The loss named `loss` of the reward margins z: [P] -> [P].
+
+    ValueError if there is no such loss, beta is not positive, or eps is missing where the loss takes one, given where it
+    takes none, or outside [0, 1/2).
+    """
     if loss not in LOSSES:
-        raise InputError(f"--loss {loss}: choose one of {', '.join(LOSSES)}")
+        raise ValueError(f"there is no loss {loss!r}; choose one of {', '.join(LOSSES)}")
     if not 0 < beta < float("inf"):
-        raise InputError(f"--beta {beta}: must be a positive number")
-    if loss in LOSSES_WITH_EPS and eps is None:
-        raise InputError(f"--loss {loss} needs --eps, the share of labels that you believe to be flipped (such as 0.1)")
-    if loss not in LOSSES_WITH_EPS and eps is not None:
-        raise InputError(f"--loss {loss} has no --eps; it means something for {' and '.join(LOSSES_WITH_EPS)}")
-    if eps is not None and not 0 <= eps < 0.5:
-        raise InputError(f"--eps {eps}: a flip rate lies in [0, 0.5); at 0.5 the labels say nothing")
-
-
-def preference_loss(z: Tensor, loss: str, beta: float, eps: float | None) -> Tensor:
-    """The loss named `loss` of the margins z [P] -> [P]."""
-    check_loss(loss, beta, eps)
-    if loss == "sigmoid":
-        return sigmoid_loss(z)
-    if loss == "robust":
-        return robust_loss(z, eps)
-    if loss == "conservative":
-        return conservative_loss(z, eps)
-    return hinge_loss(z) if loss == "hinge" else ipo_loss(z, beta)
+        raise ValueError(f"beta is {beta}, but must be a positive number")
+    takes = options(loss)
+    if "eps" in takes and eps is None:
+        raise ValueError(f"the {loss} loss needs eps, the share of labels that you believe to be flipped, such as 0.1")
+    if "eps" not in takes and eps is not None:
+        raise ValueError(f"the {loss} loss takes no eps; leave it out")
+    values = {"beta": beta, "eps": eps}
+    return LOSSES[loss](z, **{name: values[name] for name in takes})
 
 
 # -------------------------------------------------------------------------------------------------- the objective
 
 
+def margin(policy: Tensor, reference: Tensor) -> Tensor:
+    """log pi/pi_ref (chosen) - log pi/pi_ref (rejected): [P, 2], [P, 2] -> [P], in nats. The reward margin is z = beta times
+    this."""
+    drift = policy - reference  # [P, 2]
+    return drift[:, 0] - drift[:, 1]
+
+
 def objective(
-    policy: Tensor, reference: Tensor, lengths: Tensor, loss: str, beta: float, eps: float | None, nll_weight: float
+    policy: Tensor,
+    reference: Tensor,
+    lengths: Tensor,
+    loss: str = "sigmoid",
+    beta: float = 0.1,
+    eps: float | None = None,
+    nll_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of P pairs.
 
-    policy, reference: log-probabilities [2P] in nats, lengths: tokens [2P], all as chosen, rejected, chosen, rejected, ...
+    policy, reference: log-probabilities [P, 2] in nats of the chosen and the rejected answers; lengths: their tokens [P, 2].
+    loss, beta, eps: see `preference_loss`, which raises ValueError for values that make no sense.
 
     Returns the *sum* of the pairs' losses (the caller divides by the number of pairs in its whole step, so gradients do
     not depend on how the step was cut into micro-batches) and the metrics as {name: [sum, count]} under TRL's names.
@@ -115,36 +141,31 @@ def objective(
     `nll_weight` adds a pull on the chosen answer, - nll_weight * log pi(y_w|x) / |y_w| (Pang et al. 2024, eq. 2): DPO only
     asks that the margin grows, which it may do while *both* answers become improbable.
     """
-    chosen, rejected = policy.view(-1, 2).unbind(dim=1)  # [P], [P]
-    drift = policy - reference  # log pi / pi_ref  [2P]
-    chosen_reward, rejected_reward = (beta * drift).view(-1, 2).unbind(dim=1)
-    z = chosen_reward - rejected_reward
+    z = beta * margin(policy, reference)  # [P]
     per_pair = preference_loss(z, loss, beta, eps)  # [P]
-    nll = -chosen / lengths.view(-1, 2)[:, 0]
+    nll = -policy[:, 0] / lengths[:, 0]  # [P]
     total = (per_pair + nll_weight * nll).sum()
 
     with torch.no_grad():
-        per_pair_metrics = {
+        drift = policy - reference  # log pi / pi_ref  [P, 2]
+        metrics = {
             "loss": per_pair + nll_weight * nll,
             "preference_loss": per_pair,
             "dpo_loss": sigmoid_loss(z),
             "nll_loss": nll,
-            "rewards/chosen": chosen_reward,
-            "rewards/rejected": rejected_reward,
+            "rewards/chosen": beta * drift[:, 0],
+            "rewards/rejected": beta * drift[:, 1],
             "rewards/margins": z,
             "rewards/accuracies": (z > 0).float(),
             "rewards/ties": (z == 0).float(),
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-            "drift/chosen": drift.view(-1, 2)[:, 0],
-            "drift/rejected": drift.view(-1, 2)[:, 1],
-            "drift/absolute": drift.abs().view(-1, 2).mean(dim=1),
+            "logps/chosen": policy[:, 0],
+            "logps/rejected": policy[:, 1],
+            "drift/chosen": drift[:, 0],
+            "drift/rejected": drift[:, 1],
+            "drift/absolute": drift.abs().mean(dim=1),
         }
-        metrics = {
-            name: torch.stack((v.sum(), torch.tensor(float(len(v)), device=v.device)))
-            for name, v in per_pair_metrics.items()
-        }
-    return total, metrics
+        count = torch.tensor(float(len(z)), device=z.device)
+        return total, {name: torch.stack((values.sum(), count)) for name, values in metrics.items()}
 
 
 def debiased_accuracy(accuracy: float, eps: float | None) -> float:
@@ -153,20 +174,3 @@ def debiased_accuracy(accuracy: float, eps: float | None) -> float:
     An estimate from finitely many pairs, so it may leave [0, 1] by chance.
     """
     return accuracy if eps is None else (accuracy - eps) / (1 - 2 * eps)
-
-
-def check_start(metrics: dict[str, float], loss: str, beta: float, eps: float | None, tolerance: float) -> None:
-    """Before the first step policy and reference are one model: no answer has drifted, z = 0, and the loss is ln 2 (robust
-    too; hinge 1, IPO 1/(4 beta^2)). InputError if not: then the two differ, and every later number would be wrong.
-
-    `tolerance`: the rounding, in nats per answer, that the compute type allows.
-    """
-    expected = preference_loss(torch.zeros(1), loss, beta, eps).item()
-    drift, measured = metrics["drift/absolute"], metrics["preference_loss"]
-    if not drift <= tolerance or not abs(measured - expected) <= 4 * tolerance * max(1.0, 1 / beta):
-        raise InputError(
-            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss "
-            f"is {measured:.6f} (must be {expected:.6f}): the reference log-probabilities are not those of "
-            "the starting model. Delete out/reference and run again; if it stays, model, tokenizer or dtype "
-            "differ."
-        )

@@ -2,86 +2,98 @@
 
     python train.py --stage eval --model out/demo-dpo out/demo-sft-seed0 --data pairs.jsonl
 
-What is measured follows from the rows: preference pairs (preferences.py), multiple choice (choices.py), and for all of them
-the texts (texts.py): loss and perplexity of the reference answers, and the model's own answers to --samples prompts beside
-them (greedy, unless --temperature is given); with --bert their BERTScore, with --teacher a judge's opinion (judge.py).
+The rows decide what is measured (metrics/): preferences for pairs, multiple choice for questions with options, and for all
+rows the texts: loss and perplexity of the reference answers, and the model's own answers to --samples prompts beside them
+(greedy, unless --temperature is given); with --bert their BERTScore, with --teacher the verdict of a judge.
 
     out/<name>/  eval.json  eval.md  answers.jsonl  samples.md  figures/eval.png
 
-Every number is a sum over examples over their count, by the log-probability that training uses; the batch size changes none.
-Answers are sampled in fp32. Intervals are of each model alone; models that answer the same rows may differ for certain even
-where theirs overlap. A judge sees a row's last message, not the turns before it.
-All models answer the same rows: those that fit into every model's window. They are measured one after the other; what was
-measured is written before the next one begins, and a model that cannot be read costs its own row and no other.
+Every number is a sum over examples divided by their count, with the log-probability that training uses, so the batch size
+changes none. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
+significantly even where their intervals overlap. A judge sees the last message of a row, not the turns before it.
+All models answer the same rows: those that fit into every model's window. They are measured one after the other, and results
+are written after each; a model that cannot be read costs its own row and no other.
 """
 
+import contextlib
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from data import LETTERS, ChatML, Example, Ledger, Row
-from inputs import encode_for, load_chat, load_reference, rows_to_measure, seen_in_training, tuned_from
-from metrics import judge, scores
-from metrics import multiple_choice as choices
-from metrics import text as texts
+from data import ChatML, Example, Row, lengths_of, question_key
+from generate import sample_answers
+from lora import find_origin, is_adapter
+from metrics import judge, multiple_choice, tables, text
 from metrics.bertscore import BEST_LAYERS, Encoder, bert_score, load_encoder
 from metrics.intervals import mean, share
-from metrics.multiple_choice import Choices, parse_letter, score_options
-from metrics.preferences import measure_baselines, measure_rewards
-from metrics.scores import Results
-from model import Phi
-from passes import all_logprobs, completion_lengths, flips, grades, sample_answers
-from prepare.teacher import Journal, Teacher, ask_all
+from metrics.preferences import flips, measure_baselines, measure_rewards
+from metrics.tables import Results
+from model import Phi, all_logprobs
+from prepare.rows import Measured, encode_for, rows_to_measure
+from prepare.teacher import ask_all, open_teacher
+from runtime import parallel, runs
 from runtime.files import InputError, first_line
-from runtime.settings import Config
+from runtime.settings import Eval, flag_name
 from runtime.weights import resolve
 
-BETA = 0.1  # of the DPO loss, if --beta is not given
-BATCH_OF_TEXTS = 64  # for BERTScore
+
+@dataclass
+class Contestant:
+    """A model to be measured."""
+
+    name: str
+    directory: Path
+    chat: ChatML
+    examples: list[Example]
+    reference: Path | None  # the model that its rewards are measured from
 
 
 @dataclass
 class Contest:
-    """Who is measured on what, complete before anything is measured."""
+    """Who is measured on what."""
 
-    rows: list[Row]  # those that fit into every model's window
-    kind: str  # one of data.PARSERS
-    where: str  # that the rows are from
-    sources: dict[str, Path]  # of the models, by name
-    encoded: dict[str, tuple[ChatML, list[Example]]]
-    references: dict[str, Path | None]  # the model that each one's rewards are measured from
+    measured: Measured  # the rows that fit into every model's window
+    contestants: list[Contestant]
     encoder: Encoder | None  # for BERTScore
     notes: list[str]
     failures: list[str]  # a line for every model that cannot be read
 
 
-def evaluate_models(config: Config, contest: Contest, teacher: Teacher | None, journal: Journal | None) -> int:
-    """Measures every model, writes and prints the results; 0 if all went well, 2 if something failed."""
-    run, rows, failures = Path(config.out) / config.name, contest.rows, contest.failures
-    asked = draw(len(rows), config.samples, config.seed)
-    notes = [*contest.notes, f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for."]
-    results = Results(rows, contest.where, asked, notes, failures=failures)
-    for name in contest.sources:
-        print(f"{name} ...", flush=True)
-        try:
-            measured, results.answers[name] = measure_model(config, name, contest, results.asked)
-            results.models.append(measured)
-        except (InputError, OSError, torch.OutOfMemoryError) as error:
-            fail(failures, f"{name}: {first_line(error)}")
-        scores.write(results, run)
-    if teacher and any(results.answers.values()):
-        try:
-            results.models += judge_models(results, lambda wanted: ask_all(wanted, journal, teacher, "judging"))
-        except InputError as error:
-            fail(failures, f"the judge {teacher.model}: {error}")
-        scores.write(results, run)
-    print("\n" + scores.text(results))
-    picture = ", figures/eval.png" if results.models else ""
-    print(f"Written to {run}/: eval.json, eval.md, answers.jsonl, samples.md{picture}")
+def run(settings: Eval) -> int:
+    """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
+    contest = gather_contest(settings)
+    teacher, journal = open_teacher(settings)
+    runs.open_run(settings)
+    with contextlib.ExitStack() as stack:
+        if not parallel.is_main():  # all ranks find the same numbers; those of the others are thrown away
+            settings = replace(settings, out=stack.enter_context(tempfile.TemporaryDirectory()))
+        directory, failures = Path(settings.out) / settings.name, contest.failures
+        count = len(contest.measured.rows)
+        asked = sorted(random.Random(settings.seed).sample(range(count), min(settings.samples, count)))  # of every model
+        notes = [*contest.notes, f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for."]
+        results = Results(contest.measured.rows, contest.measured.where, asked, notes, failures=failures)
+        for contestant in contest.contestants:
+            print(f"{contestant.name} ...", flush=True)
+            try:
+                measured, answers = measure_model(settings, contest, contestant, asked)
+                results.models.append(measured)
+                results.answers[contestant.name] = answers
+            except (InputError, OSError, torch.OutOfMemoryError) as error:
+                fail(failures, f"{contestant.name}: {first_line(error)}")
+            tables.write(results, directory)
+        if teacher and any(results.answers.values()):
+            try:
+                results.models += judge_models(results, lambda wanted: ask_all(wanted, journal, teacher, "judging"))
+            except InputError as error:
+                fail(failures, f"the judge {teacher.model}: {error}")
+            tables.write(results, directory)
+    print("\n" + tables.report(results))
+    figure = ", figures/eval.png" if results.models else ""
+    print(f"Written to {directory}/: eval.json, eval.md, answers.jsonl, samples.md{figure}")
     return 2 if failures else 0
 
 
@@ -90,151 +102,125 @@ def fail(failures: list[str], line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def gather(config: Config, find: Callable[[str], Path]) -> Contest:
-    """Reads the rows and finds the models; `find` turns a model's name into its directory. InputError if the rows are
-    broken, no model is left, or an option does not go with the rows."""
-    sources, fitting, references, failures, notes, skipped = {}, {}, {}, [], [], Ledger()
-    rows_kind_where = rows_to_measure(config, None, skipped) if config.data else None
-    for name in config.models:
+def gather_contest(settings: Eval) -> Contest:
+    """Reads the rows and finds the models. InputError if the rows are broken, no model is left, or a flag does not go with
+    the rows."""
+    failures: list[str] = []
+    found: list[Contestant] = []
+    notes: list[str] = []
+    measured = measured_rows(settings, None) if settings.data else None
+    for name in settings.model:
         try:
-            source = find(name)
-            rows_kind_where = rows_kind_where or rows_to_measure(config, source, skipped)
-            fitting[name] = encode_for(source, rows_kind_where[0], config.system_prompt)
-            references[name] = find_reference(config, source, fitting[name][0]) if rows_kind_where[1] == "pairs" else None
-            sources[name] = source
+            directory = resolve(name, settings.revision)
+            measured = measured or measured_rows(settings, directory)
+            chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
+            reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
         except InputError as error:
-            if len(config.models) == 1:
+            if len(settings.model) == 1:
                 raise
             fail(failures, f"{name}: {error}")
-    if not sources:
+            continue
+        found.append(Contestant(name, directory, chat, examples, reference))
+        if ledger.trimmed:
+            notes.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
+    if not found:
         raise InputError("no model is left to measure")
-    rows, kind, where = rows_kind_where
-    check_options(config, kind)
-    common = set.intersection(*({e.where for e in fitting[name][1]} for name in sources))
-    kept = [row for row in rows if row.where in common]
+    check_flags(settings, measured.kind)
+    common = set.intersection(*({e.where for e in one.examples} for one in found))
+    kept = [row for row in measured.rows if row.where in common]
     if not kept:
-        raise InputError(f"none of the {len(rows):,} rows fits into every model's window")
-    encoded = {name: (fitting[name][0], [e for e in fitting[name][1] if e.where in common]) for name in sources}
+        raise InputError(f"none of the {len(measured.rows):,} rows fits into every model's window")
+    for one in found:
+        one.examples = [e for e in one.examples if e.where in common]
     encoder = None
-    if config.bert:
-        layers = BEST_LAYERS.get(Path(config.bert).name)
-        encoder = load_encoder(resolve(config.bert, None), layers, config.device)
-    notes += (
-        [f"{len(skipped.bad_rows):,} bad rows were skipped, the first {skipped.bad_rows[0]}"] if skipped.bad_rows else []
-    )
-    notes += row_notes(sources, {name: fitting[name][2] for name in sources}, kept, len(rows) - len(kept))
-    if kind == "pairs":
-        rate = f"debiased: of labels flipped at rate {config.eps}; " if config.eps is not None else ""
-        notes.append(f"{rate}DPO loss at beta {config.beta or BETA}; reference answers are the chosen ones, as labelled.")
-    return Contest(kept, kind, where, sources, encoded, references, encoder, notes, failures)
+    if settings.bert:
+        encoder = load_encoder(resolve(settings.bert), BEST_LAYERS.get(Path(settings.bert).name), settings.device)
+    notes = row_notes(settings, measured, kept, found) + notes
+    return Contest(replace(measured, rows=kept), found, encoder, notes, failures)
 
 
-def row_notes(sources: dict[str, Path], ledgers: dict[str, Ledger], rows: list[Row], left_out: int) -> list[str]:
+def measured_rows(settings: Eval, directory: Path | None) -> Measured:
+    return rows_to_measure(settings.data, directory, settings.letter_only, settings.on_bad_row)
+
+
+def row_notes(settings: Eval, measured: Measured, kept: list[Row], found: list[Contestant]) -> list[str]:
     """What a reader of the numbers must know about the rows."""
-    notes = [f"{left_out:,} rows do not fit into every model's window and are left out."] if left_out else []
-    for name, source in sources.items():
-        seen, trimmed = seen_in_training(source, rows), ledgers[name].trimmed
-        notes += [f"Warning: {name} was trained on the questions of {seen:,} of these {len(rows):,} rows."] if seen else []
-        notes += [f"{trimmed:,} prompts lose their beginning to fit into half of {name}'s window."] if trimmed else []
+    notes = []
+    if bad := measured.ledger.bad_rows:
+        notes.append(f"{len(bad):,} bad rows were skipped, the first {bad[0]}")
+    if len(kept) < len(measured.rows):
+        notes.append(f"{len(measured.rows) - len(kept):,} rows do not fit into every model's window and are left out.")
+    keys = [question_key(row) for row in kept]
+    for one in found:
+        if seen := runs.questions_seen(one.directory, keys):
+            notes.append(f"Warning: {one.name} was trained on the questions of {seen:,} of these {len(kept):,} rows.")
+    if measured.kind == "pairs":
+        rate = f"debiased: of labels flipped at rate {settings.eps}; " if settings.eps is not None else ""
+        notes.append(f"{rate}DPO loss at beta {settings.beta}; reference answers are the chosen ones, as labelled.")
     return notes
 
 
-def find_reference(config: Config, source: Path, chat: ChatML) -> Path | None:
+def check_flags(settings: Eval, kind: str) -> None:
+    """InputError for a flag that means nothing for rows of this kind."""
+    for name in ("eps", "reference_model"):
+        if getattr(settings, name) is not None and kind != "pairs":
+            raise InputError(f"{flag_name(name)} is for preference pairs, and the rows are none; leave it out")
+
+
+def find_reference(settings: Eval, directory: Path, chat: ChatML) -> Path | None:
     """The directory of the model that rewards are measured from; InputError if it reads other tokens than the model."""
-    parent = resolve(config.reference_model, None) if config.reference_model else tuned_from(source)
-    if parent and load_chat(parent, None).tokenizer.get_vocab() != chat.tokenizer.get_vocab():
-        raise InputError(f"{parent}: its tokenizer is not that of {source}, so no reward can be measured from it")
+    parent = resolve(settings.reference_model) if settings.reference_model else runs.tuned_from(directory)
+    if parent and runs.load_chat(parent).tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        raise InputError(f"{parent}: its tokenizer is not that of {directory}, so no reward can be measured from it")
     return parent
 
 
-def check_options(config: Config, kind: str) -> None:
-    """InputError for an option that says nothing about rows of this kind."""
-    for name in ("beta", "eps", "reference_model"):
-        if getattr(config, name) is not None and kind != "pairs":
-            raise InputError(f"--{name.replace('_', '-')} is for preference pairs, and the rows are none; leave it out")
-
-
-def draw(count: int, wanted: int, seed: int) -> list[int]:
-    """Which rows are answered: the same for every model, in the rows' order."""
-    return sorted(random.Random(seed).sample(range(count), min(wanted, count)))
-
-
-# ------------------------------------------------------------------------------------------------------------ one model
-
-
-def measure_model(config: Config, name: str, contest: Contest, asked: list[int]) -> tuple[dict, list[str]]:
+def measure_model(settings: Eval, contest: Contest, one: Contestant, asked: list[int]) -> tuple[dict, list[str]]:
     """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
-    source, kind, (chat, examples) = contest.sources[name], contest.kind, contest.encoded[name]
-    parent = contest.references[name]
-    reference = reference_logprobs(config, parent, source, examples) if parent else None
-    model = Phi.from_pretrained(source, device=config.device)  # after the reference is gone: one model in memory
-    passes = (config.micro_batch_size, config.device, config.dtype)
-    policy = all_logprobs(model, examples, *passes, "reading")  # [E, completions]
-    lengths = completion_lengths(examples).view(len(examples), -1)
-    result = {
-        "model": name,
-        "reference": str(parent) if parent else None,
-        "text": texts.likelihood(policy[:, 0], lengths[:, 0]),
-    }
+    kind, examples, reference = contest.measured.kind, one.examples, None
+    run_with = (settings.micro_batch_size, settings.device, settings.dtype)
+    if one.reference:  # its weights are rounded as those under the adapters of the measured model
+        rounded = None if is_adapter(one.reference) else find_origin(one.directory).format
+        model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
+        reference = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
+        del model  # one model in memory
+    model = Phi.from_pretrained(one.directory, device=settings.device)
+    policy = all_logprobs(model, examples, *run_with, "reading")  # [E, completions]
+    lengths = lengths_of(examples)  # [E, completions]
+    result = {"model": one.name, "reference": str(one.reference) if one.reference else None}
+    result["text"] = text.likelihood(policy[:, 0], lengths[:, 0])
     if kind == "pairs":
         flipped = flips(examples)
         if reference is not None:
-            result["rewards"] = measure_rewards(policy, reference, lengths, flipped, config.eps, config.beta or BETA)
+            result["rewards"] = measure_rewards(policy, reference, lengths, flipped, settings.eps, settings.beta)
         result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
-    scored = [score_options(model, examples, chat, *passes)] if kind.startswith("mcq") else []
+    scored = []
+    if kind.startswith("mcq"):
+        scored.append(multiple_choice.score_options(model, examples, one.chat, *run_with))
     answers = []
     if asked:
         drawn = [examples[i] for i in asked]
-        room = model.config.max_position_embeddings - max(len(e.prompt) for e in drawn)
-        length = min(config.max_new_tokens, room)
-        answers, ended = sample_answers(model, chat, drawn, length, config.temperature, config.seed, config.micro_batch_size)
-        result["answers"], result["BLEU signature"] = measure_answers(config, contest, answers, ended, drawn)
+        prompts = [e.prompt for e in drawn]
+        length = min(settings.max_new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
+        drawing = (settings.temperature, settings.seed, settings.micro_batch_size)
+        answers, ended = sample_answers(model, one.chat, prompts, length, *drawing)
+        result["answers"], result["BLEU signature"] = measure_answers(contest, answers, ended, drawn)
         if scored:
-            scored.append(generated_choices(answers, drawn))
+            scored.append(multiple_choice.generated(answers, drawn))
     if scored:
-        result |= measure_choices(scored)
+        result |= multiple_choice.summary(scored)
     return result, answers
 
 
-def reference_logprobs(config: Config, parent: Path, source: Path, examples: list[Example]) -> torch.Tensor:
-    """Log-probabilities [E, 2] under the model that the rewards of the one in `source` are measured from."""
-    model = load_reference(parent, source, config.device)
-    return all_logprobs(model, examples, config.micro_batch_size, config.device, config.dtype, "reference")
-
-
-def measure_answers(
-    config: Config, contest: Contest, answers: list[str], ended: list[bool], drawn: list[Example]
-) -> tuple[dict, str]:
-    """How much the model's own answers look like the reference answers, and whether they end (the demo's are graded, too);
-    and BLEU's signature."""
+def measure_answers(contest: Contest, answers: list[str], ended: list[bool], drawn: list[Example]) -> tuple[dict, str]:
+    """How much the model's own answers look like the reference answers, whether they end, and their grades, if the truth is
+    known; and BLEU's signature."""
     references = [e.texts[0] for e in drawn]
-    measured, signature = texts.similarity(answers, references)
+    measured, signature = text.similarity(answers, references)
     if contest.encoder:
-        measured["BERTScore"] = mean(bert_score(answers, references, contest.encoder, BATCH_OF_TEXTS))
-    graded = {"ends": ended} | grades(answers, drawn)
+        measured["BERTScore"] = mean(bert_score(answers, references, contest.encoder, 64))
+    graded = {"ends": ended} | text.grades(answers, drawn)
     return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}, signature
-
-
-def generated_choices(answers: list[str], drawn: list[Example]) -> Choices:
-    """The letters that the answers name."""
-    counts = [len(e.extra["choices"]) for e in drawn]
-    picks = [parse_letter(answer, count) for answer, count in zip(answers, counts, strict=True)]
-    return Choices(
-        [LETTERS.index(e.extra["letter"]) for e in drawn], counts, [choices.topic(e) for e in drawn], {"generated": picks}
-    )
-
-
-def measure_choices(scored: list[Choices]) -> dict:
-    """Accuracy, position bias and picks by method, accuracy by topic (letters), chance, and the share of invalid answers."""
-    made = {"choices": {}, "position bias": {}, "picks": {"right": choices.letter_shares(scored[0].right)}}
-    for part in scored:
-        made["choices"] |= choices.accuracies(part)
-        for method, picks in part.picks.items():
-            made["position bias"][method] = choices.position_bias(part, method)
-            made["picks"][method] = choices.letter_shares(picks)
-            if method == "generated":
-                made["invalid"] = choices.invalid(part)
-    return made | {"chance": choices.chance(scored[0]), "by topic": choices.by_topic(scored[0], "letter")}
 
 
 def judge_models(results: Results, ask: judge.Ask) -> list[dict]:

@@ -1,8 +1,15 @@
-"""CUDA kernels for the quantized layers, in Triton: y = x W~^T straight from the codes, W~ never in memory.
+"""The arithmetic of quant.py that has to be fast: what a CPU needs, and Triton kernels for CUDA.
 
-A product of one x with a matrix (decoding, a token at a time) reads each weight once and does two operations with it: the
-memory's speed is the limit, so 4-bit codes can be four times as fast as 16-bit weights if they are decoded on the way, in
-registers. With many x the arithmetic is the limit, and W~ is decoded a tile at a time for the tensor cores.
+quant.py says what is computed; each function here computes the same with fewer instructions or less memory.
+
+    decode             codes to numbers, one table look-up for each byte instead of one for each code
+    nearest            numbers to codes, two look-ups instead of a binary search
+    int8_product       y = x W~^T for a frozen W~ that is never in memory as a whole: on the CPU a few rows of it at a
+    blockwise_product  time, which stay in the cache; on CUDA a few values at a time, which stay in registers
+
+Decoding a token at a time multiplies one x with every weight: each weight is read once and used for two operations, so
+memory bandwidth is the limit, and 4-bit codes can be four times as fast as 16-bit weights. With many x the arithmetic is
+the limit. So there are two kinds of Triton kernels:
 
     matvec    a program holds ROWS output features and walks along I;  y_o = sum_i  (l[c_oi] s_oi) x_i,  fp32
     matmul    a program holds a [M, N] tile of y and walks along I:  decode a [N, K] tile of W~, tl.dot with x's
@@ -10,134 +17,244 @@ registers. With many x the arithmetic is the limit, and W~ is decoded a tile at 
 A byte holds two codes, for an even and an odd column. Instead of weaving them together, both kernels multiply twice, with
 the even and with the odd columns of x: sum_i w_i x_i = sum_j w_2j x_2j + sum_j w_2j+1 x_2j+1.
 
-Without a GPU they run, slowly, in Triton's interpreter (TRITON_INTERPRET=1), which is how the tests run them.
+Everything but the kernels runs without Triton. Without a GPU its interpreter runs them, slowly (TRITON_INTERPRET=1).
 """
 
+import functools
+import math
+import warnings
+from collections.abc import Callable
+
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+CHUNK = 2**20  # values worked on at a time: 4 MB of fp32, which stay in the cache
 FEW = 8  # up to this many x, one matvec each
 
 
-@triton.jit
-def _decode_pair(packed, levels, absmax, low, byte, mask, block, HAS_LOW: tl.constexpr):
-    """The two weights of each byte in `byte` (indices into packed), fp32; they share a block, whose size is even."""
-    codes = tl.load(packed + byte, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(absmax + 2 * byte // block, mask=mask, other=0.0)
-    even, odd = tl.load(levels + (codes >> 4)), tl.load(levels + (codes & 15))  # 16 values: they stay in the L1 cache
-    if HAS_LOW:
-        start = tl.load(low + 2 * byte // block, mask=mask, other=0.0)
-        return start + (scale - start) * even, start + (scale - start) * odd
-    return scale * even, scale * odd
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported. If not, one warning says what that costs."""
+    if triton is None:
+        warnings.warn("Triton is missing: quantized layers run as plain PyTorch, slower. pip install triton", stacklevel=2)
+    return triton is not None
 
 
-@triton.jit
-def _matvec4(x, packed, levels, absmax, low, y, O, I, block, HAS_LOW: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    n = tl.program_id(1)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, I // 2, BYTES):
-        j = start + tl.arange(0, BYTES)  # [BYTES] pairs of columns
-        inside = j < I // 2
-        x_even = tl.load(x + n * I + 2 * j, mask=inside, other=0.0).to(tl.float32)
-        x_odd = tl.load(x + n * I + 2 * j + 1, mask=inside, other=0.0).to(tl.float32)
-        byte = o[:, None].to(tl.int64) * (I // 2) + j[None, :]  # [ROWS, BYTES]
-        mask = (o[:, None] < O) & inside[None, :]
-        w_even, w_odd = _decode_pair(packed, levels, absmax, low, byte, mask, block, HAS_LOW)
-        total += tl.sum(tl.where(mask, w_even * x_even[None, :] + w_odd * x_odd[None, :], 0.0), axis=1)
-    tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
+def pack(codes: Tensor, bits: int, fill: int) -> Tensor:
+    """Codes uint8 [n] of 2, 4 or 8 bits -> bytes uint8 [ceil(n bits / 8)], the first code in the highest bits. The last byte
+    is filled up with the code `fill`."""
+    per_byte = 8 // bits
+    codes = F.pad(codes, (0, -len(codes) % per_byte), value=fill).view(-1, per_byte)
+    return functools.reduce(lambda packed, code: packed << bits | code, codes.unbind(1))
 
 
-@triton.jit
-def _matmul4(
-    x, packed, levels, absmax, low, y, rows, O, I, block,
-    HAS_LOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0) * M + tl.arange(0, M)  # [M] rows of x
-    o = tl.program_id(1) * N + tl.arange(0, N)  # [N] output features
-    total = tl.zeros([M, N], tl.float32)
-    for start in range(0, I // 2, BYTES):
-        j = start + tl.arange(0, BYTES)
-        inside = j < I // 2
-        at = m[:, None].to(tl.int64) * I + 2 * j[None, :]  # [M, BYTES]
-        x_mask = (m[:, None] < rows) & inside[None, :]
-        x_even, x_odd = tl.load(x + at, mask=x_mask, other=0.0), tl.load(x + at + 1, mask=x_mask, other=0.0)
-        byte = o[None, :].to(tl.int64) * (I // 2) + j[:, None]  # [BYTES, N], so that no transpose is needed
-        w_mask = (o[None, :] < O) & inside[:, None]
-        w_even, w_odd = _decode_pair(packed, levels, absmax, low, byte, w_mask, block, HAS_LOW)
-        total = tl.dot(x_even, w_even.to(x_even.dtype), total, input_precision="ieee")
-        total = tl.dot(x_odd, w_odd.to(x_odd.dtype), total, input_precision="ieee")
-    out = m[:, None].to(tl.int64) * O + o[None, :]
-    tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: bytes uint8 -> codes int32, including those that fill up the last byte."""
+    shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.int32, device=packed.device)
+    codes = packed.view(-1, 1).int() >> shifts  # [bytes, codes a byte]
+    return (codes & (2**bits - 1)).flatten()
 
 
-@triton.jit
-def _matvec8(x, codes, scale, y, O, I, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(1)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, I, COLUMNS):
-        i = start + tl.arange(0, COLUMNS)
-        mask = (o[:, None] < O) & (i[None, :] < I)
-        w = tl.load(codes + o[:, None].to(tl.int64) * I + i[None, :], mask=mask, other=0).to(tl.float32)
-        total += tl.sum(w * tl.load(x + n * I + i, mask=i < I, other=0.0).to(tl.float32)[None, :], axis=1)
-    total = total * tl.load(scale + o, mask=o < O, other=0.0) / 127.0
-    tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
+def decode(packed: Tensor, levels: Tensor, absmax: Tensor, block: int, n: int) -> Tensor:
+    """w~ = l_c s_b of the first n codes: bytes, levels fp32 [2^bits], absmax fp32 [ceil(n / block)] -> fp32 [n]."""
+    table = _levels_of_bytes(levels)
+    values = table.index_select(0, packed.flatten().int()).view(torch.float32)[:n]
+    if n % block:
+        values = F.pad(values, (0, -n % block))
+    return values.view(-1, block).mul_(absmax[:, None]).view(-1)[:n]
 
 
-@triton.jit
-def _matmul8(x, codes, scale, y, rows, O, I, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    m = tl.program_id(0) * M + tl.arange(0, M)
-    o = tl.program_id(1) * N + tl.arange(0, N)
-    total = tl.zeros([M, N], tl.float32)
-    for start in range(0, I, K):
-        i = start + tl.arange(0, K)
-        at = m[:, None].to(tl.int64) * I + i[None, :]
-        x_tile = tl.load(x + at, mask=(m[:, None] < rows) & (i[None, :] < I), other=0.0)  # [M, K]
-        w_at = o[None, :].to(tl.int64) * I + i[:, None]
-        w = tl.load(codes + w_at, mask=(o[None, :] < O) & (i[:, None] < I), other=0)  # [K, N]
-        total = tl.dot(x_tile, w.to(x_tile.dtype), total, input_precision="ieee")
-    total = total * (tl.load(scale + o, mask=o < O, other=0.0) / 127.0)[None, :]
-    out = m[:, None].to(tl.int64) * O + o[None, :]
-    tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))
+@functools.lru_cache(maxsize=64)  # tensors are told apart by identity; quant.levels gives the same one every time
+def _levels_of_bytes(levels: Tensor) -> Tensor:
+    """The levels of all codes in each of the 256 bytes, [256]. They are viewed as one wide number, because torch gathers
+    numbers three times as fast as rows of two."""
+    bits = (len(levels) - 1).bit_length()
+    every_byte = torch.arange(256, dtype=torch.uint8, device=levels.device)
+    wide = {2: torch.complex128, 4: torch.int64, 8: torch.float32}[bits]  # 16, 8 and 4 bytes
+    return levels[unpack(every_byte, bits)].view(wide)
 
 
-def blockwise_product(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, low: Tensor | None, block: int) -> Tensor:
-    """x [N, I], 4-bit codes of [O, I] two a byte, levels fp32 [16], absmax (and low) fp32 [blocks] -> [N, O] in x's dtype.
-    I and block are even."""
-    x = x.contiguous()
-    rows, I = x.shape
-    O = packed.numel() * 2 // I
-    y = x.new_empty(rows, O)
-    start = absmax if low is None else low  # a pointer is needed even where it is not read
-    with torch.cuda.device_of(x):
-        if rows <= FEW:
-            grid = (triton.cdiv(O, 4), rows)
-            _matvec4[grid](x, packed, levels, absmax, start, y, O, I, block, low is not None, ROWS=4, BYTES=256)
-        else:
-            m = _tile_rows(rows)
-            grid = (triton.cdiv(rows, m), triton.cdiv(O, 64))
-            _matmul4[grid](x, packed, levels, absmax, start, y, rows, O, I, block, low is not None, M=m, N=64, BYTES=32)
-    return y
+def nearest(x: Tensor, midpoints: Tensor) -> Tensor:
+    """How many midpoints lie below each x: x fp32 of any shape, midpoints fp32 [at most 255], ascending -> uint8.
+
+    torch.bucketize(x, midpoints) gives the same by binary search. Here are two look-ups: numbers that agree in their upper
+    16 bits (sign, exponent, 7 bits of the fraction) lie so close together that at most one midpoint is among them, and that
+    one is compared with x.
+    """
+    below, midpoint = _cells(midpoints)
+    flat = x.flatten()
+    cell = (flat.view(torch.int32) >> 16).add_(2**15)  # 0 .. 2^16 - 1
+    count = below.index_select(0, cell)
+    count += flat > midpoint.index_select(0, cell)
+    return count.view(x.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _cells(midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of the 2^16 cells of numbers with the same upper half: how many midpoints lie below the cell, uint8, and the
+    next midpoint, fp32."""
+    first = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=midpoints.device) * 2**16
+    smallest = torch.stack((first, first + 0xFFFF)).view(torch.float32).amin(dim=0)
+    below = torch.bucketize(smallest, midpoints)
+    following = F.pad(midpoints, (0, 1), value=math.inf)[below]
+    return below.to(torch.uint8), following
 
 
 def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x [N, I], codes int8 [O, I], scale fp32 [O] -> x W~^T [N, O] in x's dtype."""
+    """y = (x C^T) s / 127:  x [N, I], codes int8 [O, I], scale fp32 [O] -> [N, O] in x's dtype."""
+    if x.is_cuda and has_triton():
+        return triton_int8(x, codes, scale)
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        # torch's product of bf16 with int8. It would round the scales to bf16, so they are multiplied afterwards.
+        y = torch._weight_int8pack_mm(x.contiguous(), codes, x.new_ones(len(codes)))
+    else:
+        y = in_parts(x, len(codes), 1, lambda start, stop: codes[start:stop])
+    return (y * (scale / 127.0)).to(x.dtype)
+
+
+def blockwise_product(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, block: int) -> Tensor:
+    """y = x W~^T:  x [N, I], bytes of [O, I] codes, levels fp32 [2^bits], absmax fp32 [blocks] -> [N, O] in x's dtype."""
+    I = x.shape[1]
+    per_byte = 8 // (len(levels) - 1).bit_length()
+    if x.is_cuda and per_byte == 2 and block % 2 == 0 and I % 2 == 0 and has_triton():
+        return triton_4bit(x, packed, levels, absmax, block)
+
+    def rows(start: int, stop: int) -> Tensor:
+        first, end = start * I, stop * I  # in the flattened matrix
+        some_bytes = packed[first // per_byte : math.ceil(end / per_byte)]
+        some_scales = absmax[first // block : math.ceil(end / block)]
+        return decode(some_bytes, levels, some_scales, block, end - first).view(-1, I)
+
+    whole = math.lcm(I, block, per_byte) // I  # after so many rows a block and a byte end too
+    return in_parts(x, packed.numel() * per_byte // I, whole, rows)
+
+
+def in_parts(x: Tensor, out_features: int, whole: int, rows: Callable[[int, int], Tensor]) -> Tensor:
+    """x W^T, a few rows of W at a time, each multiplied while it is in the cache; on CUDA all of them at once.
+
+    x [N, I]; rows(start, stop) -> those rows of W, in any dtype. Each part has a multiple of `whole` rows, but for the last
+    -> [N, out_features] in x's dtype
+    """
+    step = out_features if x.is_cuda else max(1, CHUNK // (x.shape[1] * whole)) * whole
+    parts = [(start, min(start + step, out_features)) for start in range(0, out_features, step)]
+    return torch.cat([F.linear(x, rows(*part).to(x.dtype)) for part in parts], dim=1)
+
+
+def int32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T in int32, exact:  a int8 [N, I], b int8 [O, I] -> [N, O]."""
+    return padded_int32_product(a, b) if a.is_cuda else torch._int_mm(a, b.T)
+
+
+def padded_int32_product(a: Tensor, b: Tensor) -> Tensor:
+    """The same for cuBLAS, which takes at least 17 rows and sizes that are multiples of 8; zeros change no sum."""
+    padded_a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - len(a))))
+    aligned = len(b) % 8 == 0 and b.shape[1] % 8 == 0  # as in Phi-2: no copy of the weights
+    padded_b = b if aligned else F.pad(b, (0, -b.shape[1] % 8, 0, -len(b) % 8))
+    return torch._int_mm(padded_a, padded_b.T)[: len(a), : len(b)]
+
+
+def triton_4bit(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, block: int) -> Tensor:
+    """`blockwise_product` for 4-bit codes, two a byte; I and block are even."""
+    O = packed.numel() * 2 // x.shape[1]
+    return _launch(_matvec4, _matmul4, x, (packed, levels, absmax), O, (block,), {"BYTES": 256}, {"BYTES": 32})
+
+
+def triton_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """`int8_product`."""
+    return _launch(_matvec8, _matmul8, x, (codes, scale), len(codes), (), {"COLUMNS": 512}, {"K": 64})
+
+
+def _launch(matvec, matmul, x: Tensor, weights: tuple, O: int, sizes: tuple, few: dict, many: dict) -> Tensor:
+    """Runs the kernel for a few x or that for many, with the sizes of its own tiles -> y [N, O]."""
     x = x.contiguous()
     rows, I = x.shape
-    O = len(codes)
     y = x.new_empty(rows, O)
     with torch.cuda.device_of(x):
         if rows <= FEW:
-            _matvec8[triton.cdiv(O, 4), rows](x, codes, scale, y, O, I, ROWS=4, COLUMNS=512)
+            matvec[triton.cdiv(O, 4), rows](x, *weights, y, O, I, *sizes, ROWS=4, **few)
         else:
-            m = _tile_rows(rows)
-            _matmul8[triton.cdiv(rows, m), triton.cdiv(O, 64)](x, codes, scale, y, rows, O, I, M=m, N=64, K=64)
+            m = 16 if rows <= 16 else 32 if rows <= 32 else 64  # rows of x in a tile; tensor cores take no fewer than 16
+            matmul[triton.cdiv(rows, m), triton.cdiv(O, 64)](x, *weights, y, rows, O, I, *sizes, M=m, N=64, **many)
     return y
 
 
-def _tile_rows(rows: int) -> int:
-    """Rows of x in a tile: 16, the least that tensor cores take, to 64."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+if triton is not None:
+
+    @triton.jit
+    def _decode_pair(packed, levels, absmax, byte, mask, block):
+        """The two weights of each byte in `byte` (indices into packed), fp32; they share a block, whose size is even."""
+        codes = tl.load(packed + byte, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(absmax + 2 * byte // block, mask=mask, other=0.0)
+        even, odd = tl.load(levels + (codes >> 4)), tl.load(levels + (codes & 15))  # 16 values: they stay in the L1 cache
+        return scale * even, scale * odd
+
+    @triton.jit
+    def _matvec4(x, packed, levels, absmax, y, O, I, block, ROWS: tl.constexpr, BYTES: tl.constexpr):
+        o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+        n = tl.program_id(1)
+        total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, I // 2, BYTES):
+            j = start + tl.arange(0, BYTES)  # [BYTES] pairs of columns
+            inside = j < I // 2
+            x_even = tl.load(x + n * I + 2 * j, mask=inside, other=0.0).to(tl.float32)
+            x_odd = tl.load(x + n * I + 2 * j + 1, mask=inside, other=0.0).to(tl.float32)
+            byte = o[:, None].to(tl.int64) * (I // 2) + j[None, :]  # [ROWS, BYTES]
+            mask = (o[:, None] < O) & inside[None, :]
+            w_even, w_odd = _decode_pair(packed, levels, absmax, byte, mask, block)
+            total += tl.sum(tl.where(mask, w_even * x_even[None, :] + w_odd * x_odd[None, :], 0.0), axis=1)
+        tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
+
+    @triton.jit
+    def _matmul4(x, packed, levels, absmax, y, rows, O, I, block, M: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr):
+        m = tl.program_id(0) * M + tl.arange(0, M)  # [M] rows of x
+        o = tl.program_id(1) * N + tl.arange(0, N)  # [N] output features
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, I // 2, BYTES):
+            j = start + tl.arange(0, BYTES)
+            inside = j < I // 2
+            at = m[:, None].to(tl.int64) * I + 2 * j[None, :]  # [M, BYTES]
+            x_mask = (m[:, None] < rows) & inside[None, :]
+            x_even, x_odd = tl.load(x + at, mask=x_mask, other=0.0), tl.load(x + at + 1, mask=x_mask, other=0.0)
+            byte = o[None, :].to(tl.int64) * (I // 2) + j[:, None]  # [BYTES, N], so that no transpose is needed
+            w_mask = (o[None, :] < O) & inside[:, None]
+            w_even, w_odd = _decode_pair(packed, levels, absmax, byte, w_mask, block)
+            total = tl.dot(x_even, w_even.to(x_even.dtype), total, input_precision="ieee")
+            total = tl.dot(x_odd, w_odd.to(x_odd.dtype), total, input_precision="ieee")
+        out = m[:, None].to(tl.int64) * O + o[None, :]
+        tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))
+
+    @triton.jit
+    def _matvec8(x, codes, scale, y, O, I, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        n = tl.program_id(1)
+        total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, I, COLUMNS):
+            i = start + tl.arange(0, COLUMNS)
+            mask = (o[:, None] < O) & (i[None, :] < I)
+            w = tl.load(codes + o[:, None].to(tl.int64) * I + i[None, :], mask=mask, other=0).to(tl.float32)
+            total += tl.sum(w * tl.load(x + n * I + i, mask=i < I, other=0.0).to(tl.float32)[None, :], axis=1)
+        total = total * tl.load(scale + o, mask=o < O, other=0.0) / 127.0
+        tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
+
+    @triton.jit
+    def _matmul8(x, codes, scale, y, rows, O, I, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+        m = tl.program_id(0) * M + tl.arange(0, M)
+        o = tl.program_id(1) * N + tl.arange(0, N)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, I, K):
+            i = start + tl.arange(0, K)
+            at = m[:, None].to(tl.int64) * I + i[None, :]
+            x_tile = tl.load(x + at, mask=(m[:, None] < rows) & (i[None, :] < I), other=0.0)  # [M, K]
+            w_at = o[None, :].to(tl.int64) * I + i[:, None]
+            w = tl.load(codes + w_at, mask=(o[None, :] < O) & (i[:, None] < I), other=0)  # [K, N]
+            total = tl.dot(x_tile, w.to(x_tile.dtype), total, input_precision="ieee")
+        total = total * (tl.load(scale + o, mask=o < O, other=0.0) / 127.0)[None, :]
+        out = m[:, None].to(tl.int64) * O + o[None, :]
+        tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))

@@ -1,363 +1,548 @@
-"""The driver: `python train.py --stage dpo` reads rows, tunes a model, and says what became of it.
+"""The training loop, the training stages around it, and the driver.
 
     python train.py --stage dpo                                              the embedded demo: minutes on a laptop
     python train.py --stage dpo --model DIR --train pairs.jsonl              your model, your pairs
     python train.py --stage sft --model microsoft/phi-2 --train sft.jsonl    supervised tuning first
     python train.py --stage dpo ... --dry-run                                look before you train
     python train.py --stage dpo --name NAME --resume                         go on after a kill
-    python train.py --stage data --sources theoremqa,mmlu_stem=DIR           data sets from the report's sources
-    python train.py --stage mcq --model DIR --train mcq-train.jsonl          multiple choice: explain, then the letter
-    python train.py --stage quantize --model DIR --to nf4                    a quarter of the size
-    python train.py --stage dpo --lora 16 --base nf4 ...                     QLoRA: adapters on a 4-bit model
-    python train.py --stage merge --model DIR                                adapters and their base as one plain model
-    python train.py --stage qat --to nf4 --model DIR --train sft.jsonl       tune the rounded weights
-    python train.py --stage eval --model A B --data test.jsonl               models side by side, with intervals
-    python train.py --stage eval --model DIR --precisions fp32,int8,nf4      what a number format costs and brings
-    python train.py --stage sweep --grid beta=0.1,0.3 --grid eps=0,0.1       which setting is best, and which are alike
-    python train.py --stage sweep --preset report                            the report's tables, figure and claims
-    python train.py --stage chat --model DIR                                 talk to it
+    torchrun --nproc-per-node 4 train.py --stage dpo ...                     four GPUs, the same result
+    python train.py --help                                                   all stages
 
-Every flag is a field of config.Config. The one training loop is in loop.py.
+`train` is the loop. `run` is a training stage (sft, dpo, mcq, qat): rows and model -> the reference's log-probabilities ->
+the loop -> what became of the model. `main` understands the command line and runs the stage's module.
 """
 
-import contextlib
-import copy
-import gc
-import platform
-import signal
 import sys
-import tempfile
-from dataclasses import asdict, replace
+
+from runtime import flags
+
+if __name__ == "__main__":  # at once, so that there is one copy of this module, and so that --help need not wait for torch
+    command = flags.parse_or_exit(sys.argv[1:])
+    import train
+
+    sys.exit(train.run_command(command))
+
+import gc
+import hashlib
+import importlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import chat
-from convert import quantize_checkpoint
-from data import Example, Ledger
-from eval import evaluate_models, gather
-from experiments import precisions as card
-from experiments import ranking, sweep
-from experiments.paper import replicate
-from inputs import (
-    Inputs,
-    encode_for,
-    load_chat,
-    load_inputs,
-    load_model,
-    load_to_tune,
-    reference_tables,
-    refuse_adapters,
-    rows_to_measure,
-    trained_system_prompt,
-    training_run,
-)
-from loop import compiles, make_objective, step_gradients, train
-from lora import merge_lora
-from metrics.preferences import training_summary
+import demo
+import dpo
+import sft
+from data import Batch, ChatML, Example, by_length, collate, collate_rows, epoch_order, lengths_of, pack_rows
+from generate import sample_answers
+from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
+from metrics.preferences import flips, training_summary
 from metrics.text import answer_summary
-from model import Phi, read_config, stored_dtype
-from passes import all_logprobs, completion_lengths, divergence, flips, sample_answers
-from prepare.build import build_data, open_teacher
-from quant import SKIP, linear_layers, round_to
-from runtime import fits, parallel, report
-from runtime.checks import resolve, with_preset
-from runtime.files import InputError, read_json, write_json
-from runtime.runs import open_run, publish, save_model
-from runtime.settings import TRAINING, Config, default_name, parse, resume_command
-from runtime.weights import is_adapter
-from runtime.weights import resolve as resolve_model
+from model import Phi, all_logprobs, autocast, completion_logprobs
+from prepare.rows import Inputs, load_inputs, write_inputs
+from quant import FORMATS, SKIP, FrozenLinear, linear_layers, round_to, train_quantized
+from runtime import memory, parallel, runs, weights
+from runtime.files import InputError, first_line, write_json
+from runtime.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
+from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Command, Tuning, default_name
 
-# ---------------------------------------------------------------------------------------------------------- the stages
+# -------------------------------------------------------------------------------------------------------------- the loop
 
 
-def settle(config: Config, given: set[str]) -> Config:
-    """The settings of a run: the flags and, for the rest, the recipe; with --resume those that the run was started with."""
-    if not config.resume:
-        return resolve(config, given)
-    config = with_preset(config, given)
-    if config.overwrite or config.dry_run:
-        raise InputError("--resume continues a run: it goes with neither --overwrite nor --dry-run")
-    run = Path(config.out) / (config.name or default_name(config))
-    if not (run / "run.json").exists():
-        raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
-    stored = Config(**read_json(run / "run.json")["config"])
-    for name in sorted(given - {"resume", "out", "device"}):
-        old, new = getattr(stored, name), getattr(config, name)
-        if old != new:
-            raise InputError(
-                f"{run} was started with {name} = {old}, now --{name.replace('_', '-')} {new}: a resumed run keeps "
-                "its settings. Leave the flag out, or start another run with another --name."
-            )
-    return replace(stored, resume=True, overwrite=False, out=config.out, device=config.device or stored.device)
+def train(
+    settings: Tuning,
+    run: Path,
+    model: Phi,
+    optimizer: torch.optim.Optimizer,
+    inputs: Inputs,
+    reference: "Reference",
+    state: dict,
+) -> int | None:
+    """Runs the steps after state["step"]; returns the signal that stopped the loop, or None when it has come to its end."""
+    steps_per_epoch = math.ceil(len(inputs.train) / settings.batch_size)
+    total = settings.max_steps or settings.epochs * steps_per_epoch
+    metric = settings.metric or METRICS[settings.objective][0]
+    with runs.recording(run, settings.stage, state["step"], total) as record, runs.stop_requests() as stop_requested:
+        first = state["step"] + 1
+        for step in range(first, total + 1):
+            # Which examples: a function of the seed, the epoch and the place of the step in it.
+            epoch, batch = divmod(step - 1, steps_per_epoch)
+            if batch == 0 or step == first:
+                order = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch)
+            chosen = order[batch]
+            examples = [inputs.train[i] for i in chosen]
+            expected = None if reference.train is None else reference.train[chosen]  # [examples, 2]
+
+            # Forward, backward, clip, learning rate, step.
+            numbers = step_gradients(model, examples, expected, settings, step)
+            numbers["grad_norm"] = clip_gradients(model, settings.clip)
+            check_step(step, numbers, examples, settings)
+            numbers["lr"] = learning_rate(step - 1, total, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = numbers["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state["step"] = step
+            record.step(step, numbers, tokens=sum(map(len, examples)))
+
+            # Evaluate and save now and then; the best step is always saved.
+            last, best = step == total, False
+            if last or step % settings.eval_every == 0:
+                held_out = evaluate(model, inputs.held_out, reference.held_out, settings)
+                record.log(step, held_out)
+                best = note_best(state, held_out[f"eval_{metric}"], metric)
+            stop = stop_requested()
+            if best or last or stop or step % (settings.save_every or settings.eval_every) == 0:
+                save(settings, run, model, inputs.chat, optimizer, state)
+            if stop:
+                return stop
+            if settings.patience and state["evaluations_since_best"] >= settings.patience:
+                record.say(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
+                return None
+    return None
 
 
-def demo_sft(config: Config) -> Path | None:
-    """The demo's SFT model, which its other stages start from; trained now if it is not there (None in a dry run)."""
-    name = f"demo-sft-seed{config.seed}"
-    path = Path(config.out) / name
-    finished, begun = parallel.gather([(path / file).exists() for file in ("results.json", "run.json")])[0]
-    if finished:
-        print(f"Starting from the demo's SFT model in {path}.")
-        return path
-    if config.dry_run:
-        print("There is no SFT model for the demo yet: a real run makes it first.")
-        return None
-    print(f"There is no SFT model for the demo yet: {'resuming' if begun else 'running'} --stage sft first, in {path}.")
-    given = {"stage", "name", "out", "seed", "device"}
-    stage = Config(stage="sft", name=name, out=config.out, seed=config.seed, device=config.device, resume=begun)
-    if run_stage(settle(stage, given)):
-        raise InputError("the SFT stage was stopped; run the same command again to continue it")
-    return path
+def step_gradients(
+    model: Phi, examples: list[Example], reference: Tensor | None, settings: Tuning, step: int = 1
+) -> dict[str, float]:
+    """Adds the gradient of one optimizer step's mean loss, in micro-batches; returns the step's metrics.
+
+    The mean is over the whole step: of tokens in SFT, of pairs in DPO. Each micro-batch adds its *sum* divided by the
+    step's total, so 1 x 8 and 8 x 1 examples, packed or not, on one rank or eight, give the same gradient. `reference`:
+    this step's log-probabilities [examples, 2] (DPO). InputError names the rows whose loss is not finite.
+    """
+    model.train()
+    torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + parallel.rank())  # of dropout, the same after a resume
+    units = sum(len(c) for e in examples for c in e.completions) if settings.objective == "sft" else len(examples)
+    sums: dict[str, Tensor] = {}
+    not_finite: list[str] = []
+    for part in micro_batches(examples, settings):
+        expected = None if reference is None else reference[part.indices].to(settings.device)  # [pairs, 2]
+        batch = part.batch.to(settings.device)
+        with parallel.watching(f"in step {step}"), autocast(settings.device, settings.dtype):
+            logprobs = completion_logprobs(model, batch)  # [N]
+        loss, metrics = objective(logprobs, batch.lengths, expected, settings)
+        if part.weight and not math.isfinite(loss.item()):
+            not_finite += [examples[i].where for i in part.indices]
+        with parallel.watching(f"in step {step}"):
+            (part.weight * loss / units).backward()
+        sums = {name: part.weight * value + sums.get(name, 0) for name, value in metrics.items()}
+    model.eval()
+    parallel.sum_gradients(model.parameters())
+    totals = parallel.sum_over_ranks(torch.stack(list(sums.values()))).cpu()  # [metrics, 2]: sum and count
+    numbers = {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True)}
+    check_finite("loss", numbers["loss"], not_finite)
+    return numbers
 
 
-def find_parent(config: Config) -> Path | None:
-    """Directory of the model to start from; None for the demo's random tiny Phi, which is made where it is needed."""
-    if config.model != "demo":
-        with parallel.main_first():
-            return resolve_model(config.model, config.revision)
-    return None if config.stage == "sft" else demo_sft(config)
+def objective(logprobs: Tensor, lengths: Tensor, reference: Tensor | None, settings: Tuning) -> tuple[Tensor, dict]:
+    """The summed loss and the metrics {name: [sum, count]} of completions' log-probabilities [N] and lengths [N] in tokens.
+
+    reference [N/2, 2] for DPO, whose completions come as chosen, rejected, chosen, rejected, ...
+    """
+    if settings.objective == "sft":
+        return sft.objective(logprobs, lengths)
+    policy, lengths = logprobs.view(-1, 2), lengths.view(-1, 2)
+    return dpo.objective(policy, reference, lengths, settings.loss, settings.beta, settings.eps, settings.nll_weight)
 
 
-def run_stage(config: Config) -> int:
-    """Runs one stage from its inputs to its report; returns the exit status."""
-    if config.stage == "data":
-        build_data(config)
+@dataclass
+class MicroBatch:
+    """The examples of one forward pass. Weight 0: a pass that a rank runs only because another one still has work."""
+
+    indices: list[int]
+    batch: Batch
+    weight: int
+
+
+def micro_batches(examples: list[Example], settings: Tuning) -> Iterator[MicroBatch]:
+    """This rank's forward passes of a step: rows of similar length or, with --pack, one row of several examples.
+
+    Every rank must run the same number of forward passes. One that runs out repeats the first example with weight 0.
+    """
+    if settings.pack:
+        rows = pack_rows([len(e) for e in examples], settings.pack)
+        parts, passes = parallel.deal(rows), parallel.rounds(len(rows), 1)
+    else:
+        size, own = settings.micro_batch_size, parallel.deal(by_length(examples))
+        parts = [own[i : i + size] for i in range(0, len(own), size)]
+        passes = parallel.rounds(len(examples), size)
+    for i in range(passes):
+        indices = parts[i] if i < len(parts) else [0]
+        chosen = [examples[k] for k in indices]
+        yield MicroBatch(indices, collate_rows([chosen]) if settings.pack else collate(chosen), int(i < len(parts)))
+
+
+def clip_gradients(model: Phi, largest: float) -> float:
+    """Scales the gradient down to the norm `largest`, if it is longer; returns its norm before."""
+    return parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
+
+
+def evaluate(model: Phi, examples: list[Example], reference: Tensor | None, settings: Tuning) -> dict[str, float]:
+    """The metrics of training over all held-out examples, with the prefix "eval_"."""
+    policy = all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "evaluating")
+    _, sums = objective(policy.flatten(), lengths_of(examples).flatten(), reference, settings)
+    numbers = {f"eval_{name}": (total / count).item() for name, (total, count) in sums.items()}
+    if settings.objective == "dpo":
+        numbers["eval_debiased_accuracy"] = dpo.debiased_accuracy(numbers["eval_rewards/accuracies"], settings.eps)
+    return numbers
+
+
+def note_best(state: dict, value: float, metric: str) -> bool:
+    """Updates the counters after an evaluation at step state["step"]; returns whether it was the best so far."""
+    best = state["best_value"]
+    if best is None or (value < best if metric in LOWER_IS_BETTER else value > best):
+        state |= {"best_step": state["step"], "best_value": value, "evaluations_since_best": 0}
+        return True
+    state["evaluations_since_best"] += 1
+    return False
+
+
+def save(settings: Tuning, run: Path, model: Phi, chat: ChatML, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Writes a checkpoint, complete or not at all, and deletes old ones."""
+    with runs.checkpoint(run, state) as directory:
+        model.save_pretrained(directory)
+        runs.save_chat(directory, chat)
+        save_optimizer(directory, model, optimizer)
+    if parallel.is_main():
+        runs.prune(run, settings.keep, state["best_step"])
+
+
+# ----------------------------------------------------------------------------------------------- is the step what it must be
+
+
+def check_step(step: int, numbers: dict[str, float], examples: list[Example], settings: Tuning) -> None:
+    """InputError if the gradient is not finite, or if the first step shows that something is wrong from the start."""
+    check_finite("gradient", numbers["grad_norm"], [e.where for e in examples] if parallel.is_main() else [])
+    if step == 1 and settings.objective == "dpo" and settings.stage != "qat":  # rounding moves the margin at once
+        check_start(numbers, settings)
+    if step == 1 and numbers["grad_norm"] == 0:
+        raise InputError("the first gradient is exactly 0: no parameter changes the loss. Is the model frozen or all zeros?")
+
+
+def check_start(numbers: dict[str, float], settings: Tuning) -> None:
+    """Before the first step policy and reference are one model: no answer has drifted, z = 0, and the loss is ln 2 (hinge 1,
+    IPO 1/(4 beta^2)). InputError if not, for then every later number would be wrong."""
+    tolerance = 1e-3 if settings.dtype == "fp32" else 0.5  # rounding, in nats per answer
+    expected = dpo.preference_loss(torch.zeros(1), settings.loss, settings.beta, settings.eps).item()
+    drift, measured = numbers["drift/absolute"], numbers["preference_loss"]
+    if not drift <= tolerance or not abs(measured - expected) <= 4 * tolerance * max(1.0, 1 / settings.beta):
+        raise InputError(
+            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss is "
+            f"{measured:.6f} (must be {expected:.6f}): the reference log-probabilities are not those of the starting model. "
+            f"Delete {settings.out}/reference and run again; if it stays, model, tokenizer or dtype differ."
+        )
+
+
+def check_finite(what: str, value: float, where: list[str]) -> None:
+    """InputError, on all ranks, if a step's number is not finite. `where`: the rows that this rank found it in."""
+    if not math.isfinite(value):
+        rows = sum(parallel.gather(where), [])
+        raise InputError(
+            f"the {what} is {value}; nothing was updated. The batch held {', '.join(rows)}. Look at those rows, or lower "
+            "--lr; --resume goes on from the last good checkpoint."
+        )
+
+
+# ----------------------------------------------------------------------------------------------- a training stage, whole
+
+
+def run(settings: Tuning) -> int:
+    """A training stage from its inputs to its report; returns the exit status."""
+    check_loss(settings)
+    run = Path(settings.out) / settings.name
+    with parallel.main_first():
+        parent = weights.resolve(settings.model, settings.revision)
+    if settings.dry_run:
+        dry_run(settings, parent)
         return 0
-    if config.stage == "quantize":
-        return quantize_stage(config)
-    if config.stage == "merge":
-        return merge_stage(config)
-    if config.stage == "eval":
-        return eval_stage(config)
-    if config.stage == "chat":
-        return chat_stage(config)
-    run = Path(config.out) / config.name
-    if config.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            inputs = load_inputs(config, Path(scratch), find_parent(config))
-            report.dry_run(config, inputs, make_objective(config), step_gradients)
-        return 0
-    if config.resume and parallel.gather((run / "results.json").exists())[0]:
+    if settings.resume and parallel.gather((run / "results.json").exists())[0]:
         print(f"{run} is finished; nothing to resume.")
         return 0
-    parent = find_parent(config)
-    start = begin_run(config)
-    with parallel.main_first():  # it makes the demo's rows and its random tiny Phi
-        inputs = load_inputs(config, run, parent)
-    if parallel.is_main():
-        write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
-    print(report.describe_inputs(inputs))
+    start = runs.open_run(settings)
+    inputs = load_inputs(settings, parent)
+    write_inputs(run, inputs)
+    print(runs.describe_ledgers(inputs.ledgers))
+    print(f"{len(inputs.train):,} to train on, {len(inputs.held_out):,} to evaluate on, no question on both sides")
 
-    need, peak = fits.check_fits(inputs.parent, config, inputs.train), fits.watch_peak(config.device)
-    model = load_to_tune(inputs.parent, config)
-    if config.objective == "dpo":
-        print(report.describe_reference(config, inputs.parent, model))
-    tables = reference_tables(config, model, inputs) if config.objective == "dpo" else (None, None)
-    stopped, state = train(config, run, model, inputs, tables, start)
-    used_most = peak()
+    need = memory.check_fits(parent, settings, inputs.train)
+    peak = memory.watch_peak(settings.device)
+    model = load_to_tune(parent, settings)
+    reference = reference_logprobs(settings, model, inputs) if settings.objective == "dpo" else Reference()
+    model, optimizer, state = prepare(settings, run, model, parent, start)
+    stopped = train(settings, run, model, optimizer, inputs, reference, state)
+    used = peak()
     if stopped:
-        print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {resume_command(config)}")
+        print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {runs.resume_command(settings)}")
         return 128 + stopped
     with parallel.main_first():
         if parallel.is_main():
-            publish(run, state["best_step"])
-    del model
+            runs.publish(run, state["best_step"])
+    del model, optimizer
     gc.collect()  # a sharded model holds on to itself
 
-    measured = {"before": measure(config, inputs.parent, inputs, tables[1])}
-    if config.stage == "qat":
-        round_published(config, run)
-        measured["rounded"] = measure(config, inputs.parent, inputs, tables[1], rounded=True)
-    measured["after"] = measure(config, run, inputs, tables[1])
-    used = {"estimated": need.total, "measured": used_most}
-    results = {**measured, **state, "parent": str(inputs.parent), "memory": used}
+    results = measure_all(settings, run, parent, inputs, reference.held_out)
+    results |= {name: state[name] for name in ("best_step", "best_value", "evaluations_since_best")}
+    results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
     if parallel.is_main():
-        report.training_figure(run, config)
+        runs.training_figure(run, settings.objective)
         write_json(run / "results.json", results)
-    print(report.summary(config, run, inputs, results))
+    print(runs.summary(settings, run, inputs.held_out, results))
     return 0
 
 
-def begin_run(config: Config) -> int:
-    """Makes the run's directory and writes run.json, on the main rank; returns the step to go on from."""
-    run, start = Path(config.out) / config.name, None
-    if parallel.is_main():
-        start = open_run(run, config.overwrite, config.resume)
-        if not config.resume:
-            device = config.device if parallel.size() == 1 else torch.device(config.device).type  # each rank has its own
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
-            write_json(run / "run.json", {"config": asdict(replace(config, device=device)), "versions": versions})
-    return parallel.gather(start)[0]
+def check_loss(settings: Tuning) -> None:
+    """InputError, before anything is read, if loss, beta and eps make no sense together."""
+    if settings.objective == "dpo":
+        try:
+            dpo.preference_loss(torch.zeros(1), settings.loss, settings.beta, settings.eps)
+        except ValueError as error:
+            raise InputError(f"--loss {settings.loss}: {error}") from None
+
+
+def load_to_tune(directory: Path, settings: Tuning) -> Phi:
+    """The model that tuning starts from. Its own adapters are what --lora goes on with; without --lora they are merged.
+
+    Several ranks each hold all of a model under --lora, whose weights do not move, and their share of it without.
+    """
+    if parallel.size() > 1 and settings.lora is None:
+        refuse_adapters(directory)
+        if weights.is_quantized(directory):
+            raise InputError(f"{directory} is quantized, and codes cannot be tuned: add --lora 16")
+        return Phi.sharded(directory, settings.device)
+    model = load_model(directory, settings)
+    adapters = lora_layers(model)
+    if settings.lora is None and adapters:
+        merge_lora(model)
+        print(f"{directory} holds adapters: merged, and all weights are tuned (--lora would go on with them)")
+    if settings.lora is None and any(isinstance(layer, FrozenLinear) for layer in model.modules()):
+        raise InputError(
+            f"{directory} is quantized, and codes cannot be tuned: add --lora 16, or start from what it was made of"
+        )
+    if settings.lora is not None and adapters:
+        check_goes_on(directory, settings, model)
+    elif not Path(settings.model).is_dir():  # adapters are to name the hub's model, not its copy on this machine
+        model.origin = replace(model.origin, name=settings.model, revision=settings.revision)
+    return model
+
+
+def load_model(directory: Path, settings: Tuning) -> Phi:
+    """A model as a stage trains and measures it: under --lora with its frozen weights as --base says, else in fp32."""
+    to = settings.base if settings.base in FORMATS else None
+    bf16 = settings.base == "bf16" or (to is not None and settings.dtype == "bf16")
+    return Phi.from_pretrained(directory, torch.bfloat16 if bf16 else torch.float32, settings.device, base=to)
+
+
+def check_goes_on(directory: Path, settings: Tuning, model: Phi) -> None:
+    """InputError if the flags ask for other adapters than those that a model has."""
+    one = next(iter(lora_layers(model).values()))
+    trained_on = find_origin(directory).format or "unrounded"  # `model` has been read as --base says
+    if settings.base and trained_on != settings.base and {trained_on, settings.base} & set(FORMATS):
+        raise InputError(f"{directory} holds adapters of {trained_on} weights, not of {settings.base}: leave out --base")
+    for flag, asked, has in (("lora", settings.lora, one.rank), ("lora-alpha", settings.lora_alpha, one.alpha)):
+        if asked is not None and asked != has:
+            raise InputError(
+                f"{directory} holds adapters with --{flag} {has:g}, which tuning goes on with: give that, or make one plain "
+                f"model of it first: python train.py --stage merge --model {directory}"
+            )
+    if settings.lora_targets:
+        raise InputError(f"--lora-targets: {directory} has its adapters already; leave it out")
+
+
+def prepare(settings: Tuning, run: Path, model: Phi, parent: Path, start: int) -> tuple[Phi, torch.optim.Optimizer, dict]:
+    """The model as it is trained, with the weights after step `start`, its optimizer, and the loop's counters."""
+
+    def change_layers(model: Phi) -> None:
+        if settings.stage == "qat":
+            train_quantized(model, settings.to, settings.block)
+        if settings.compile:  # one graph serves all layers, which differ in nothing but their weights, and all lengths
+            for block in model.model.layers:
+                block.compile(dynamic=True)
+
+    if settings.lora and not lora_layers(model):
+        targets = settings.lora_targets or "all-linear"
+        add_lora(model, settings.lora, settings.lora_alpha, targets, seed=settings.seed)
+    for layer in lora_layers(model).values():
+        layer.dropout = settings.lora_dropout
+    if parallel.is_sharded(model) and (settings.compile or settings.stage == "qat"):  # changed before they are split
+        model = Phi.sharded(parent, settings.device, change_layers)
+    else:
+        change_layers(model)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    checkpoint = runs.checkpoint_directory(run, start)
+    if start and settings.lora:
+        load_lora(model, checkpoint)
+    elif start:
+        weights.load_weights(model, checkpoint)
+    optimizer = make_optimizer(model, settings)
+    if start:
+        load_optimizer(checkpoint, model, optimizer)
+        return model, optimizer, runs.read_state(checkpoint)
+    return model, optimizer, {"step": 0, "best_step": None, "best_value": None, "evaluations_since_best": 0}
+
+
+# --------------------------------------------------------------------------------------------------------- the reference
+
+
+@dataclass
+class Reference:
+    """Log-probabilities [E, 2] of both answers of each pair under the starting model, which DPO measures from."""
+
+    train: Tensor | None = None
+    held_out: Tensor | None = None
+
+
+def reference_logprobs(settings: Tuning, model: Phi, inputs: Inputs) -> Reference:
+    """Runs the starting model once over all pairs, not once a step, since it never changes."""
+    with_adapters = " with its adapters, not without them" if lora_layers(model) else ""
+    print(f"Reference: {settings.model}{with_adapters}, run once before training")
+    fingerprint = weights.fingerprint(model)
+    train = reference_table(settings, model, fingerprint, inputs.train, "train")
+    return Reference(train, reference_table(settings, model, fingerprint, inputs.held_out, "held out"))
+
+
+def reference_table(settings: Tuning, model: Phi, fingerprint: str, examples: list[Example], label: str) -> Tensor:
+    """Log-probabilities [E, 2] of pairs, kept on disk in OUT/reference under a hash of all that they depend on: weights,
+    token ids (and so the template and the lengths), and the compute type."""
+    device = torch.device(settings.device).type
+    pairs = [(e.prompt, e.completions) for e in examples]
+    key = json.dumps([fingerprint, settings.dtype, device, torch.__version__, pairs])
+    path = Path(settings.out) / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    kept = runs.read_table(path)
+    if kept is None:
+        size, device, dtype = settings.micro_batch_size, settings.device, settings.dtype
+        table = all_logprobs(model, examples, size, device, dtype, f"reference, {label}")
+        runs.write_table(path, table)
+    did = "written to" if kept is None else "reused from"
+    print(f"Reference log-probabilities of {len(examples):,} {label} pairs: {did} {path}")
+    return table if kept is None else kept
+
+
+# ------------------------------------------------------------------------------------------------- what became of the model
+
+
+def measure_all(settings: Tuning, run: Path, parent: Path, inputs: Inputs, reference: Tensor | None) -> dict:
+    """{"before": ..., "after": ...}, each with metrics on the held-out examples and answers to the first of their prompts;
+    in QAT "rounded" too: the starting model, merely rounded. Rounds a QAT run's published weights to its format."""
+    results = {"before": measure(load_model(parent, settings), settings, inputs, reference, policy=reference)}
+    if settings.stage == "qat":
+        results["rounded"] = measure(round_weights(load_model(parent, settings), settings), settings, inputs, reference)
+        with parallel.main_first():
+            if parallel.is_main():
+                round_weights(Phi.from_pretrained(run), settings).save_pretrained(run)
+    results["after"] = measure(load_model(run, settings), settings, inputs, reference)
+    return results
 
 
 @torch.no_grad()
-def round_published(config: Config, run: Path) -> None:
-    """Rounds the weights of a finished QAT run to its format, so that quantizing them later changes nothing any more."""
-    with parallel.main_first():
-        if parallel.is_main():
-            model = Phi.from_pretrained(run)
-            round_model(model, config)
-            model.save_pretrained(run)
-
-
-def round_model(model: Phi, config: Config) -> None:
+def round_weights(model: Phi, settings: Tuning) -> Phi:
+    """Rounds the weights to --to, so that quantizing them later changes nothing any more."""
     for _, layer in linear_layers(model, SKIP):
-        layer.weight.data = round_to(layer.weight.data, config.to, config.block)
+        layer.weight.data = round_to(layer.weight.data, settings.to, settings.block)
+    return model
 
 
-def measure(config: Config, directory: Path, inputs: Inputs, reference: Tensor | None, rounded: bool = False) -> dict:
-    """What the final table says of one model: metrics on the evaluation side, and answers sampled to its first prompts.
-    `rounded`: with its weights rounded to the format of `--to` first."""
-    model = load_model(directory, config)
-    if rounded:
-        round_model(model, config)
-    policy = all_logprobs(model, inputs.eval, config.micro_batch_size, config.device, config.dtype, "evaluating")
-    if config.objective == "dpo":
-        lengths = completion_lengths(inputs.eval).view(-1, 2)
-        metrics = training_summary(policy, reference, lengths, flips(inputs.eval), config.eps)
+def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | None, policy: Tensor | None = None) -> dict:
+    """Metrics on the held-out examples, and answers. `policy`: the model's log-probabilities [E, k], if they are known."""
+    examples = inputs.held_out
+    if policy is None:
+        policy = all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "evaluating")
+    lengths = lengths_of(examples)  # [E, k]
+    if settings.objective == "dpo":
+        metrics = training_summary(policy, reference, lengths, flips(examples), settings.eps)
     else:
-        metrics = {"loss per token": -policy.sum().item() / completion_lengths(inputs.eval).sum().item()}
-    answers = []
-    if config.samples:
-        asked = inputs.eval[: config.samples]
-        room = config.max_length - config.max_prompt_length
-        answers, ended = sample_answers(model, inputs.chat, asked, min(room, 256), 1.0, config.seed)
-        metrics |= answer_summary(answers, ended, asked, inputs.chat)
-    return {"metrics": metrics, "answers": answers}
+        metrics = {"loss per token": -policy.sum().item() / lengths.sum().item()}
+    asked = examples[: settings.samples]
+    if not asked:
+        return {"metrics": metrics, "answers": []}
+    room = min(settings.max_length - settings.max_prompt_length, 256)
+    answers, ended = sample_answers(model, inputs.chat, [e.prompt for e in asked], room, 1.0, settings.seed)
+    return {"metrics": metrics | answer_summary(answers, ended, asked, inputs.chat), "answers": answers}
 
 
-def quantize_stage(config: Config) -> int:
-    """--stage quantize: a checkpoint in, a quantized one out."""
-    source, run = find_parent(config), Path(config.out) / config.name
-    refuse_adapters(source)
-    begin_run(config)
-    options = {"threshold": config.threshold} if config.to == "int8" else {"block": config.block, "double": config.double}
-    if config.to != "int8":
-        options["compiled"] = compiles(config)
-    skip = () if config.output_layer else SKIP
-    done = quantize_checkpoint(source, run, config.to, skip, config.device, **options)
-    write_json(run / "results.json", {**done, "parent": str(source)})
-    print(report.quantized_summary(config, run, done))
-    return 0
+# -------------------------------------------------------------------------------------------------------------- a dry run
 
 
-def merge_stage(config: Config) -> int:
-    """--stage merge: adapters and their base in, one plain model out, and how far its outputs moved."""
-    source, run = find_parent(config), Path(config.out) / config.name
-    if not is_adapter(source):
-        raise InputError(f"{source} holds no adapters; there is nothing to merge")
-    examples = rows_for_merge(config, source)
-    begin_run(config)
-    bf16 = stored_dtype(read_config(source)) == "bfloat16"
-    model = Phi.from_pretrained(source, torch.bfloat16 if bf16 else torch.float32, config.device)
-    merged = copy.deepcopy(model)
-    merge_lora(merged)
-    change = divergence(model, merged, examples, 8, config.device) if examples else None
-    save_model(run, merged, load_chat(source, None))
-    write_json(run / "results.json", {"parent": str(source), "change": change})
-    print(report.merge_summary(run, source, change, len(examples)))
-    return 0
+def dry_run(settings: Tuning, parent: Path) -> None:
+    """Prints what a run would do: settings, rows, two examples, batches, memory, steps and time. Trains nothing."""
+    inputs = load_inputs(settings, parent)
+    print(f"Data\n{runs.describe_ledgers(inputs.ledgers)}")
+    for example in inputs.train[:2]:
+        print("\n" + runs.coloured(example, inputs.chat, colour=sys.stdout.isatty()))
+    batches = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch=0)
+    steps = settings.max_steps or settings.epochs * len(batches)
+    cut = f"rows of {settings.pack} tokens" if settings.pack else f"micro-batches of {settings.micro_batch_size}"
+    print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {settings.batch_size} examples a step, in {cut}")
+    need = memory.find_need(parent, settings, inputs.train)
+    print(f"\nMemory\n  {need}")
+    if need.total > need.free:
+        print(f"It will not fit. {memory.way_out(parent, settings, inputs.train)}")
+    else:
+        seconds = time_step(settings, parent, [inputs.train[i] for i in batches[0]])
+        minutes = seconds * steps / 60
+        print(f"\nTime\n  {seconds:.2f} s for a step's gradients, about {minutes:,.1f} minutes for {steps:,} steps")
+    print("Nothing was trained.")
 
 
-def rows_for_merge(config: Config, source: Path, most: int = 100) -> list[Example]:
-    """Rows to see the change of outputs on: --data, or what the run of the adapters held out; none if there is neither."""
-    if config.data is None and training_run(source) is None:
-        return []
-    rows, _, _ = rows_to_measure(config, source, Ledger())
-    return encode_for(source, rows[:most], None)[1]
+def time_step(settings: Tuning, parent: Path, examples: list[Example]) -> float:
+    """Seconds of one step's gradients, the second time that it runs."""
+    model, _, _ = prepare(settings, Path(), load_to_tune(parent, settings), parent, start=0)
+    reference = torch.zeros(len(examples), 2) if settings.objective == "dpo" else None
+    for _ in range(2):
+        began = time.perf_counter()
+        step_gradients(model, examples, reference, settings)
+    return time.perf_counter() - began
 
 
-def eval_stage(config: Config) -> int:
-    """--stage eval: models side by side, or with --precisions the same model in several number formats."""
-    if config.precisions:
-        source = find_parent(config)
-        begin_run(config)
-        card.report_card(config, source, Path(config.out) / config.name, compiles(config))
-        return 0
-    contest = gather(config, lambda name: find_parent(replace(config, model=name)))
-    teacher, journal = open_teacher(config)
-    begin_run(config)
-    with contextlib.ExitStack() as stack:
-        if not parallel.is_main():  # all ranks find the same numbers; those of the others are thrown away
-            config = replace(config, out=stack.enter_context(tempfile.TemporaryDirectory()))
-        return evaluate_models(config, contest, teacher, journal)
+# ------------------------------------------------------------------------------------------------------------ the driver
+
+MODULES = dict.fromkeys(TRAINING, "train") | {"data": "prepare.build", "quantize": "convert", "merge": "convert"}
+MODULES |= {"eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}  # a stage is run(settings) of its module
 
 
-def chat_stage(config: Config) -> int:
-    """--stage chat: a conversation in the terminal, or one answer to --prompt."""
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers alone
-        source = find_parent(config)
-    chatml = load_chat(source, trained_system_prompt(source) if config.system_prompt is None else config.system_prompt)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    model = Phi.from_pretrained(source, dtype=dtype, device=config.device)
-    settings = chat.Settings(None, config.temperature, config.top_p, config.max_new_tokens, config.seed)
-    if config.prompt is None:
-        return chat.converse(model, chatml, settings, sys.stdin, sys.stdout)
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    return chat.answer_once(model, chatml, settings, prompt, sys.stdout)
+def main(argv: list[str]) -> int:
+    """Runs a command line; returns 0 if all went well, 2 after an error, 128 + the number of the signal that stopped it."""
+    return run_command(flags.parse_or_exit(argv))
 
 
-def sweep_stage(raw: Config, given: set[str]) -> int:
-    """--stage sweep: plan, run, rank."""
-    grid = sweep.parse_grid(raw.grid or [])
-    raw = replace(raw, train=raw.train or grid.get("train", [None])[0])
-    resolve(raw, given)  # checks every flag before anything is done
-    directory = Path(raw.out) / (raw.name or default_name(raw))
-    if raw.overwrite and directory.exists():
-        open_run(directory, overwrite=True, resume=False)
-    if raw.preset:
-        write_json(directory / "run.json", {"config": asdict(raw)})
-        return replicate(raw, given, find_parent, run_stage)
-    with tempfile.TemporaryDirectory() as scratch:
-        where = replace(raw, out=scratch) if raw.dry_run else raw
-        base, runs, test = sweep.plan(where, given, grid, lambda config: find_parent(replace(config, out=raw.out)))
-    if raw.dry_run:
-        print(f"{len(runs)} runs: " + ", ".join(run.name for run in runs) + "\nNothing was trained.")
-        return 0
-    write_json(directory / "run.json", {"config": asdict(raw)})
-    return sweep.run_all(runs, test, run_stage) or ranking.report_sweep(directory, runs, base)
-
-
-def check_ranks(config: Config) -> None:
-    """InputError if several ranks would do, each for itself, what is to be done once."""
-    alone = config.dry_run or config.teacher or config.precisions or config.stage not in (*TRAINING, "eval")
-    if parallel.size() > 1 and alone:
-        what = "--dry-run" if config.dry_run else f"--stage {config.stage}"
-        if config.stage == "eval":
-            what += " with --teacher or --precisions"
-        raise InputError(f"{what} is for one process: start it with python instead of torchrun")
-
-
-def main(argv: list[str] | None = None) -> int:
+def run_command(command: Command) -> int:
     try:
         with parallel.job():
-            config, given = parse(argv)
-            check_ranks(config)
-            if config.stage == "sweep":
-                return sweep_stage(config, given)
-            config = settle(config, given)
-            return run_stage(replace(config, device=parallel.own_device(config.device)))
+            settings = command.settings
+            if hasattr(settings, "name"):
+                settings.name = settings.name or default_name(settings)
+            if getattr(settings, "resume", False):
+                settings = runs.resumed_settings(command)
+            settings = parallel.on_this_machine(settings)
+            for stage in demo.stages(settings):  # on the demo two: the SFT model that tuning starts from may come first
+                if getattr(stage, "dry_run", False):
+                    print(f"Settings\n{runs.describe_settings(stage, command.origins)}\n")
+                status = run_stage(stage)
+                if status:
+                    return status
+            return 0
     except (InputError, OSError) as error:
-        if parallel.first_to_report():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        message, status = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
-        if parallel.first_to_report():
-            print(
-                f"error: {str(error).splitlines()[0]}\nA smaller --micro-batch-size or --max-length, or "
-                "--gradient-checkpointing, needs less; --dry-run estimates how much.",
-                file=sys.stderr,
-            )
-        return 2
+        advice = "A smaller --micro-batch-size or --max-length, or --gradient-checkpointing, needs less."
+        message, status = f"error: {first_line(error)}\n{advice}", 2
     except KeyboardInterrupt:
-        print(
-            "\nStopped between checkpoints; nothing half-written is left. --resume goes on from the last one.",
-            file=sys.stderr,
-        )
-        return 130
+        message, status = "\nStopped. Nothing half-written is left; --resume goes on from the last checkpoint.", 130
+    if parallel.first_to_report():
+        print(message, file=sys.stderr)
+    return status
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run_stage(settings) -> int:
+    module = MODULES[settings.stage]
+    if settings.stage == "eval" and settings.precisions:
+        module = "experiments.precisions"
+    if settings.stage == "sweep" and settings.preset:
+        module = "experiments.paper"
+    return importlib.import_module(module).run(settings)

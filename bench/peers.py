@@ -1,143 +1,89 @@
-"""The peers' side of bench.py: the same step, set up as their own users would.
+"""The peers' side: the same models and steps, set up as their own users would.
 
-TRL's trainers take a tokenizer and a data set, which stay unused: the batch is ours, laid out as their collators do it.
+TRL's trainers ask for a tokenizer and a data set. Neither is used: the batch is ours, laid out as their collators do it.
 """
 
 import logging
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import demo
 from data import Example
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+ADAPTED = ("lora", "qlora")  # kinds of a training.Setup that have adapters
+BETA, EPS = 0.1, 0.1
 RANK = 16  # of the adapters, ours and PEFT's; alpha is the same, so that both add B A x
 
 
-def trainer_arguments(device: str, bf16: bool, checkpointing: bool, **settings) -> dict:
-    return (
-        dict(
-            output_dir=tempfile.mkdtemp(),
-            use_cpu=device == "cpu",
-            report_to="none",
-            bf16=bf16,
-            gradient_checkpointing=checkpointing,
-            max_length=None,
-            disable_tqdm=True,
-        )
-        | settings
-    )
-
-
-def word_tokenizer():
-    """A tokenizer of four words: TRL wants one, nothing is tokenized with it."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"[PAD]": 0, "[END]": 1, "a": 2, "b": 3}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]")
-
-
-def load_phi(directory: Path, device: str, dtype: torch.dtype = torch.float32, base: str | None = None):
+def load_phi(directory: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", base: str | None = None):
     """transformers' Phi; `base`: "nf4" or "int8" by bitsandbytes, computing in `dtype`."""
     import transformers
 
-    options = {}
-    if base:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        options["device_map"] = {"": device}
-        four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            **(four if base == "nf4" else {"load_in_8bit": True})
-        )
-    phi = transformers.PhiForCausalLM.from_pretrained(directory, dtype=dtype, **options)
-    return phi if base else phi.to(device)
+    if not base:
+        return transformers.PhiForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
+    four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    config = transformers.BitsAndBytesConfig(**(four if base == "nf4" else {"load_in_8bit": True}))
+    options = dict(dtype=dtype, device_map={"": device}, quantization_config=config)
+    return transformers.PhiForCausalLM.from_pretrained(directory, **options)
 
 
-def adapters():
-    from peft import LoraConfig
-
-    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def dpo_trainer(
-    model, reference, device: str, *, lora: bool = False, bf16: bool = False, checkpointing: bool = False, **loss
-):
-    """TRL's DPOTrainer, with PEFT's adapters if `lora` (its reference is then the model with the adapters off)."""
+def trl_trainer(model, reference, setup):
+    """TRL's SFTTrainer or DPOTrainer for a `training.Setup`. With adapters its reference is the model without them."""
     import datasets
-    from trl import DPOConfig, DPOTrainer
+    import transformers
+    import trl
 
-    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "a"}] * 8)
-    config = DPOConfig(**trainer_arguments(device, bf16, checkpointing, **loss))
-    peft = dict(peft_config=adapters()) if lora else {}
-    trainer = DPOTrainer(model, reference, args=config, train_dataset=rows, processing_class=word_tokenizer(), **peft)
+    settings = dict(output_dir=str(Path(setup.directory) / "trl"), report_to="none", max_length=None, disable_tqdm=True)
+    settings |= dict(use_cpu=setup.device == "cpu", bf16=setup.dtype == "bf16", gradient_checkpointing=setup.checkpointing)
+    if setup.kind == "sft":
+        make, config, options = trl.SFTTrainer, trl.SFTConfig, {}
+        example = {"prompt": "a", "completion": "b"}
+    else:
+        make, config, options = trl.DPOTrainer, trl.DPOConfig, {"ref_model": reference}
+        example = {"prompt": "a", "chosen": "b", "rejected": "a"}
+        keep_no_copy = reference is None and setup.kind not in ADAPTED  # of the model, as the reference
+        settings |= dict(precompute_ref_log_probs=keep_no_copy, loss_type="robust", beta=BETA, label_smoothing=EPS)
+    if setup.kind in ADAPTED:
+        from peft import LoraConfig
+
+        shape = dict(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear")
+        options["peft_config"] = LoraConfig(**shape, task_type="CAUSAL_LM")
+    names = dict(pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=demo.train_tokenizer([]), **names)
+    options |= dict(train_dataset=datasets.Dataset.from_list([example] * 8), processing_class=tokenizer)
+    trainer = make(model, args=config(**settings), **options)
     trainer.model.train()
+    if setup.checkpointing:  # its train() would do this
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return trainer
 
 
-def sft_trainer(model, device: str, *, lora: bool = False, bf16: bool = False, checkpointing: bool = False):
-    """TRL's SFTTrainer."""
-    import datasets
-    from trl import SFTConfig, SFTTrainer
-
-    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 8)
-    config = SFTConfig(**trainer_arguments(device, bf16, checkpointing))
-    peft = dict(peft_config=adapters()) if lora else {}
-    trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=word_tokenizer(), **peft)
-    trainer.model.train()
-    return trainer
-
-
-def dpo_batch(examples: list[Example], device: str) -> dict:
-    """All chosen rows, then all rejected ones, each with its own prompt."""
+def trl_batch(examples: list[Example], device: str) -> dict:
+    """TRL's layout. Pairs: all chosen rows, then all rejected ones, each with its own prompt. Else one row per example."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    rows = [{"prompt_ids": e.prompt, "chosen_ids": e.completions[0], "rejected_ids": e.completions[1]} for e in examples]
-    return {name: value.to(device) for name, value in DataCollatorForPreference(pad_token_id=0)(rows).items()}
-
-
-def sft_batch(examples: list[Example], device: str) -> dict:
-    """One row an example, the loss on its first completion."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    rows = []
-    for e in examples:
-        ids = e.prompt + e.completions[0]
-        rows.append({"input_ids": ids, "labels": [-100] * len(e.prompt) + e.completions[0]})
-    return {name: value.to(device) for name, value in DataCollatorForLanguageModeling(pad_token_id=0)(rows).items()}
+    if len(examples[0].completions) == 2:
+        make, names = DataCollatorForPreference, ("prompt_ids", "chosen_ids", "rejected_ids")
+        rows = [dict(zip(names, (e.prompt, *e.completions))) for e in examples]
+    else:
+        make = DataCollatorForLanguageModeling
+        both = [(e.prompt, e.completions[0]) for e in examples]
+        rows = [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in both]
+    return {name: value.to(device) for name, value in make(pad_token_id=0)(rows).items()}
 
 
-def with_cached_reference(trainer, batch: dict) -> dict:
-    """The batch with its reference log-probabilities, which TRL then reads instead of running its reference."""
-    chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-    trainer.precompute_ref_logps = True
-    return batch | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by our names for them: "model.layers.0.mlp.fc1.lora_A" where PEFT says
+    "base_model.model.model.layers.0.mlp.fc1.lora_A.default.weight"."""
+    named = {n.removeprefix("base_model.model.").removesuffix(".default.weight"): p for n, p in model.named_parameters()}
+    return {name: p for name, p in named.items() if p.requires_grad}
 
 
-def set_adapters(model, values: dict[str, torch.Tensor]) -> None:
-    """Gives PEFT's adapters our values, {"model.layers.0.mlp.fc1.lora_A": tensor}."""
-    parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    for name, value in values.items():
-        parameters[name].data.copy_(value)
-
-
-def plain_name(name: str) -> str:
-    """Our name of one of PEFT's parameters."""
-    return name.removeprefix("base_model.model.").removesuffix(".default.weight")
-
-
-def trainer_step(trainer, batch: dict) -> Callable:
-    """step() -> (loss, gradients by our names): the trainer's loss under its autocast, which its train() would turn on, and
-    the backward pass."""
-
-    def step():
-        trainer.model.zero_grad()
-        with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(trainer.model, dict(batch))
-        loss.backward()
-        return loss.item(), {plain_name(name): p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-    return step
+def draw_adapters(model) -> None:
+    """The same random A and B for ours and PEFT's. B must not be 0, as it is at first, or A's gradient would be 0."""
+    draw = torch.Generator().manual_seed(2)
+    for _, p in sorted(trained(model).items()):
+        p.data.copy_(0.01 * torch.randn(p.shape, generator=draw))

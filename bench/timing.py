@@ -1,18 +1,22 @@
-"""How bench.py measures: in turn, after a warm-up, medians; memory as a peak above a start; rows with their targets.
+"""How everything is measured: contenders take turns, and the result is the median; memory is the peak above the start.
 
-A machine that others use slows down for seconds at a time. So what is compared runs in turn in one process, and a case's
-number is a ratio: both sides were slowed alike. Memory is measured in a process of its own, because what one contender
-has freed, another one need not ask for.
+Other programs slow a machine down for seconds at a time. Contenders that take turns in one process are slowed down equally,
+so their ratio holds. Memory is measured in a process per contender: memory that one has freed, the next one may use.
 """
 
+import gc
+import importlib
 import json
 import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,135 +25,126 @@ from runtime.files import InputError, first_line
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# --------------------------------------------------------------------------------------------------------------- times
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def medians(contenders: dict[object, Callable], repeats: int, device: str = "cpu") -> dict[object, float]:
-    """Median seconds of each contender; they take turns, after one round that is not counted."""
-    seconds = {name: [] for name in contenders}
-    for round_ in range(repeats + 1):
-        for name, run in contenders.items():
-            synchronize(device)
+def medians(contenders: dict[Any, Callable | None], repeats: int, device: str = "cpu") -> dict[Any, float | None]:
+    """Median seconds of each contender. They take turns, after one round that is not counted. None stays None."""
+    seconds = {name: [] for name, run in contenders.items() if run}
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    for number in range(repeats + 1):
+        for name in seconds:
+            wait()
             began = time.perf_counter()
-            run()
-            synchronize(device)
-            if round_:
+            contenders[name]()
+            wait()
+            if number:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(seconds[name]) if run else None for name, run in contenders.items()}
+
+
+def rates(amount: float, *seconds: float | None) -> list[float | None]:
+    """amount / seconds; None stays None."""
+    return [None if s is None else amount / s for s in seconds]
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
     """k of the power law cost ~ size^k that fits best: the slope of the least-squares line through the logarithms."""
-    x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
-    return statistics.linear_regression(x, y).slope
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
+    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
 
 
 def resident(field: str) -> int:
-    """Bytes of this process's memory by /proc (Linux): "VmRSS" now, "VmHWM" the most it ever was."""
+    """Bytes of this process's memory (Linux): "VmRSS" now, "VmHWM" the most so far."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def held_bytes(device: str) -> int:
-    """Bytes that are held now; the peak of `peak_bytes` counts from here."""
-    if device.startswith("cuda"):
+def held_and_peak(run: Callable, device: str) -> tuple[int, int, Any]:
+    """Bytes held before `run()`, the most held while it runs, and what it returns. On a GPU tensors count, on a CPU the
+    whole process (Linux)."""
+    gc.collect()
+    cuda = device.startswith("cuda")
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again (Linux)
-    return resident("VmRSS")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
+    held = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
+    result = run()
+    return held, torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM"), result
 
 
-def peak_bytes(device: str) -> int:
-    """The most bytes held since `held_bytes`: of tensors on a GPU, of the whole process on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else resident("VmHWM")
+def attempt(make: Callable, *args, **kwargs) -> tuple[Any, str]:
+    """(what `make` returns, "") or (None, why it failed, in one line): a missing peer costs its own numbers, no others."""
+    try:
+        return make(*args, **kwargs), ""
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed; pip install -r requirements-peers.txt"
+    except Exception as error:
+        return None, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
+def first_step(flags: list[str], run: Path, limit: float = 120.0) -> float:
+    """Seconds from starting `python train.py FLAGS` to the first line in run/metrics.jsonl. Then the program is ended."""
+    metrics, command = run / "metrics.jsonl", [sys.executable, "train.py", *flags]
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+        try:
+            while not (metrics.exists() and b'"step": 1,' in metrics.read_bytes()):
+                if process.poll() is not None or time.perf_counter() - began > limit:
+                    output.seek(0)
+                    end = output.read().decode(errors="replace").strip().splitlines()[-1:]
+                    raise InputError(f"train.py {' '.join(flags)} came to no first step: {''.join(end)}")
+                time.sleep(0.005)
+            return time.perf_counter() - began
+        finally:
+            process.kill()
 
 
-def in_worker(name: str, **arguments) -> dict:
-    """Runs a function of bench.WORKERS in a process of its own; returns the dictionary that it returned. InputError has the
-    reason why there is none, in one line: out of memory, a peer that is missing or refuses."""
-    command = [sys.executable, "-m", "bench", "--worker", name, "--arguments", json.dumps(arguments)]
+def in_worker(function: Callable, **arguments) -> Any:
+    """Calls a function of this room in a new process. Arguments and result must be JSON. InputError says in one line why
+    there is no result: out of memory, or a peer that is missing or refuses."""
+    code = "import sys; from bench.timing import work; sys.exit(work(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, function.__module__, function.__name__, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    lines = done.stdout.strip().splitlines()
     if done.returncode == 0:
-        return json.loads(lines[-1])
+        return json.loads(done.stdout.strip().splitlines()[-1])
     if done.returncode < 0:
         raise InputError(f"its process was ended by signal {-done.returncode}; out of memory?")
     raise InputError((done.stderr.strip().splitlines() or ["it ended without a message"])[-1][:300])
 
 
-def work(functions: dict[str, Callable], name: str, arguments: str) -> int:
-    """The other side of `in_worker`: prints what the function returns as the last line, or its error in one line."""
-    try:
-        print(json.dumps(functions[name](**json.loads(arguments))), flush=True)
-        return 0
-    except torch.OutOfMemoryError:
-        print("out of memory", file=sys.stderr)
-    except Exception as error:  # whatever a peer raises: the other rows go on
-        print(reason(error), file=sys.stderr)
-    return 1
+def in_workers(function: Callable, peer: str, **arguments) -> tuple[list, str]:
+    """([result of ours, of the peer], why one of them is missing), from a process each; `function` takes a contender."""
+    made = {name: attempt(in_worker, function, contender=name, **arguments) for name in ("ours", peer)}
+    failed = "; ".join(f"{name} failed: {why}" for name, (_, why) in made.items() if why)
+    return [result for result, _ in made.values()], failed
 
 
-def reason(error: Exception) -> str:
-    """Why something failed, in one line."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; pip install -r requirements-peers.txt"
-    if isinstance(error, InputError):
-        return str(error)
-    return f"{type(error).__name__}: {first_line(error)}"
+def work(module: str, name: str, arguments: str) -> int:
+    """The other side of `in_worker`: prints the function's result as the last line, or its error in one line."""
+    result, why = attempt(lambda: getattr(importlib.import_module(module), name)(**json.loads(arguments)))
+    print(why or json.dumps(result), file=sys.stderr if why else sys.stdout, flush=True)
+    return 1 if why else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def row(
-    case: str, unit: str, ours: float | None, peer: float | None = None, target: str = "", of: str = "ratio", note: str = ""
-) -> dict:
-    """One line of the table. `target`: "<= 0.25" or ">= 1.5", of the "ratio" ours / peer or of "ours" alone; `met` says
-    whether it was, None where there is no target or no number."""
+def row(case: str, unit: str, ours: float | None, peer: float | None = None, target: str = "", note: str = "") -> dict:
+    """One line of the table. `target`: "<= 0.25", of the ratio ours / peer, or "ours >= 1.5". `met` says whether it was
+    reached, None if there is no target or no number."""
     ratio = ours / peer if ours is not None and peer else None
-    value = ratio if of == "ratio" else ours
+    value = ours if target.startswith("ours") else ratio
     met = None
     if target and value is not None:
-        sign, limit = target.split()
+        sign, limit = target.split()[-2:]
         met = value <= float(limit) if sign == "<=" else value >= float(limit)
-    named = target and (target if of == "ratio" else f"ours {target}")
-    return dict(case=case, unit=unit, ours=ours, peer=peer, ratio=ratio, target=named, met=met, note=note)
+    return dict(case=case, unit=unit, ours=ours, peer=peer, ratio=ratio, target=target, met=met, note=note)
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown, and their notes below."""
+    """The rows as Markdown. Their notes follow, each once, with the first row that it belongs to."""
     lines = ["| case | unit | ours | peer | ours / peer | target |", "|---|---|---:|---:|---:|---|"]
+    notes: dict[str, str] = {}
     for r in rows:
         ours, peer = ("-" if r[name] is None else f"{r[name]:,.4g}" for name in ("ours", "peer"))
         ratio = "-" if r["ratio"] is None else f"{r['ratio']:.2f}"
         met = {True: ", met", False: ", missed", None: ""}[r["met"]]
         lines.append(f"| {r['case']} | {r['unit']} | {ours} | {peer} | {ratio} | {r['target'] or '-'}{met} |")
-    notes = list(dict.fromkeys(f"- {r['case'].strip()}: {r['note']}" for r in rows if r["note"]))
-    return "\n".join(lines + ([""] + notes if notes else []))
-
-
-def same_steps(ours: tuple[float, dict], theirs: tuple[float, dict], tolerance: float) -> None:
-    """InputError unless two training steps, (loss, gradients by name) each, agree: the losses and each gradient's
-    difference, in units of the largest gradient. Prints how near they are."""
-    (loss, gradients), (their_loss, their_gradients) = ours, theirs
-    if gradients.keys() != their_gradients.keys():
-        odd = sorted(gradients.keys() ^ their_gradients.keys())
-        raise InputError(f"the two train different parameters: {odd[:3]}")
-    largest = max(float(g.norm()) for g in their_gradients.values())
-    gap = max(float((gradients[name].cpu() - g.cpu()).norm()) / largest for name, g in their_gradients.items())
-    print(
-        f"  loss {loss:.7f} and {their_loss:.7f}; largest difference of a gradient / largest gradient: {gap:.1e}", flush=True
-    )
-    if not abs(loss - their_loss) <= tolerance * max(1, abs(loss)) or not gap <= tolerance:
-        raise InputError("the two do not compute the same step; their times cannot be compared")
+        notes.setdefault(r["note"], r["case"].strip())
+    said = [f"- {case}: {note}" for note, case in notes.items() if note]
+    return "\n".join([*lines, "", *said] if said else lines)

@@ -1,177 +1,294 @@
-"""bench.py's training steps, ours beside TRL's: SFT, DPO, and DPO with LoRA and QLoRA adapters.
+"""Training steps, ours beside TRL's, and how the time of ours grows.
 
-A step is forward, loss and backward, without the optimizer, on the same 4 examples and the same random Phi (6 layers, 256
-wide, 51,200 tokens, fp32): prompts of 100-166 tokens, completions of 45-190. Loss and gradients are compared first.
-
-    sft     the first completion of each                                       TRL's SFTTrainer
-    dpo     robust DPO; the reference "cached" (log-probabilities known         TRL's DPOTrainer, whose default is live
-            before the step) or "live" (run in every step)
-    lora    the same with adapters of rank 16 on every linear layer but the     + PEFT
-            output layer
-    qlora   the same on NF4 weights                                             + bitsandbytes
+A step is forward pass, loss and backward pass on the same random model and examples: ours is `train.step_gradients`, TRL's
+its trainer's loss. Losses and gradients are compared before anything is timed. The loss is SFT's or robust DPO's, whose
+reference log-probabilities are "cached" (known before the step, always so in ours) or "live" (computed in every step, TRL's
+default). Adapters (LoRA) have rank 16, on every linear layer but the output layer; in QLoRA on NF4 weights.
 """
 
-import contextlib
-import gc
-import random
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import dpo
-import sft
+import demo
+import train
 from bench import peers
-from bench.timing import held_bytes, in_worker, medians, peak_bytes, row, same_steps
-from data import Example, collate
-from lora import add_lora, lora_layers, starting_point
-from model import Phi, PhiConfig, completion_logprobs
+from bench.timing import ROOT, attempt, exponent, first_step, held_and_peak, in_worker, in_workers, medians, rates, row
+from bench.workloads import Bench, Lengths, forward_parts, full_size_phi, pairs, peak, training_operations
+from data import Example
+from lora import add_lora
+from model import Phi, PhiConfig, all_logprobs, read_config
+from runtime.files import InputError
+from runtime.settings import Tuning, settle
 
-SHAPE = dict(
-    hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    vocab_size=51200,
-    partial_rotary_factor=0.4,
-)
-BETA, EPS = 0.1, 0.1
-# How near two steps must be to be compared. bitsandbytes' kernel for CPUs with AVX512-BF16 multiplies in bf16.
+LOSS = dict(loss="robust", beta=peers.BETA, eps=peers.EPS, nll_weight=0.0)
+# How much two steps may differ. bitsandbytes' kernel for CPUs with AVX512-BF16 multiplies in bf16.
 TOLERANCE = {"sft": 1e-5, "dpo": 1e-5, "lora": 1e-5, "qlora": 1e-2}
 
 
-def pairs(vocab_size: int, count: int = 4, seed: int = 0, prompt=(100, 166), completion=(45, 190)) -> list[Example]:
-    """Random pairs; the lengths are drawn from the two ranges, ends included."""
-    draw = random.Random(seed)
-    ids = lambda n: [draw.randrange(vocab_size) for _ in range(n)]  # noqa: E731
-    return [Example(ids(draw.randint(*prompt)), [ids(draw.randint(*completion)) for _ in range(2)]) for _ in range(count)]
+@dataclass(frozen=True)
+class Setup:
+    """A training step, the same for every contender and in every process."""
+
+    kind: str  # sft, dpo, lora, qlora
+    directory: str  # of the model
+    device: str
+    count: int  # examples
+    prompt: Lengths
+    completion: Lengths
+    dtype: str = "fp32"
+    checkpointing: bool = False
+    reference: str | None = None  # directory of the reference; None: the model itself, without adapters
+
+    @property
+    def loading(self) -> dict:
+        """Arguments with which a model is loaded."""
+        dtype = torch.bfloat16 if self.kind in peers.ADAPTED and self.dtype == "bf16" else torch.float32
+        return dict(dtype=dtype, device=self.device, base="nf4" if self.kind == "qlora" else None)
+
+    def examples(self) -> list[Example]:
+        vocab_size = read_config(Path(self.directory)).vocab_size
+        return pairs(vocab_size, self.count, self.prompt, self.completion, completions=1 if self.kind == "sft" else 2)
 
 
-def write_models(directory: Path, **shape) -> None:
-    """A random Phi, and under reference/ one that differs from it a little, so that no margin is 0."""
-    phi = Phi(PhiConfig(**(SHAPE | shape))).init_weights(seed=0)
-    phi.save_pretrained(directory)
-    noise = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in phi.parameters():
-            p += 0.01 * torch.randn(p.shape, generator=noise)
-    phi.save_pretrained(directory / "reference")
+def settings_for(kind: str, device: str, micro_batch_size: int, **more) -> Tuning:
+    """The settings of a step. `model` is never loaded, but the demo's model would bring its own defaults."""
+    stage, loss = ("sft", {}) if kind == "sft" else ("dpo", LOSS)
+    chosen = dict(model="random", device=device, dtype="fp32", micro_batch_size=micro_batch_size)
+    return settle(stage, chosen | loss | more).settings
 
 
-def examples_of(kind: str, directory: Path) -> list[Example]:
-    examples = pairs(SHAPE["vocab_size"])
-    return [Example(e.prompt, e.completions[:1]) for e in examples] if kind == "sft" else examples
+def gradients_step(model: Phi, examples: list[Example], reference: torch.Tensor | None, settings: Tuning) -> Callable:
+    """step() -> loss, of our own loop."""
 
-
-def adapter_values(model: Phi) -> dict[str, torch.Tensor]:
-    """A and B by name, B drawn too: with B = 0 the margins and A's gradients would be 0."""
-    draw, values = torch.Generator().manual_seed(2), {}
-    for name, layer in lora_layers(model).items():
-        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=draw).mul_(0.01).to(layer.lora_B.device)
-        values |= {f"{name}.{part}": getattr(layer, part).detach() for part in ("lora_A", "lora_B")}
-    return values
-
-
-def our_policy(kind: str, directory: Path, device: str) -> Phi:
-    if kind not in ("lora", "qlora"):
-        return Phi.from_pretrained(directory, device=device)
-    model = add_lora(Phi.from_pretrained(directory, device=device, base="nf4" if kind == "qlora" else None), peers.RANK)
-    adapter_values(model)
-    return model
-
-
-def our_step(kind: str, reference: str, directory: Path, device: str) -> Callable:
-    """step() -> (loss, gradients by name)."""
-    model, examples = our_policy(kind, directory, device), examples_of(kind, directory)
-    adapted = kind in ("lora", "qlora")
-    frozen = None if kind == "sft" else model if adapted else Phi.from_pretrained(directory / "reference", device=device)
-
-    @torch.no_grad()
-    def expected(batch) -> torch.Tensor:
-        with starting_point(model, {}) if adapted else contextlib.nullcontext():
-            return completion_logprobs(frozen, batch)
-
-    cached = expected(collate(examples).to(device)) if reference == "cached" else None
-
-    def step():
+    def step() -> float:
         model.zero_grad()
-        batch = collate(examples).to(device)
-        if kind == "sft":
-            loss, units = sft.objective(completion_logprobs(model, batch), batch.lengths)[0], len(batch.target)
-        else:
-            logprobs = cached if reference == "cached" else expected(batch)
-            policy = completion_logprobs(model, batch)
-            loss, units = dpo.objective(policy, logprobs, batch.lengths, "robust", BETA, EPS, 0.0)[0], len(examples)
-        (loss / units).backward()
-        return loss.item() / units, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return train.step_gradients(model, examples, reference, settings)["loss"]
 
     return step
 
 
-def their_step(kind: str, reference: str, directory: Path, device: str) -> Callable:
-    """The same by TRL's trainers."""
-    adapted = kind in ("lora", "qlora")
-    model = peers.load_phi(directory, device, base="nf4" if kind == "qlora" else None)
-    if kind == "sft":
-        return peers.trainer_step(peers.sft_trainer(model, device), peers.sft_batch(examples_of(kind, directory), device))
-    frozen = None if adapted else peers.load_phi(directory / "reference", device)
-    loss = dict(loss_type="robust", beta=BETA, label_smoothing=EPS)
-    trainer = peers.dpo_trainer(model, frozen, device, lora=adapted, **loss)
+def make_step(contender: str, setup: Setup) -> tuple[Callable, torch.nn.Module]:
+    """(step() -> loss, the model) of "ours", "TRL", or "TRL live", whose reference is computed in every step."""
+    examples, adapted = setup.examples(), setup.kind in peers.ADAPTED
+    load = Phi.from_pretrained if contender == "ours" else peers.load_phi
+    model = load(setup.directory, **setup.loading)
+    reference = load(setup.reference, **setup.loading) if setup.reference else None
+    if contender == "ours":
+        settings = settings_for(setup.kind, setup.device, setup.count, dtype=setup.dtype)
+        how = dict(batch_size=setup.count, device=setup.device, dtype=setup.dtype, label="reference")
+        logprobs = None if setup.kind == "sft" else all_logprobs(reference or model, examples, **how)
+        if adapted:
+            peers.draw_adapters(add_lora(model, peers.RANK))
+        model.gradient_checkpointing = setup.checkpointing
+        return gradients_step(model, examples, logprobs, settings), model
+    trainer = peers.trl_trainer(model, reference, setup)
     if adapted:
-        peers.set_adapters(trainer.model, adapter_values(our_policy(kind, directory, device)))
-    batch = peers.dpo_batch(examples_of(kind, directory), device)
-    return peers.trainer_step(trainer, peers.with_cached_reference(trainer, batch) if reference == "cached" else batch)
+        peers.draw_adapters(trainer.model)
+    batch = peers.trl_batch(examples, setup.device)
+    if setup.kind != "sft" and contender == "TRL":  # it reads the reference's log-probabilities where it finds them
+        chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+        trainer.precompute_ref_logps = True
+        batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def step() -> float:
+        trainer.model.zero_grad()
+        with trainer.accelerator.autocast():  # its train() would turn it on
+            loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        return loss.item()
+
+    return step, trainer.model
 
 
-def step_memory(owner: str, kind: str, reference: str, directory: str, device: str) -> dict:
-    """Peak memory of one step above what was held before it: for a process of its own."""
-    step = (our_step if owner == "ours" else their_step)(kind, reference, Path(directory), device)
-    gc.collect()
-    held = held_bytes(device)
-    step()
-    return {"bytes": peak_bytes(device) - held}
+def same_steps(ours: tuple[float, dict], theirs: tuple[float, dict], tolerance: float) -> None:
+    """InputError unless two training steps, (loss, gradients by name) each, agree: in the loss, and in each gradient, whose
+    difference is measured in units of the largest gradient. Prints how close they are."""
+    (loss, gradients), (their_loss, their_gradients) = ours, theirs
+    if gradients.keys() != their_gradients.keys():
+        odd = sorted(gradients.keys() ^ their_gradients.keys())
+        raise InputError(f"the two train different parameters: {odd[:3]}")
+    largest = max(float(g.norm()) for g in their_gradients.values())
+    gap = max(float((gradients[name] - g).norm()) / largest for name, g in their_gradients.items())
+    print(f"  loss {loss:.7f} and {their_loss:.7f}; gradients differ by {gap:.1e} of the largest", flush=True)
+    if not abs(loss - their_loss) <= tolerance * max(1, abs(loss)) or not gap <= tolerance:
+        raise InputError("the two do not compute the same step; their times cannot be compared")
 
 
-def compare(
-    kind: str,
-    references: list[tuple[str, str]],
-    title: str,
-    targets: tuple[str, str],
-    directory: Path,
-    device: str,
-    repeats: int,
-):
-    """Rows of time and peak memory for each (our reference, TRL's); the targets are for the first of them."""
-    ours = {ref: our_step(kind, ref, directory, device) for ref in dict.fromkeys(o for o, _ in references)}
-    theirs = {ref: their_step(kind, ref, directory, device) for ref in dict.fromkeys(t for _, t in references)}
-    same_steps(ours[references[0][0]](), theirs[references[0][1]](), TOLERANCE[kind])
-    contenders = {("ours", ref): step for ref, step in ours.items()} | {("TRL", ref): step for ref, step in theirs.items()}
-    seconds = medians(contenders, repeats, device)
-    where = dict(kind=kind, directory=str(directory), device=device)
-    peaks = {c: in_worker("step_memory", owner=c[0], reference=c[1], **where)["bytes"] for c in contenders}
-    rows = []
-    for our_ref, their_ref in references:
-        case = title.format(ours=our_ref, theirs=their_ref)
-        a, b = ("ours", our_ref), ("TRL", their_ref)
-        rows.append(row(case, "s", seconds[a], seconds[b], targets[0]))
-        rows.append(row(f"{case}, peak memory", "MB", peaks[a] / 1e6, peaks[b] / 1e6, targets[1]))
+def step_memory(contender: str, setup: dict) -> float:
+    """Peak memory of one step in MB, above what was held before it: for a process of its own."""
+    step, _ = make_step(contender, Setup(**setup))
+    held, most, _ = held_and_peak(step, setup["device"])
+    return (most - held) / 1e6
+
+
+def compare(bench: Bench, kind: str, titles: dict[str, str], targets: tuple[str, str] = ("", "")) -> list[dict]:
+    """Rows of time and peak memory. titles: {peer: the row's}; the targets are for the first of them."""
+    where, other = str(bench.directory), str(bench.directory / "reference") if kind == "dpo" else None
+    setup = Setup(kind, where, bench.device, 4, bench.prompt, bench.completion, reference=other)
+    made = {"ours": (make_step("ours", setup), "")} | {peer: attempt(make_step, peer, setup) for peer in titles}
+    both = [contender for contender, _ in made.values() if contender][:2]
+    if both[1:]:
+        results = [(step(), {name: p.grad for name, p in peers.trained(model).items()}) for step, model in both]
+        same_steps(*results, TOLERANCE[kind])
+    steps = {name: contender and contender[0] for name, (contender, _) in made.items()}
+    seconds, memory = medians(steps, bench.repeats, bench.device), {}
+    for name, (contender, why) in made.items():
+        memory[name] = attempt(in_worker, step_memory, contender=name, setup=asdict(setup)) if contender else (None, why)
+    rows, (most, why) = [], memory["ours"]
+    for peer, title in titles.items():
+        rows.append(row(title, "s", seconds["ours"], seconds[peer], targets[0], note=made[peer][1]))
+        rows.append(row(f"{title}, peak memory", "MB", most, memory[peer][0], targets[1], note=why or memory[peer][1]))
         targets = ("", "")
     return rows
 
 
-def bench_sft(directory: Path, device: str, repeats: int) -> list[dict]:
-    return compare("sft", [("", "")], "SFT step / TRL", ("<= 0.8", ""), directory, device, repeats)
+def bench_sft(bench: Bench) -> list[dict]:
+    return compare(bench, "sft", {"TRL": "SFT step / TRL"}, ("<= 0.8", ""))
 
 
-def bench_dpo(directory: Path, device: str, repeats: int) -> list[dict]:
-    references = [("cached", "live"), ("live", "live"), ("cached", "cached")]
-    title = "DPO step, reference {ours} / TRL, reference {theirs}"
-    return compare("dpo", references, title, ("<= 0.25", "<= 0.5"), directory, device, repeats)
+def bench_dpo(bench: Bench) -> list[dict]:
+    ours = "DPO step, reference cached"
+    titles = {"TRL live": f"{ours} / TRL, reference live", "TRL": f"{ours} / TRL, reference cached"}
+    return compare(bench, "dpo", titles, ("<= 0.25", "<= 0.5"))
 
 
-def bench_lora(directory: Path, device: str, repeats: int) -> list[dict]:
-    rows = []
-    for kind, name, owner in (("lora", "LoRA", "TRL + PEFT"), ("qlora", "QLoRA (NF4)", "TRL + PEFT + bitsandbytes")):
-        title = f"{name} DPO step, reference {{ours}} / {owner}, reference {{theirs}}"
-        rows += compare(kind, [("cached", "live")], title, ("", ""), directory, device, repeats)
+def bench_lora(bench: Bench) -> list[dict]:
+    title = "{} DPO step, reference cached / TRL + {}, reference live"
+    rows = compare(bench, "lora", {"TRL live": title.format("LoRA", "PEFT")})
+    return rows + compare(bench, "qlora", {"TRL live": title.format("QLoRA (NF4)", "PEFT + bitsandbytes")})
+
+
+FULL_SETUPS = {  # kind, pairs in a step, activations recomputed
+    "full fine-tuning": ("dpo", 4, False),
+    "full fine-tuning, checkpointing": ("dpo", 4, True),
+    "LoRA on bf16": ("lora", 4, False),
+    "QLoRA on NF4, checkpointing": ("qlora", 1, True),
+}
+
+
+def train_contender(contender: str, setup: dict, repeats: int) -> dict:
+    """Seconds of a step with AdamW, peak memory in bytes, and the first loss: for a process of its own."""
+    step, model = make_step(contender, Setup(**setup))
+    optimizer = torch.optim.AdamW(peers.trained(model).values(), lr=1e-5, fused=True)
+    losses = []
+
+    def update() -> None:
+        losses.append(step())
+        optimizer.step()
+
+    device = setup["device"]
+    _, most, seconds = held_and_peak(lambda: medians({"step": update}, repeats, device)["step"], device)
+    return {"seconds": seconds, "bytes": most, "loss": losses[0]}
+
+
+def bench_train(bench: Bench) -> list[dict]:
+    full, device, lengths = full_size_phi(bench), bench.device, (bench.tokens, bench.tokens)
+    card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    most, rows = peak(card), []
+    unknown = "" if most else f"the peak of {card} is not in bench/workloads.py"
+    for name, (kind, count, checkpointing) in FULL_SETUPS.items():
+        setup = Setup(kind, str(full), device, count, lengths, lengths, "bf16", checkpointing)
+        both, failed = in_workers(train_contender, "TRL", setup=asdict(setup), repeats=max(bench.repeats, 5))
+        losses = [done["loss"] for done in both if done]
+        if kind == "dpo" and max(losses, default=0) - min(losses, default=0) > 0.05:
+            raise InputError(f"{name}: the losses are {losses}; that is not the same step")
+        examples, seconds = setup.examples(), [done and done["seconds"] for done in both]
+        operations = training_operations(read_config(full), examples, frozen=setup.kind in peers.ADAPTED)
+        memory, share = {"dpo": ("", "ours >= 0.45"), "lora": ("", ""), "qlora": ("ours <= 8", "")}[kind]
+        case = f"DPO, {name}, {count} x {2 * lengths[0]:,} tokens / TRL"
+        rows += [
+            row(case, "pairs/s", *rates(count, *seconds), ">= 1.5", note=failed),
+            row("  tokens, the prompt once", "tokens/s", *rates(sum(map(len, examples)), *seconds)),
+            row("  peak memory", "GB", *(done and done["bytes"] / 1e9 for done in both), memory),
+            row("  MFU", "-", *(rates(operations / most, *seconds) if most else (None, None)), share, note=unknown),
+        ]
     return rows
+
+
+def bench_attention(bench: Bench) -> list[dict]:
+    """Tokens a second, padding not counted, of pairs packed into long rows, beside padded rows of one pair each."""
+    model = add_lora(Phi.from_pretrained(full_size_phi(bench), torch.bfloat16, bench.device), peers.RANK)
+    model.gradient_checkpointing = True
+    scale = bench.row_tokens // 16
+    examples = pairs(model.config.vocab_size, 16, prompt=(scale // 2, 2 * scale), completion=(scale // 4, 2 * scale))
+    steps = {}
+    for pack in (bench.row_tokens, None):
+        settings = settings_for("lora", bench.device, 4, dtype="bf16", pack=pack)
+        steps[pack] = gradients_step(model, examples, torch.zeros(len(examples), 2), settings)
+    seconds = medians(steps, bench.repeats, bench.device)
+    return [row("LoRA step, packed / a row each", "tokens/s", *rates(sum(map(len, examples)), *seconds.values()))]
+
+
+def bench_growth(bench: Bench) -> list[dict]:
+    """Seconds fitted with size^k, beside the k of the operations. The two may differ, for small sizes leave cores idle and
+    large ones leave the cache; but a much larger k of the seconds shows that something is done too often."""
+
+    def phi(**other) -> Phi:
+        return Phi(PhiConfig(**bench.growing | other)).init_weights(seed=0).to(bench.device)
+
+    one, length = phi(), bench.lengths[len(bench.lengths) // 2 - 1]
+    growing = {  # what grows: (size, model, tokens, rows)
+        "length": [(n, one, n, 1) for n in bench.lengths],
+        "batch": [(n, one, length, n) for n in bench.batches],
+        "width": [(n, phi(hidden_size=n, intermediate_size=4 * n), length, 1) for n in bench.widths],
+        "layers": [(n, phi(num_hidden_layers=n), length, 1) for n in bench.depths],
+    }
+    asked = [(what, kind) for what in growing for kind in ("forward", "SFT step", "DPO step")]
+    asked = [pair for pair in asked if pair not in (("width", "SFT step"), ("layers", "SFT step"))]  # as the DPO step
+    return [growth(what, kind, growing[what], bench) for what, kind in asked]
+
+
+def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
+    """One row: the exponents of seconds and of operations over `sizes`, (size, model, tokens, rows) each."""
+    runs, counts, tokens = {}, [], []
+    for size, model, length, batch in sizes:
+        stage, completions = ("dpo", 2) if kind == "DPO step" else ("sft", 1)
+        half = length // 2 // completions  # of all tokens, the prompt's the other
+        examples = pairs(model.config.vocab_size, batch, (length - completions * half,) * 2, (half, half), completions)
+        tokens.append(batch * length)
+        if kind == "forward":
+            ids = torch.tensor([e.prompt + e.completions[0] for e in examples], device=bench.device)
+            runs[size] = torch.no_grad()(partial(model, ids))
+            counts.append(sum(forward_parts(model.config, examples, all_logits=True)))
+        else:
+            reference = torch.zeros(batch, 2) if stage == "dpo" else None
+            runs[size] = gradients_step(model, examples, reference, settings_for(stage, bench.device, batch))
+            counts.append(training_operations(model.config, examples))
+    seconds = list(medians(runs, bench.repeats, bench.device).values())
+    each = ", ".join(f"{1e6 * s / n:,.3g}" for s, n in zip(seconds, tokens))
+    speed = ", ".join(f"{c / s / 1e9:,.3g}" for s, c in zip(seconds, counts))
+    note = f"{what} {', '.join(map(str, runs))}: {each} us a token, {speed} Gflop/s"
+    case = f"growth of the {kind} with {what}: exponent / its operations'"
+    return row(case, "-", exponent(list(runs), seconds), exponent(list(runs), counts), "<= 1.15", note)
+
+
+def bench_start(bench: Bench) -> list[dict]:
+    """Everything before the first step counts: imports, the demo's rows, the tokenizer, the reference's pass."""
+
+    def runs_in(name: str) -> tuple[Path, list[str]]:
+        out = bench.directory / name
+        if bench.world:
+            demo.write_world(out / "demo-seed0", sizes=bench.world)
+        return out, ["--out", str(out), "--device", bench.device]
+
+    fresh, tuned = [], []
+    for i in range(bench.repeats):
+        out, flags = runs_in(f"fresh-{i}")
+        fresh.append(first_step(["--stage", "dpo", *flags], out / "demo-sft-seed0"))
+    out, flags = runs_in("tuned")
+    sft = ["--stage", "sft", "--name", "demo-sft-seed0", "--max-steps", "2", *flags]
+    subprocess.run([sys.executable, "train.py", *sft], cwd=ROOT, check=True, capture_output=True)
+    for i in range(max(bench.repeats, 2)):
+        tuned.append(first_step(["--stage", "dpo", "--name", f"dpo-{i}", *flags], out / f"dpo-{i}"))
+    note = "includes the reference's pass over the pairs"
+    return [
+        row("start of the demo until its first step (SFT)", "s", sorted(fresh)[len(fresh) // 2], target="ours <= 5"),
+        row("  with an SFT model until DPO's first step", "s", tuned[0], note=note),
+        row("  the same again, the reference's table on disk", "s", min(tuned[1:])),
+    ]

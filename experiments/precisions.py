@@ -16,92 +16,85 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import ChatML, Example, Ledger
-from inputs import encode_for, refuse_adapters, rows_to_measure, tuned_from
+import dpo
+from data import ChatML, Example
+from eval import check_flags, find_reference
+from generate import generate
+from lora import refuse_adapters
 from metrics.multiple_choice import accuracies, score_options
-from metrics.tables import markdown, picture
-from model import Phi, generate
-from passes import all_logprobs, divergence
-from quant import FrozenLinear, quantize_model, use_kernels
-from runtime.files import InputError, read_json, write_json, write_text
-from runtime.settings import Config
+from metrics.preferences import flips, for_the_right
+from metrics.tables import markdown
+from metrics.text import divergence
+from model import Phi, all_logprobs
+from prepare.rows import encode_for, rows_to_measure
+from quant import FrozenLinear, quantize_model
+from runtime import runs
+from runtime.files import InputError, picture, write_json, write_text
+from runtime.settings import Eval
+from runtime.weights import is_quantized, resolve
 
 NEW_TOKENS = 64  # per answer when the speed of decoding is measured
 BATCH = 16  # examples per forward pass
 
 
-def report_card(config: Config, source: Path, run: Path, compiled: bool) -> None:
-    """Measures every format of `config.precisions`, prints the table, and writes eval.json, precisions.md and a figure."""
+def run(settings: Eval) -> int:
+    """Measures every format of --precisions, prints the table, and writes eval.json, precisions.md and a figure."""
+    source = resolve(settings.model[0], settings.revision)
     refuse_adapters(source)
-    if "quantization_config" in read_json(source / "config.json"):
+    if is_quantized(source):
         raise InputError(f"{source} is quantized; the card needs the full-precision model that it was made of")
-    rows, kind, where = rows_to_measure(config, source, Ledger())
-    chat, examples, _ = encode_for(source, rows, config.system_prompt)
-    full = Phi.from_pretrained(source, device=config.device)
-    reference = reference_table(config, source, examples)
+    measured = rows_to_measure(settings.data, source, settings.letter_only, settings.on_bad_row)
+    chat, examples, _ = encode_for(source, measured.rows, settings.system_prompt)
+    check_flags(settings, measured.kind)
+    parent = find_reference(settings, source, chat) if measured.kind == "pairs" else None
+    runs.open_run(settings)
+    directory = Path(settings.out) / settings.name
+    full = Phi.from_pretrained(source, device=settings.device)
+    reference = None  # [E, 2]
+    if parent:
+        model = Phi.from_pretrained(parent, device=settings.device)
+        reference = all_logprobs(model, examples, BATCH, settings.device, "fp32", "reference")
     rows = []
-    for name in config.precisions.split(","):
+    for name in settings.precisions.split(","):
         print(f"{name} ...", flush=True)
-        rows.append(measure_format(name, config, source, full, chat, examples, reference, compiled))
+        rows.append(measure_format(name, source, full, chat, examples, reference, settings.device))
     note = (
-        f"{source}, {len(examples):,} examples of {where}; decoding {NEW_TOKENS} tokens on {config.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}" + (", --compile" if compiled else "")
+        f"{source}, {len(examples):,} examples of {measured.where}; decoding {NEW_TOKENS} tokens on {settings.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    write_json(run / "eval.json", {"note": note, "rows": rows})
-    write_text(run / "precisions.md", f"{table(rows)}\n\n{note}\n")
-    figure(rows, run / "figures" / "precisions.png")
-    print(f"\n{table(rows)}\n\n{note}\nWritten to {run}/: eval.json, precisions.md, figures/precisions.png")
+    write_json(directory / "eval.json", {"note": note, "rows": rows})
+    write_text(directory / "precisions.md", f"{table(rows)}\n\n{note}\n")
+    figure(rows, directory / "figures" / "precisions.png")
+    print(f"\n{table(rows)}\n\n{note}\nWritten to {directory}/: eval.json, precisions.md, figures/precisions.png")
+    return 0
 
 
-def reference_table(config: Config, source: Path, examples: list[Example]) -> Tensor | None:
-    """Log-probabilities [E, 2] of the pairs under the model that rewards are measured from; None without pairs or model."""
-    if len(examples[0].completions) != 2:
-        if config.reference_model:
-            raise InputError("--reference-model is for preference pairs; these rows have one completion each, leave it out")
-        return None
-    parent = config.reference_model or tuned_from(source)
-    if parent is None:
-        return None
-    model = Phi.from_pretrained(parent, device=config.device)
-    return all_logprobs(model, examples, BATCH, config.device, "fp32", "reference")
-
-
-def in_format(name: str, model: Phi, compiled: bool) -> Phi:
+def in_format(name: str, model: Phi) -> Phi:
     """The model in the format of a row: "nf4", "nf4-double", "llm.int8", "bf16", ... Changes the model that is given."""
     if name in ("fp32", "bf16"):
         return model.to(torch.float32 if name == "fp32" else torch.bfloat16)
-    if name == "llm.int8":
-        return quantize_model(model, "int8", threshold=6.0)
-    if name == "int8":
-        return quantize_model(model, "int8")
-    return quantize_model(model, name.removesuffix("-double"), double=name.endswith("-double"), compiled=compiled)
+    return quantize_model(model, name)
 
 
 def measure_format(
-    name: str,
-    config: Config,
-    source: Path,
-    full: Phi,
-    chat: ChatML,
-    examples: list[Example],
-    reference: Tensor | None,
-    compiled: bool,
+    name: str, source: Path, full: Phi, chat: ChatML, examples: list[Example], reference: Tensor | None, device: str
 ) -> dict:
-    model = Phi.from_pretrained(source, device=config.device)
+    """A row of the card: the model of `source` in one format, compared with the `full` one."""
+    model = Phi.from_pretrained(source, device=device)
     began = time.perf_counter()
-    model = in_format(name, model, compiled)
+    model = in_format(name, model)
     seconds = time.perf_counter() - began
-    line = use_kernels(model, config.device, compiled)
-    if line:
-        print(line)
     row = {"format": name, **sizes(model), "quantize s": None if name in ("fp32", "bf16") else seconds}
     likely = [replace(e, completions=e.completions[:1]) for e in examples]  # of a pair, the chosen answer
-    measured = divergence(full, model, likely, BATCH, config.device)
+    measured = divergence(full, model, likely, BATCH, device)
     row |= {"perplexity": torch.tensor(measured["loss"]).exp().item(), "KL": measured["kl"], "top 1": measured["top 1"]}
-    row |= reward_accuracy(model, examples, reference, config.device)
-    row["choice accuracy"] = None
-    if all("letter" in e.extra for e in examples):
-        choices = score_options(model, examples, chat, BATCH, config.device, "fp32")
+    row |= {"reward accuracy": None, "choice accuracy": None}
+    if reference is not None:
+        policy = all_logprobs(model, examples, BATCH, device, "fp32", "rewards")
+        margin = for_the_right(dpo.margin(policy, reference), flips(examples))  # [E]
+        row["reward accuracy"] = (margin > 0).float().mean().item()
+    if all(e.choices for e in examples):
+        choices = score_options(model, examples, chat, BATCH, device, "fp32")
         row["choice accuracy"] = accuracies(choices)["letter"].value
     prompts = [e.prompt for e in examples[:16]]
     return row | {f"tokens/s, batch {n}": decode_speed(model, (prompts * n)[:n]) for n in (1, 16)}
@@ -112,25 +105,16 @@ def sizes(model: Phi) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         disk = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-    tensors = [*model.parameters(), *(b for b in model.buffers() if b is not None)]
+    memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     stored = weights = 0
     for name, layer in model.named_modules():
         if isinstance(layer, FrozenLinear):
-            stored += sum(b.nbytes for b in layer.buffers() if b is not None)
+            stored += sum(buffer.nbytes for buffer in layer.buffers())
             weights += layer.in_features * layer.out_features
         elif isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            stored, weights = stored + layer.weight.nbytes, weights + layer.weight.numel()
-    return {"disk": disk, "memory": sum(t.nbytes for t in tensors), "bits per weight": 8 * stored / weights}
-
-
-def reward_accuracy(model: Phi, examples: list[Example], reference: Tensor | None, device: str) -> dict[str, float | None]:
-    """Share of pairs whose right answer has the higher reward; on clean labels if the rows tell which were flipped."""
-    if reference is None:
-        return {"reward accuracy": None}
-    policy = all_logprobs(model, examples, BATCH, device, "fp32", "rewards")
-    margin = (policy - reference).diff(dim=1)[:, 0].neg()  # [E]
-    truth = torch.tensor([-1.0 if e.extra.get("flipped") else 1.0 for e in examples])
-    return {"reward accuracy": (margin * truth > 0).float().mean().item()}
+            stored += layer.weight.nbytes
+            weights += layer.weight.numel()
+    return {"disk": disk, "memory": memory, "bits per weight": 8 * stored / weights}
 
 
 def decode_speed(model: Phi, prompts: list[list[int]], repeats: int = 3) -> float:

@@ -13,14 +13,11 @@ when the command is given again; one that failed is recorded, and the others go 
 
 import contextlib
 import io
-import json
-import re
 import shutil
+import tempfile
 import time
 import traceback
-import typing
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -28,65 +25,79 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import demo
-from data import Example, Ledger, Row, check_no_leak, encode, parse_pair, read_rows, split_by_question
-from dpo import LOSSES_WITH_EPS, preference_loss
-from inputs import QUESTIONS, load_chat, load_model, reference_table
-from model import Phi
-from passes import all_logprobs, completion_lengths, flips
-from runtime.checks import resolve
-from runtime.files import InputError, first_line, read_json, whole_file, write_json, write_jsonl
-from runtime.runs import fingerprint, steps_saved
-from runtime.settings import Config, default_name
+import dpo
+import train
+from data import Example, Ledger, Row, check_no_leak, encode, lengths_of, split_by_question, write_truth
+from experiments import ranking
+from experiments.ranking import Run, point_name
+from metrics.preferences import flips, for_the_right
+from model import Phi, all_logprobs
+from prepare.rows import read_rows
+from runtime import runs as runs_on_disk
+from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, whole_file, write_json, write_jsonl
+from runtime.flags import check_limits, parser_of
+from runtime.settings import Dpo, Sweep, flag_name
+from runtime.weights import fingerprint, resolve
 
-TEST_PAIRS = 3_000  # of the demo, at most
-# Other rows, or the same rows cut otherwise, could not be compared pair by pair; two models can, by --stage eval.
+# With other rows, or the same rows cut differently, runs could not be compared pair by pair. To compare two models, use
+# --stage eval.
 NOT_VARIED = (
-    "stage model name out resume overwrite dry_run device seed eval eval_share on_bad_row system_prompt max_length "
-    "max_prompt_length demo_rows flip_rate dtype attention base"
+    "model name out resume overwrite dry_run device seed eval eval_share on_bad_row system_prompt max_length "
+    "max_prompt_length dtype base preset"
 ).split()
-SWEEP_ONLY = {"grid", "full_grid", "seeds", "preset", "data", "name", "overwrite", "dry_run"}
 
 
-@dataclass
-class Run:
-    """One training run of a sweep."""
+def run(settings: Sweep) -> int:
+    """Plans, makes and ranks the runs; returns the exit status."""
+    grid = parse_grid(settings.grid)
+    if settings.train is None:  # the flags see to it that the grid has some
+        settings = replace(settings, train=grid["train"][0])
+    if settings.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            planned = plan(settings, grid, Path(scratch))
+        print(f"{len(planned)} runs: " + ", ".join(run.name for run in planned) + "\nNothing was trained.")
+        return 0
+    directory = open_sweep(settings)
+    planned = plan(settings, grid, directory)
+    return run_all(planned) or ranking.report_sweep(directory, planned, single(settings))
 
-    name: str
-    point: dict  # {flag: value} where it differs from the defaults
-    config: Config
-    checkpoints: bool = False  # measure all of them on the test rows, not just the best one
+
+def open_sweep(settings: Sweep) -> Path:
+    """The sweep's directory: a new one, or the one of an earlier call, which goes on."""
+    directory = Path(settings.out) / settings.name
+    if (directory / "run.json").exists() and not settings.overwrite:
+        found = runs_on_disk.stage_of(directory)
+        if found != "sweep":
+            raise InputError(f"{directory} holds a run of --stage {found}, not a sweep; give this one another --name")
+        return directory
+    runs_on_disk.open_run(settings)
+    return directory
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
 def parse_grid(texts: list[str]) -> dict[str, list]:
-    """["beta=0.1,0.3", "train=a.jsonl"] -> {"beta": [0.1, 0.3], "train": ["a.jsonl"]}, of the flags' own types."""
-    types, grid = typing.get_type_hints(Config), {}
-    known = {f.name for f in fields(Config) if "dpo" in f.metadata["stages"]} - set(NOT_VARIED)
+    """["beta=0.1,0.3", "train=a.jsonl"] -> {"beta": [0.1, 0.3], "train": ["a.jsonl"]}, in the flags' own types."""
+    defaults = {f.name: f.default for f in fields(Dpo) if f.name not in NOT_VARIED}
+    parser = parser_of("dpo")
+    grid = {}
     for text in texts:
         flag, _, values = text.partition("=")
         name = flag.strip().lstrip("-").replace("-", "_")
-        if name not in known:
+        if name not in defaults:
             raise InputError(f"--grid {text}: {flag!r} is no flag of --stage dpo that can be varied")
-        kind = next(t for t in (*typing.get_args(types[name]), types[name]) if t is not type(None))
-        if kind is bool:
+        if isinstance(defaults[name], bool):
             raise InputError(f"--grid {text}: a flag without a value cannot be varied; make two sweeps")
-        try:
-            parsed = [kind(value.strip()) for value in values.split(",") if value.strip()]
-        except ValueError:
-            raise InputError(f"--grid {text}: the values of {flag} are {kind.__name__}s") from None
-        allowed = next(f.metadata["choices"] for f in fields(Config) if f.name == name)
-        if allowed and not set(parsed) <= set(allowed):
-            raise InputError(f"--grid {text}: the values of {flag} are {', '.join(allowed)}")
+        words = [word.strip() for word in values.split(",") if word.strip()]
+        parsed = [getattr(parser.parse_args([f"{flag_name(name)}={word}"]), name) for word in words]
         if not parsed or name in grid or len(set(parsed)) < len(parsed):
             raise InputError(f"--grid {text}: give each flag once, with different values: --grid beta=0.1,0.3")
         grid[name] = parsed
     return grid
 
 
-def make_points(grid: dict[str, list], base: Config, full: bool) -> list[dict]:
+def make_points(grid: dict[str, list], base: Dpo, full: bool) -> list[dict]:
     """The settings to try, as {flag: value} where they differ from `base`: the defaults first, then one flag at a time, or
     all combinations."""
     if full:
@@ -97,226 +108,201 @@ def make_points(grid: dict[str, list], base: Config, full: bool) -> list[dict]:
     return [point for i, point in enumerate(points) if point not in points[:i]]
 
 
-def point_name(point: dict) -> str:
-    """A name that can be a directory's: "defaults", "beta=0.1", "train=mixture-a" for a file of that stem."""
-    shown = [f"{name}={Path(value).stem if name == 'train' else value}" for name, value in point.items()]
-    return re.sub(r"[^\w.=,+-]", "_", ",".join(shown)) or "defaults"
+def single(settings: Sweep) -> Dpo:
+    """The settings that all runs share."""
+    return Dpo(**{f.name: getattr(settings, f.name) for f in fields(Dpo)})
 
 
-def defaults(raw: Config, given: set[str]) -> tuple[Config, Config, set[str]]:
-    """The settings that all runs share, complete; and the flags of a single run as they were given."""
-    own = replace(raw, stage="dpo", grid=None, full_grid=False, seeds=1, preset=None, data=None)
-    flags = (given - SWEEP_ONLY) | {"stage"}
-    return resolve(own, flags), own, flags
-
-
-def at_point(own: Config, base: Config, point: dict) -> Config:
-    """The flags of a run at one point. A loss that is varied has an eps where it needs one."""
-    config = replace(own, **point)
+def at_point(base: Dpo, point: dict) -> Dpo:
+    """The settings of a run at one point. A loss that is varied has an eps where it takes one. InputError if they make no
+    sense together."""
+    settings = replace(base, **point)
     if "loss" in point and "eps" not in point:
-        config.eps = (base.eps or 0.1) if config.loss in LOSSES_WITH_EPS else None
-    return config
+        takes_eps = "eps" in dpo.options(settings.loss)
+        settings = replace(settings, eps=(base.eps or 0.1) if takes_eps else None)
+    check_limits(settings)
+    train.check_loss(settings)
+    return settings
 
 
-def plan(
-    raw: Config, given: set[str], grid: dict[str, list], find: Callable[[Config], Path]
-) -> tuple[Config, list[Run], Path]:
-    """The defaults of all runs, the runs, and the file of test rows; splits the rows, once for all runs.
-
-    `raw` and `given` are as `config.parse` returned them; `find` gives the directory of a config's model.
-    """
-    sweep = Path(raw.out) / (raw.name or default_name(raw))
-    base, own, flags = defaults(raw, given)
-    points = make_points(grid, base, raw.full_grid)
-    configs = [resolve(at_point(own, base, point), flags | set(point)) for point in points]  # all, before any runs
+def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
+    """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`."""
+    base = single(settings)
+    points = make_points(grid, base, settings.full_grid)
+    configured = [at_point(base, point) for point in points]  # checks all before any runs
     names = [point_name(point) for point in points]
-    files = {config.train for config in configs if config.train}
+    files = {one.train for one in configured}
     if len(set(names)) < len(names) or len({Path(file).stem for file in files}) < len(files):
         raise InputError("--grid: two settings would have the same name; give the files different names")
-    tested, sides, parents, runs = test_rows(raw, base, grid, sweep), {}, {}, []
-    for point, name, config in zip(points, names, configs, strict=True):
-        if config.train not in sides:
-            sides[config.train] = training_rows(config, sweep, tested, set_aside=raw.data is None)
-        if config.model not in parents:
-            parents[config.model] = str(find(config))
-        own_rows = dict(train=sides[config.train][0], eval=sides[config.train][1])
-        own_rows |= dict(demo_rows=None, flip_rate=None, eval_share=None)
-        config = replace(config, model=parents[config.model], out=str(sweep), overwrite=False, dry_run=False, **own_rows)
-        config = replace(config, samples=config.samples if "samples" in given else 0)
-        for seed in range(raw.seed, raw.seed + raw.seeds):
-            full_name = name + (f",seed={seed}" if raw.seeds > 1 else "")
-            runs.append(Run(full_name, point, replace(config, seed=seed, name=full_name)))
-    return base, runs, Path(write_rows(sweep / "data" / "test.jsonl", tested))  # last: the training rows do not leak
+    if len(grid.get("train", [])) > 1 and settings.data is None:
+        raise InputError("--grid train=... compares data sets on a test set of its own: give it with --data FILE.jsonl")
+    parent = str(resolve(settings.model, settings.revision))
+    tested = test_rows(settings)
+    sides = {file: training_rows(settings, file, directory, tested) for file in files}
+    planned = []
+    for point, name, one in zip(points, names, configured, strict=True):
+        one = replace(one, model=parent, revision=None, out=str(directory), overwrite=False, dry_run=False)
+        one = replace(one, train=sides[one.train]["train"], eval=sides[one.train]["eval"])
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            full_name = name + (f",seed={seed}" if settings.seeds > 1 else "")
+            planned.append(Run(full_name, point, replace(one, seed=seed, name=full_name)))
+    write_rows(planned[0].test, tested)  # last: the training rows do not leak
+    return planned
 
 
 def write_rows(path: Path, rows: list[Row]) -> str:
     """Writes a file of the sweep. InputError if it holds other rows already: runs on those compare with no new one."""
-    before = path.read_bytes() if path.exists() else None
-    lines = [as_dict(row) for row in rows]
-    if before is not None and before != "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode():
+    lines = [row.raw for row in rows]
+    if path.exists() and [json_object(line) for _, line in numbered_lines(path)] != lines:
         raise InputError(f"{path} holds other rows than this call gives. Give this sweep another --name, or --overwrite it.")
+    write_truth(path, rows)
     write_jsonl(path, lines)
     return str(path)
 
 
-def as_dict(row: Row) -> dict:
-    return {"prompt": row.messages, "chosen": row.completions[0], "rejected": row.completions[1], **row.extra}
+def read_pairs(path: str | Path, settings: Dpo) -> list[Row]:
+    return read_rows(path, "pairs", settings.on_bad_row, Ledger())
 
 
-def demo_pairs(first: int, count: int, config: Config, salt: int) -> list[Row]:
-    """Rows of the demo's questions from the `first` of those for DPO on."""
-    start = QUESTIONS["dpo"][0] + first
-    made = demo.make_pair_rows(demo.make_questions(start + count, config.seed)[start:], config.flip_rate, config.seed + salt)
-    return [Row(*parse_pair(row)[:2], "demo", parse_pair(row)[2]) for row in made]
-
-
-def test_rows(raw: Config, base: Config, grid: dict[str, list], sweep: Path) -> list[Row]:
-    """The test rows: --data, or questions that are set aside: the demo's unused ones, or a share of --train's."""
-    if raw.data:
-        return read_rows(raw.data, "pairs", base.on_bad_row, Ledger())
-    if len(grid.get("train", [])) > 1:
-        raise InputError("--grid train=... compares data sets on a test set of its own: give it with --data FILE.jsonl")
-    if base.train is None:
-        count = min(TEST_PAIRS, demo.MOST_QUESTIONS - QUESTIONS["dpo"][0] - base.demo_rows)
-        if count < 200:
-            raise InputError(f"--demo-rows {base.demo_rows}: at most 9,800, or too few questions are left to test on")
-        return demo_pairs(base.demo_rows, count, base, salt=1)
-    pairs = read_rows(base.train, "pairs", base.on_bad_row, Ledger())
-    rows = split_by_question(pairs, base.eval_share or 0.2, base.seed)[1]
+def test_rows(settings: Sweep) -> list[Row]:
+    """The test rows: --data, or a share of --train's questions that is set aside."""
+    if settings.data:
+        return read_pairs(settings.data, settings)
+    rows = split_by_question(read_pairs(settings.train, settings), settings.eval_share, settings.seed)[1]
     if not rows:
-        raise InputError(f"{base.train}: no question is left to test on; give more rows, or test rows with --data")
+        raise InputError(f"{settings.train}: no question is left to test on; give more rows, or test rows with --data")
     return rows
 
 
-def training_rows(config: Config, sweep: Path, tested: list[Row], set_aside: bool) -> tuple[str, str]:
-    """The files of training and evaluation rows of one config, without the questions of the test, which were `set_aside`
-    from the same rows or came with --data."""
-    if config.train is None:
-        stem, rows = "pairs", demo_pairs(0, config.demo_rows, config, salt=0)
+def training_rows(settings: Sweep, file: str, directory: Path, tested: list[Row]) -> dict[str, str]:
+    """Writes the training and evaluation rows of one --train file and returns {"train": path, "eval": path}. They ask no
+    question of the test, which was set aside from the same rows or came with --data."""
+    rows = read_pairs(file, settings)
+    if settings.data is None:
+        rows = split_by_question(rows, settings.eval_share, settings.seed)[0]
+    if settings.eval:
+        evaluation = read_pairs(settings.eval, settings)
     else:
-        stem, rows = Path(config.train).stem, read_rows(config.train, "pairs", config.on_bad_row, Ledger())
-        if set_aside:
-            rows = split_by_question(rows, config.eval_share or 0.2, config.seed)[0]
-    if config.eval:
-        evaluation = read_rows(config.eval, "pairs", config.on_bad_row, Ledger())
-    else:
-        rows, evaluation = split_by_question(rows, config.eval_share or 0.2, config.seed + 1)
+        rows, evaluation = split_by_question(rows, settings.eval_share, settings.seed + 1)
     check_no_leak([*rows, *evaluation], tested)
-    return tuple(
-        write_rows(sweep / "data" / f"{stem}-{side}.jsonl", part) for side, part in (("train", rows), ("eval", evaluation))
-    )
+    start = directory / "data" / Path(file).stem
+    return {
+        "train": write_rows(start.with_name(f"{start.name}-train.jsonl"), rows),
+        "eval": write_rows(start.with_name(f"{start.name}-eval.jsonl"), evaluation),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def run_all(runs: list[Run], test: Path, run_stage: Callable[[Config], int]) -> int:
+def run_all(planned: list[Run]) -> int:
     """Makes and measures every run that is not finished; returns 0, or the status of the signal that stopped a run."""
-    check_settings(runs)
-    references: dict[str, Tensor] = {}
+    check_settings(planned)
     began, made = time.perf_counter(), 0
-    for number, run in enumerate(runs, start=1):
-        where = Path(run.config.out) / run.name
-        if not (where / "test.json").exists():
-            print(f"[{number}/{len(runs)}] {run.name} ...", flush=True)
-            status = run_one(run, where, test, run_stage, references)
+    for number, run in enumerate(planned, start=1):
+        done = run.directory / "test.json"
+        if not done.exists():
+            print(f"[{number}/{len(planned)}] {run.name} ...", flush=True)
+            status = run_one(run)
             if status > 128:
                 print("Stopped and saved; the same command goes on.")
                 return status
             made += 1
-        state = read_json(where / "test.json") if (where / "test.json").exists() else read_json(where / "failed.json")
-        left = (time.perf_counter() - began) / max(1, made) * (len(runs) - number)
-        print(f"[{number}/{len(runs)}] {run.name}: {one_line(state)}; about {left / 60:.0f} min left", flush=True)
+        state = read_json(done if done.exists() else run.directory / "failed.json")
+        left = (time.perf_counter() - began) / max(1, made) * (len(planned) - number)
+        went = f"FAILED, {state['error']}" if "error" in state else f"reward accuracy {100 * state['accuracy']:.1f}%"
+        print(f"[{number}/{len(planned)}] {run.name}: {went}; about {left / 60:.0f} min left", flush=True)
     return 0
 
 
-def one_line(state: dict) -> str:
-    return f"FAILED, {state['error']}" if "error" in state else f"reward accuracy {100 * state['accuracy']:.1f}%"
-
-
-def check_settings(runs: list[Run]) -> None:
+def check_settings(planned: list[Run]) -> None:
     """InputError if a run of an earlier call was made with other settings than this call would give it."""
-    for run in runs:
-        path = Path(run.config.out) / run.name / "run.json"
-        stored = read_json(path)["config"] if path.exists() else {}
-        for name, value in asdict(run.config).items():
-            if name not in ("resume", "device", "overwrite", "out") and stored.get(name, value) != value:
+    for run in planned:
+        if not (run.directory / "run.json").exists():
+            continue
+        stored = asdict(runs_on_disk.stored_settings(run.directory))
+        for name, value in asdict(run.settings).items():
+            if name not in ("resume", "device", "overwrite", "out") and stored[name] != value:
                 raise InputError(
-                    f"{path.parent} was made with {name} = {stored[name]}, now it would be {value}. Give this sweep another "
-                    "--name, or delete the earlier one with --overwrite."
+                    f"{run.directory} was made with {name} = {stored[name]}, now it would be {value}. Give this sweep "
+                    "another --name, or delete the earlier one with --overwrite."
                 )
 
 
-def run_one(run: Run, where: Path, test: Path, run_stage: Callable[[Config], int], references: dict[str, Tensor]) -> int:
+def run_one(run: Run) -> int:
     """Trains (or resumes) and measures one run. What it prints goes to log.txt; an error to failed.json."""
     printed, began = io.StringIO(), time.perf_counter()
-    begun, status = (where / "run.json").exists(), 0
+    begun, status = (run.directory / "run.json").exists(), 0
     if not begun:
-        shutil.rmtree(where, ignore_errors=True)  # it failed before it began
-    config = replace(run.config, resume=begun)
+        shutil.rmtree(run.directory, ignore_errors=True)  # it failed before it began
     try:
         with contextlib.redirect_stdout(printed):
-            status = run_stage(config)
+            status = train.run(replace(run.settings, resume=begun))
             if not status:
-                record = measure_on_test(run, where, test, references)
-                write_json(where / "test.json", record | {"seconds": time.perf_counter() - began})
-                shutil.rmtree(where / "checkpoints", ignore_errors=True)  # the best one is the run's model
-                (where / "failed.json").unlink(missing_ok=True)
-    except Exception as error:  # whatever one run dies of, the others go on
-        write_json(where / "failed.json", {"error": f"{type(error).__name__}: {first_line(error)}"})
+                record = measure_on_test(run)
+                write_json(run.directory / "test.json", record | {"seconds": time.perf_counter() - began})
+                shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)  # the best one is the run's model
+                (run.directory / "failed.json").unlink(missing_ok=True)
+    except Exception as error:  # whatever ends one run, the others go on
+        write_json(run.directory / "failed.json", {"error": f"{type(error).__name__}: {first_line(error)}"})
         printed.write(traceback.format_exc())
-    where.mkdir(parents=True, exist_ok=True)
-    with open(where / "log.txt", "a", encoding="utf-8") as log:
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with open(run.directory / "log.txt", "a", encoding="utf-8") as log:
         log.write(printed.getvalue())
     return status
 
 
-def test_reference(config: Config, examples: list[Example]) -> Tensor:
-    """Log-probabilities [E, 2] of the test pairs under the starting model, which is in memory only here."""
-    parent = load_model(Path(config.model), config)
-    return reference_table(config, parent, fingerprint(parent), examples, "test")
-
-
-def measure_on_test(run: Run, where: Path, test: Path, references: dict[str, Tensor]) -> dict:
-    """What the test pairs say of a run, saved: the margins in nats of each pair, what a ruler and the starting model would
-    say of it, and whether its label is flipped; at every checkpoint, if the run asks for it, the accuracy."""
-    config = run.config
-    chat = load_chat(where, config.system_prompt)
-    rows = read_rows(test, "pairs", config.on_bad_row, ledger := Ledger())
-    examples = encode(rows, chat, config.max_length, config.max_prompt_length, ledger)
+def test_examples(run: Run) -> list[Example]:
+    """The test pairs as a run's model reads them."""
+    settings = run.settings
+    chat = runs_on_disk.load_chat(run.directory, settings.system_prompt or "")
+    examples = encode(read_pairs(run.test, settings), chat, settings.max_length, settings.max_prompt_length, Ledger())
     if not examples:
-        raise InputError(f"{test}: no row fits into --max-length {config.max_length}")
-    if config.model not in references:
-        references[config.model] = test_reference(config, examples)
-    reference, flipped = references[config.model], flips(examples)
+        raise InputError(f"{run.test}: no row fits into --max-length {settings.max_length}")
+    return examples
 
-    def margins(directory: Path) -> Tensor:
-        model = Phi.from_pretrained(directory, device=config.device)
-        policy = all_logprobs(model, examples, config.micro_batch_size, config.device, config.dtype, "testing")
-        return (policy - reference).diff(dim=1)[:, 0].neg()  # [E]
 
+def test_reference(settings: Dpo, examples: list[Example]) -> Tensor:
+    """Log-probabilities [E, 2] of the test pairs under the starting model, which is in memory only here."""
+    parent = train.load_model(Path(settings.model), settings)
+    return train.reference_table(settings, parent, fingerprint(parent), examples, "test")
+
+
+def test_margins(directory: Path, settings: Dpo, examples: list[Example], reference: Tensor) -> Tensor:
+    """The log-ratio margins [E] of the test pairs, in nats, of the model in a directory."""
+    model = Phi.from_pretrained(directory, device=settings.device)
+    policy = all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "testing")
+    return dpo.margin(policy, reference)
+
+
+def measure_on_test(run: Run) -> dict:
+    """Measures a run on the test pairs and saves, for each pair, the margin in nats, what the length and the starting model
+    say of it, and whether its label is flipped; at every checkpoint, if the run asks for it, the accuracy."""
+    settings, examples = run.settings, test_examples(run)
+    reference = test_reference(settings, examples)  # [E, 2]
+    flipped, lengths = flips(examples), lengths_of(examples)  # [E], [E, 2]
+    margin = test_margins(run.directory, settings, examples, reference)  # [E]
+    if not margin.isfinite().all():
+        raise InputError("the model's log-probabilities of the test pairs are not finite")
     tensors = {
-        "margin": margins(where),
-        "reference": reference.diff(dim=1)[:, 0].neg(),
-        "longer": completion_lengths(examples).view(-1, 2).diff(dim=1)[:, 0].neg().sign(),
+        "margin": margin,
+        "reference": reference[:, 0] - reference[:, 1],
+        "longer": (lengths[:, 0] - lengths[:, 1]).sign(),
         "flipped": torch.zeros(len(examples), dtype=torch.bool) if flipped is None else flipped,
     }  # all [E], positive where they speak for the answer labelled "chosen"
-    if not tensors["margin"].isfinite().all():
-        raise InputError("the model's log-probabilities of the test pairs are not finite")
-    with whole_file(where / "margins.safetensors") as temporary:
+    with whole_file(run.directory / "margins.safetensors") as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    loss = preference_loss(config.beta * tensors["margin"], config.loss, config.beta, config.eps)
+    loss = dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)
     record = {
-        "accuracy": (tensors["margin"] > 0).double().mean().item(),
+        "accuracy": (margin > 0).double().mean().item(),
         "labels known": flipped is not None,
-        "best step": read_json(where / "results.json")["best_step"],
+        "best step": read_json(run.directory / "results.json")["best_step"],
         "own loss": loss.double().mean().item(),
     }
     if run.checkpoints:
-        signed = {
-            step: torch.where(tensors["flipped"], -m, m)
-            for step in steps_saved(where)
-            for m in [margins(where / "checkpoints" / f"step-{step}")]
-        }
-        record["checkpoints"] = {step: (m > 0).double().mean().item() for step, m in signed.items()}
+        record["checkpoints"] = {}
+        for step in runs_on_disk.steps_saved(run.directory):
+            checkpoint = runs_on_disk.checkpoint_directory(run.directory, step)
+            margin = test_margins(checkpoint, settings, examples, reference)
+            record["checkpoints"][step] = (for_the_right(margin, flipped) > 0).double().mean().item()
     return record

@@ -10,7 +10,7 @@ but some number that depends on model and layer, such as 0.83: compare scores by
 
 F is that of the authors' `bert-score` package without idf and rescaling. As there, [CLS] and [SEP] may be matched but do not
 count, an empty text scores 0, and a text is cut at the model's maximum. RoBERTa's text begins with a space, so its first
-word is the token that it would be inside a sentence (the package asks for that; transformers 5 ignores it).
+word is the token that it would be inside a sentence.
 
 Letters: B texts of a batch, T tokens, D width, N pairs.
 """
@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from data import load_tokenizer
+from data import by_length, load_tokenizer
 from runtime.files import InputError, read_json
-from runtime.weights import stored_tensors
+from runtime.weights import load_weights
 
 # How many layers to use of the models for which it was measured (bert-score 0.3.13's table); of others, all.
 BEST_LAYERS = {"bert-base-uncased": 9, "bert-large-uncased": 18, "roberta-base": 10, "roberta-large": 17}
@@ -38,10 +37,8 @@ BEST_LAYERS = {"bert-base-uncased": 9, "bert-large-uncased": 18, "roberta-base":
 
 
 class Bert(nn.Module):
-    """The embeddings and the first `layers` layers of a BERT (Devlin et al. 2019) or RoBERTa (Liu et al. 2019).
-
-    RoBERTa is the same network, but its positions are counted from padding_idx + 1: `first_position`.
-    """
+    """The embeddings and the first `layers` layers of a BERT (Devlin et al. 2019) or RoBERTa (Liu et al. 2019), which counts
+    its positions from padding_idx + 1: `first_position`."""
 
     def __init__(self, config: dict, layers: int, first_position: int):
         super().__init__()
@@ -50,11 +47,9 @@ class Bert(nn.Module):
         self.positions = nn.Embedding(config["max_position_embeddings"], D)
         self.types = nn.Embedding(config["type_vocab_size"], D)  # first or second sentence of a pair: here always the first
         self.norm = nn.LayerNorm(D, eps)
-        H, inner = config["num_attention_heads"], config["intermediate_size"]
-        make = nn.TransformerEncoderLayer  # LayerNorm after each half, and the exact gelu, as BERT has them
-        self.layers = nn.ModuleList(
-            make(D, H, inner, dropout=0.0, activation=F.gelu, layer_norm_eps=eps, batch_first=True) for _ in range(layers)
-        )
+        sizes = D, config["num_attention_heads"], config["intermediate_size"], 0.0, F.gelu, eps  # 0.0: no dropout
+        # LayerNorm after each half, and the exact gelu, as BERT has them.
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(*sizes, batch_first=True) for _ in range(layers))
         self.first_position = first_position
 
     def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
@@ -94,12 +89,13 @@ def load_encoder(directory: str | Path, layers: int | None, device: str) -> Enco
     roberta = config["model_type"] == "roberta"
     first_position = config.get("pad_token_id", 1) + 1 if roberta else 0
     try:
+        total = config["num_hidden_layers"]
         with torch.device("meta"):
-            total = config["num_hidden_layers"]
             bert = Bert(config, total if layers is None else min(layers, total), first_position)
     except (KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"{path}: these are not the sizes of a BERT ({error!r})") from None
-    fill(bert, directory, device)
+    bert.to_empty(device=device)
+    load_weights(bert, directory, wanted=by_stored_name(bert), rename=current_names)
 
     tokenizer = load_tokenizer(directory)
     if (count := tokenizer.get_vocab_size()) > config["vocab_size"]:
@@ -109,69 +105,55 @@ def load_encoder(directory: str | Path, layers: int | None, device: str) -> Enco
         limit = min(limit, read_json(directory / "tokenizer_config.json").get("model_max_length", limit))
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
-    special = tokenizer.encode("").ids
-    if len(special) != 2:
+    if len(special := tokenizer.encode("").ids) != 2:
         raise InputError(f"{directory}/tokenizer.json: puts {len(special)} tokens around a text, not [CLS] and [SEP]")
     # Not bert.eval(): there is no dropout, and in eval mode PyTorch's encoder layers take a fused path that holds all T x T
     # attention weights and is half as fast for long texts on a CPU.
     return Encoder(bert.requires_grad_(False), tokenizer, torch.tensor(special), " " if roberta else "")
 
 
-STORED_NAMES = (  # our name: the stored tensors whose rows make it up
-    ("words.", ["embeddings.word_embeddings."]),
-    ("positions.", ["embeddings.position_embeddings."]),
-    ("types.", ["embeddings.token_type_embeddings."]),
-    ("self_attn.in_proj_", ["attention.self.query.", "attention.self.key.", "attention.self.value."]),
-    ("self_attn.out_proj.", ["attention.output.dense."]),
-    ("norm1.", ["attention.output.LayerNorm."]),
-    ("linear1.", ["intermediate.dense."]),
-    ("linear2.", ["output.dense."]),
-    ("norm2.", ["output.LayerNorm."]),
-    ("norm.", ["embeddings.LayerNorm."]),
-)
+STORED_NAMES = {  # our name: the stored tensors whose rows make it up
+    "words.": ["embeddings.word_embeddings."],
+    "positions.": ["embeddings.position_embeddings."],
+    "types.": ["embeddings.token_type_embeddings."],
+    "self_attn.in_proj_": ["attention.self.query.", "attention.self.key.", "attention.self.value."],
+    "self_attn.out_proj.": ["attention.output.dense."],
+    "norm1.": ["attention.output.LayerNorm."],
+    "linear1.": ["intermediate.dense."],
+    "linear2.": ["output.dense."],
+    "norm2.": ["output.LayerNorm."],
+    "norm.": ["embeddings.LayerNorm."],
+}
 
 
-def fill(bert: Bert, directory: Path, device: str) -> None:
-    """Reads each parameter of a Bert on the meta device. What else is stored (pooler, heads, later layers) is left alone."""
-    stored = {}  # today's name: (file, stored name)
-    for shard, name in stored_tensors(directory):
-        today = re.sub(r"^(bert|roberta)\.", "", name)
-        today = today.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        stored[today] = (shard, name)
-
-    def read(name: str, shape: list[int]) -> Tensor:
-        if name not in stored:
-            raise InputError(f"{directory}: the weights have no tensor {name!r}, which the config asks for")
-        shard, stored_name = stored[name]
-        with safe_open(shard, framework="pt") as file:
-            tensor = file.get_tensor(stored_name)
-        if list(tensor.shape) != shape or not tensor.is_floating_point():
-            found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            raise InputError(f"{shard}: tensor {stored_name!r} holds {found}, the config needs floats {shape}")
-        return tensor.float()
-
-    tensors = {}
+def by_stored_name(bert: Bert) -> dict[str, Tensor]:
+    """The parameters by their names in a checkpoint; of query, key and value, which are one tensor here, its three parts."""
+    named = {}
     for name, p in bert.named_parameters():
-        ours, theirs = next((ours, theirs) for ours, theirs in STORED_NAMES if ours in name)
-        names = [name.replace("layers.", "encoder.layer.").replace(ours, their) for their in theirs]
-        shape = [p.shape[0] // len(names), *p.shape[1:]]
-        tensors[name] = torch.cat([read(part, shape) for part in names]).to(device)
-    bert.load_state_dict(tensors, assign=True)
+        ours, theirs = next(item for item in STORED_NAMES.items() if item[0] in name)
+        for part, their in zip(p.detach().chunk(len(theirs)), theirs, strict=True):
+            named[name.replace("layers.", "encoder.layer.").replace(ours, their)] = part
+    return named
+
+
+def current_names(key: str) -> list[str]:
+    """The one name of a stored tensor, whichever class and version of transformers wrote it."""
+    key = re.sub(r"^(bert|roberta)\.", "", key)
+    return [key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")]
 
 
 @torch.no_grad()
 def embed(encoder: Encoder, tokens: list[list[int]], batch_size: int) -> list[Tensor]:
     """The hidden states [T, D] of each text's tokens, on the CPU."""
     device, states = encoder.bert.norm.weight.device, [torch.empty(0)] * len(tokens)
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))  # like lengths together: little padding
+    order = by_length(tokens)
     for start in tqdm(range(0, len(order), batch_size), desc="embedding", unit="batch", leave=False, disable=None):
         part = order[start : start + batch_size]
-        length = torch.tensor([len(tokens[i]) for i in part])  # [B]
         padded = nn.utils.rnn.pad_sequence([torch.tensor(tokens[i]) for i in part], batch_first=True)  # [B, T]
-        padding = torch.arange(padded.shape[1]) >= length[:, None]
+        padding = torch.arange(padded.shape[1]) >= torch.tensor([len(tokens[i]) for i in part])[:, None]
         h = encoder.bert(padded.to(device), padding.to(device)).cpu()  # [B, T, D]
-        for i, row, n in zip(part, h, length.tolist()):
-            states[i] = row[:n].clone()  # or it would keep the whole batch alive
+        for i, row in zip(part, h):
+            states[i] = row[: len(tokens[i])].clone()  # or it would keep the whole batch alive
     return states
 
 

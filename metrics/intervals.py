@@ -15,9 +15,9 @@ labelled "chosen" over the other. If the *clean* preference follows Bradley and 
 
 so however sure the model is, it disagrees with a share eps of the labels: the curve levels off at eps and 1-eps. It is
 fitted by maximum likelihood over (eps, a), and the interval holds every eps whose best likelihood is within 1.92 nats of the
-best of all (profile likelihood, Wilks 1938). Two assumptions: the pairs were held out (a model that learned a flipped label
-by heart agrees with it), and the model is right where it is surest. Where it is not, its own errors count as flips, so read
-the estimate as "at most about". A model that knows nothing fits every eps: then the interval is wide.
+best of all (profile likelihood, Wilks 1938). Two assumptions: the pairs were held out (a model that memorized a flipped
+label agrees with it), and the model is right where it is surest. Where it is not, its own errors count as flips, so read the
+estimate as "at most about". A model that knows nothing fits every eps: then the interval is wide.
 """
 
 from collections.abc import Callable

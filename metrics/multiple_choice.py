@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 
 from data import LETTERS, ChatML, Example
 from metrics.intervals import Estimate, share
-from model import Phi
-from passes import all_logprobs
+from model import Phi, all_logprobs
 
 SCORED = ("letter", "summed", "per char")
 # "Answer: C", "the answer is (C)", "Option C is right"; not "Answer: A force acts".
@@ -59,10 +58,10 @@ def parse_letter(reply: str, count: int) -> int | None:
 def score_options(
     model: Phi, examples: Sequence[Example], chat: ChatML, batch_size: int, device: str, dtype: str
 ) -> Choices:
-    """Picks by the three scored methods. The examples are of `data.parse_mcq`: extra["choices"] and extra["letter"]."""
+    """Picks by the three scored methods. Every example has `choices` and `answer`."""
     made = Choices(
-        right=[LETTERS.index(e.extra["letter"]) for e in examples],
-        counts=[len(e.extra["choices"]) for e in examples],
+        right=[e.answer for e in examples],
+        counts=[len(e.choices) for e in examples],
         topics=[topic(e) for e in examples],
         picks={name: [None] * len(examples) for name in SCORED},
     )
@@ -71,7 +70,7 @@ def score_options(
         asked = [replace(examples[i], completions=replies(examples[i], chat)) for i in part]
         table = all_logprobs(model, asked, batch_size, device, dtype, f"{count} options")  # [E, 2 count]
         for i, (letters, options) in zip(part, table.view(len(part), 2, count), strict=True):  # [count], [count]
-            characters = options.new_tensor([len(choice) for choice in examples[i].extra["choices"]])  # [count]
+            characters = options.new_tensor([len(choice) for choice in examples[i].choices])  # [count]
             scores = {"letter": letters, "summed": options, "per char": options / characters}
             for name, values in scores.items():
                 made.picks[name][i] = int(values.argmax())
@@ -80,8 +79,7 @@ def score_options(
 
 def replies(example: Example, chat: ChatML) -> list[list[int]]:
     """Token ids of all letters, then of all options' texts."""
-    choices = example.extra["choices"]
-    return [chat.reply(text) for text in (*LETTERS[: len(choices)], *choices)]
+    return [chat.reply(text) for text in (*LETTERS[: len(example.choices)], *example.choices)]
 
 
 def accuracies(choices: Choices) -> dict[str, Estimate]:
@@ -121,3 +119,23 @@ def position_bias(choices: Choices, method: str) -> float | None:
         return None
     picked, right = (letter_shares(side) for side in zip(*valid))
     return sum(abs(picked.get(letter, 0) - right.get(letter, 0)) for letter in LETTERS) / 2
+
+
+def generated(answers: Sequence[str], examples: Sequence[Example]) -> Choices:
+    """The letters that sampled answers name."""
+    counts = [len(e.choices) for e in examples]
+    picks = [parse_letter(answer, count) for answer, count in zip(answers, counts, strict=True)]
+    return Choices([e.answer for e in examples], counts, [topic(e) for e in examples], {"generated": picks})
+
+
+def summary(scored: Sequence[Choices]) -> dict:
+    """Accuracy, position bias and picks by method, accuracy by topic (letters), chance, and the share of invalid answers."""
+    made = {"choices": {}, "position bias": {}, "picks": {"right": letter_shares(scored[0].right)}}
+    for part in scored:
+        made["choices"] |= accuracies(part)
+        for method, picks in part.picks.items():
+            made["position bias"][method] = position_bias(part, method)
+            made["picks"][method] = letter_shares(picks)
+            if method == "generated":
+                made["invalid"] = invalid(part)
+    return made | {"chance": chance(scored[0]), "by topic": by_topic(scored[0], "letter")}

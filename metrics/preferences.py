@@ -1,4 +1,4 @@
-"""Preference pairs, measured: does the model's reward order them as the labels do, and would a ruler do as well?
+"""Preference pairs, measured: does the model's reward order them as the labels do, and would their lengths do as well?
 
 With the reward margin m = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), in nats, of every pair (dpo.py has beta on it,
 which changes no sign):
@@ -6,25 +6,39 @@ which changes no sign):
     reward accuracy    share of m > 0; a tie, m = 0, is no success and is counted apart. The course (CS-552) and TRL say the
                        same: chosen reward > rejected reward
     debiased accuracy  what that would be on clean labels, if a share eps of these is flipped (`dpo.debiased_accuracy`)
-    clean accuracy     on the true labels, where the rows tell which were flipped (the demo's do)
+    clean accuracy     on the true labels, where a truth file says which ones are flipped (`data.Truth`)
     margin             mean m; comparable across beta and eps
     DPO loss           mean softplus(-beta m), without any eps: comparable across eps at one beta
-    flip rate          of the labels, as `intervals.estimate_flip_rate` makes of m
+    flip rate          of the labels, as `intervals.estimate_flip_rate` estimates it from m
 
 Beside it, what needs no training, because an accuracy means nothing alone:
 
     longer, shorter    accuracy of "the longer answer wins" and of its opposite; equal lengths count one half
     reference          accuracy of log pi_ref, as a sum over the answer and per token
-    matched            reward accuracy on pairs of nearly equal length, where a ruler is of no use
+    matched            reward accuracy on pairs of nearly equal length, where lengths are no help
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import dpo
+from data import Example
 from metrics.intervals import Estimate, debiased, estimate_flip_rate, mean, share
 
 MATCHED = 0.9  # the shorter answer has at least this share of the longer one's tokens
+
+
+def flips(examples: Sequence[Example]) -> Tensor | None:
+    """Which labels are wrong, [E]; None unless that is known of all of them (`data.Truth`)."""
+    known = [e.truth.flipped if e.truth else None for e in examples]
+    return None if None in known else torch.tensor(known, dtype=torch.bool)
+
+
+def for_the_right(score: Tensor, flipped: Tensor | None) -> Tensor:
+    """A score [E] of the answer labelled "chosen", with the sign turned where the label is known to be wrong."""
+    return score if flipped is None else torch.where(flipped, -score, score)
 
 
 def accuracy(score: Tensor) -> Estimate:
@@ -37,16 +51,16 @@ def measure_rewards(
 ) -> dict[str, Estimate]:
     """policy, reference: log-probabilities [E, 2] in nats of chosen and rejected; lengths [E, 2] in tokens; flipped [E]: is
     the label wrong, if that is known. A measure that does not apply is left out."""
-    margin = (policy - reference).diff(dim=1)[:, 0].neg()  # [E]
+    margin = dpo.margin(policy, reference)  # [E]
     made = {"reward accuracy": accuracy(margin)}
     if eps is not None:
         made["debiased accuracy"] = debiased(made["reward accuracy"], eps)
     if flipped is not None:
-        made["clean accuracy"] = accuracy(torch.where(flipped, -margin, margin))
+        made["clean accuracy"] = accuracy(for_the_right(margin, flipped))
     made |= {
         "ties": share((margin == 0).sum().item(), len(margin)),
         "margin": mean(margin),
-        "DPO loss": mean(F.softplus(-beta * margin)),
+        "DPO loss": mean(dpo.sigmoid_loss(beta * margin)),
     }
     if margin.any():
         made["flip rate"] = estimate_flip_rate(margin)
@@ -65,11 +79,11 @@ def measure_baselines(
     made = {"longer wins": share(wins, len(longer)), "shorter wins": share(len(longer) - wins, len(longer))}
     for name, table in (("reference", reference), ("model alone", policy)):
         if table is not None:
-            made[f"{name}, sum"] = accuracy(table.diff(dim=1)[:, 0].neg())
-            made[f"{name}, per token"] = accuracy((table / lengths).diff(dim=1)[:, 0].neg())
+            made[f"{name}, sum"] = accuracy(table[:, 0] - table[:, 1])
+            per_token = table / lengths  # [E, 2]
+            made[f"{name}, per token"] = accuracy(per_token[:, 0] - per_token[:, 1])
     if flipped is not None:
-        own = policy.diff(dim=1)[:, 0].neg()
-        made["right answer likelier"] = accuracy(torch.where(flipped, -own, own))
+        made["right answer likelier"] = accuracy(for_the_right(policy[:, 0] - policy[:, 1], flipped))
     return made
 
 
@@ -81,20 +95,22 @@ def matched_lengths(lengths: Tensor) -> Tensor:
 def training_summary(
     policy: Tensor, reference: Tensor, lengths: Tensor, flipped: Tensor | None, eps: float | None
 ) -> dict[str, float]:
-    """The few of these numbers that the table at the end of a training run shows. Shapes as in `measure_rewards`."""
-    rewards = measure_rewards(policy, reference, lengths, flipped, eps, beta=1.0)
-    baselines = measure_baselines(policy, None, lengths, flipped)
+    """The few numbers in the table at the end of a training run, without intervals. Shapes as in `measure_rewards`."""
+    margin = dpo.margin(policy, reference)  # [E]
+    longer = lengths[:, 0] - lengths[:, 1]  # [E]
+    own = policy[:, 0] - policy[:, 1]  # [E]
     per_token = policy.sum(dim=0) / lengths.sum(dim=0)  # [2]
+    accuracy = (margin > 0).double().mean().item()
     made = {
-        "reward accuracy": rewards["reward accuracy"],
-        "debiased accuracy": rewards.get("debiased accuracy", rewards["reward accuracy"]),
-        "ties": rewards["ties"],
-        "longer answer wins": baselines["longer wins"],
-        "chosen likelier": baselines["model alone, sum"],
+        "reward accuracy": accuracy,
+        "debiased accuracy": dpo.debiased_accuracy(accuracy, eps),
+        "ties": (margin == 0).double().mean().item(),
+        "longer answer wins": ((longer.sign() + 1) / 2).double().mean().item(),
+        "chosen likelier": (own > 0).double().mean().item(),
+        "logp per token, chosen": per_token[0].item(),
+        "logp per token, rejected": per_token[1].item(),
     }
-    made = {name: estimate.value for name, estimate in made.items()}
-    made |= {"logp per token, chosen": per_token[0].item(), "logp per token, rejected": per_token[1].item()}
     if flipped is not None:
-        made["clean reward accuracy"] = rewards["clean accuracy"].value
-        made["right answer likelier"] = baselines["right answer likelier"].value
+        made["clean reward accuracy"] = ((margin > 0) != flipped)[margin != 0].double().sum().item() / len(margin)
+        made["right answer likelier"] = ((own > 0) != flipped)[own != 0].double().sum().item() / len(own)
     return made

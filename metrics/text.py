@@ -7,6 +7,8 @@
     BERTScore    Zhang et al. 2020, F1 (bertscore.py)
     ends         share of the model's answers that end by themselves within the tokens that they were given
 
+Two models on the same answers: `divergence`, how far the outputs of one are from those of the other.
+
 All but the first compare one sampled answer with one reference; they reward its words, not its truth.
 """
 
@@ -16,11 +18,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data import LETTERS, ChatML, Example
+from data import ChatML, Example, collate
 from metrics.intervals import Estimate, mean, ratio
 from metrics.multiple_choice import parse_letter
-from passes import grades
+from model import LOGIT_CHUNK, Phi
 
 
 def likelihood(logprobs: Tensor, lengths: Tensor) -> dict[str, Estimate]:
@@ -57,6 +60,15 @@ def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Est
     return {"BLEU": score, **rouge(answers, references)}, signature
 
 
+def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, list[bool]]:
+    """{grade: which answers have it}, for the grades that the truth of every example has (`data.Truth`)."""
+    if not all(e.truth and e.truth.grades for e in examples):
+        return {}
+    graded = [e.truth.grade(answer) for answer, e in zip(answers, examples, strict=True)]
+    shared = [name for name in (graded[0] if graded else ()) if all(name in one for one in graded)]
+    return {name: [one[name] for one in graded] for name in shared}
+
+
 def answer_summary(
     answers: list[str], ended_flags: list[bool], examples: Sequence[Example], chat: ChatML
 ) -> dict[str, float]:
@@ -65,8 +77,33 @@ def answer_summary(
         "tokens per answer": sum(len(chat.encode_text(a)) for a in answers) / len(answers),
         "answers that end": sum(ended_flags) / len(answers),
     }
-    if all("letter" in e.extra for e in examples):
-        picks = [parse_letter(answer, len(e.extra["choices"])) for answer, e in zip(answers, examples, strict=True)]
-        right = [pick == LETTERS.index(e.extra["letter"]) for pick, e in zip(picks, examples, strict=True)]
+    if all(e.choices for e in examples):
+        right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
         summary["sampled: right letter"] = sum(right) / len(right)
     return summary | {f"sampled: {name}": sum(right) / len(right) for name, right in grades(answers, examples).items()}
+
+
+@torch.no_grad()
+def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: int, device: str) -> dict[str, float]:
+    """How far `other` is from `full`, over all predicted tokens of the examples' completions, each a mean over tokens:
+
+    kl      KL(full || other) = sum_v p_v (log p_v - log p'_v), in nats
+    top 1   share of tokens whose likeliest successor is the same
+    loss    -log p'(the token that follows), in nats
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    count = 0
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
+        batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
+        states = [full.predicting(batch), other.predicting(batch)]  # two of [M, D]
+        chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
+        for h, h_other, target in zip(*(state.split(chunk) for state in states), batch.target.split(chunk), strict=True):
+            p = full.lm_head(h).float().log_softmax(-1)  # [m, V]
+            q = other.lm_head(h_other).float().log_softmax(-1)  # [m, V]
+            kl = (p.exp() * (p - q)).sum()
+            agree = (p.argmax(-1) == q.argmax(-1)).sum()
+            sums += torch.stack((kl, agree, -q.gather(1, target[:, None]).sum())).double().cpu()
+        count += len(batch.target)
+    kl, agree, loss = (sums / count).tolist()
+    return {"kl": kl, "top 1": agree, "loss": loss}

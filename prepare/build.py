@@ -1,215 +1,194 @@
-"""--stage data: sources in, checked data sets out, with everything that a person should know about them beside them.
+"""--stage data: from sources to checked data sets, and beside them what a person should know about them.
 
     out/data/  train-20000.jsonl ... (or train.jsonl)   test.jsonl   mcq-train.jsonl   mcq-test.jsonl
                topics_to_review.jsonl   ledger.json   statistics.json   figures/dataset.png   README.md (the data card)
 
-The teacher's answers are in OUT/teacher/journal.jsonl and the commits of hub data sets in OUT/sources.lock.json, both kept
-for later runs. The folder appears when all of it is written; a build that was stopped is started again by the same command.
+The folder appears when all of it is written. OUT/teacher/journal.jsonl keeps the teacher's answers and OUT/sources.lock.json
+the commits of hub data sets, so after a stop the same command continues.
 """
 
-import json
+import math
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from data import LETTERS, load_tokenizer
+from metrics.tables import markdown, picture
 from prepare import mixture
-from prepare.sources import Item, read_source
-from prepare.teacher import Journal, Teacher, ask_all, estimate
-from runtime.files import InputError, read_json, whole_directory, write_json
-from runtime.settings import Config
+from prepare.sources import Item, Reading, read_source
+from prepare.teacher import ask_all, estimate, open_teacher
+from runtime.files import InputError, json_object, numbered_lines, read_json, whole_directory, write_json, write_jsonl
+from runtime.settings import Data
 from runtime.weights import resolve
 
 
-def build_data(config: Config) -> None:
-    """Builds the data sets of a config, or says what it would ask the teacher in a dry run."""
-    run = Path(config.out) / config.name
-    check_output(run, config)
-    counts: dict[str, Counter] = {}
-    items, origins = read_sources(config, counts)
-    for label, count in counts.items():
-        print(f"{origins[label]}: " + ", ".join(f"{number:,} {what}" for what, number in count.items()))
+def run(settings: Data) -> int:
+    """Builds the data sets. A dry run only says what the teacher would be asked."""
+    folder = Path(settings.out) / settings.name
+    check_output(folder, settings)
+    sizes, shares = sizes_and_shares(settings)
+    reviewed = reviewed_topics(settings.topics)
+    teacher, journal = open_teacher(settings)
+
+    sources = read_sources(settings)
+    items = [item for source in sources.values() for item in source.items]
     for item in items:
-        item.choices = mixture.shuffled_choices(item, config.seed)
-    told = filled_in(config)
-    if not asked(config, items):
-        return
+        item.choices = mixture.shuffled_choices(item, settings.seed)
+    jobs = mixture.jobs(items, settings.seed)
+    if settings.dry_run:
+        requests = [request for job in jobs for request in job.requests]
+        missing = f"{len(requests):,} answers are missing; --teacher MODEL asks"
+        print(estimate(requests, journal, teacher) if teacher else missing)
+        return 0
+    if teacher:
+        for job in jobs:
+            job.fill(ask_all(job.requests, journal, teacher, job.label))
+        spent = teacher.cost(journal.tokens)
+        print(f"teacher {teacher.model}: {journal.tokens[0]:,} tokens in and {journal.tokens[1]:,} out so far, {spent:.2f}")
 
     left_out = Counter()
     rows = mixture.clean(mixture.make_pairs(items), left_out)
-    rows, review = mixture.review_topics(rows, told, left_out)
-    if config.match_lengths:
-        rows = mixture.match_lengths(rows, config.seed, left_out)
-    train, test = mixture.split(rows, config.eval_share, config.seed)
-    choices = multiple_choice(items, config)
-    if not (train and test) and not choices:
-        raise InputError(
-            f"no pairs are left: {describe_counts(left_out)}. Sources without pairs of their own need --teacher MODEL"
-        )
-    made = ({"test": test, **mixed(config, train)} if train and test else {}) | choices
-    ledger = {"read": {name: dict(count) for name, count in counts.items()}, "items": len(items), "left out": dict(left_out)}
-    ledger |= {"files": {name: len(part) for name, part in made.items()}, "pairs": len(train) + len(test)}
-    if ledger["pairs"] + sum(left_out.values()) != len(items):
+    rows, review = mixture.review_topics(rows, reviewed, left_out)
+    if settings.match_lengths:
+        rows = mixture.match_lengths(rows, settings.seed, left_out)
+    train, test = mixture.split(rows, settings.eval_share, settings.seed)
+    pairs = {}
+    if train and test:
+        pairs = {"test": test} | mixture.mixtures(train, sizes, shares, settings.shares_by, settings.seed)
+    files = pairs | multiple_choice(items, settings)
+    if not files:
+        raise InputError(f"no pairs are left: {in_words(left_out)}. Sources without pairs of their own need --teacher MODEL")
+    ledger = {"read": {name: dict(source.counts) for name, source in sources.items()}, "items": len(items)}
+    ledger |= {"left out": dict(left_out), "pairs": len(rows)}
+    ledger["files"] = {name: len(part) for name, part in files.items()}
+    if len(rows) + left_out.total() != len(items):
         raise AssertionError(f"the ledger does not add up: {ledger}")
 
-    length, unit = token_length(config)
-    stats = {name: mixture.statistics(part, length) for name, part in made.items() if name not in choices}
-    for name, part in stats.items():
-        print(mixture.describe(name, part, unit))
-    print(f"left out: {describe_counts(left_out)}; {len(review):,} pairs without a topic are in topics_to_review.jsonl")
-    with whole_directory(run) as folder:
-        write_json(folder / "run.json", {"config": vars(config)})
-        write_json(folder / "statistics.json", {"unit": unit, **stats})
-        if stats:
-            mixture.figure(train, test, folder / "figures" / "dataset.png")
-        mixture.write_all(
-            folder, made, review, ledger, data_card(config, counts, origins, left_out, made, stats, unit, items)
-        )
-    print(f"Written to {run}/: " + ", ".join(f"{name}.jsonl ({len(part):,})" for name, part in made.items()) + ", README.md")
+    length, unit = token_length(settings)
+    statistics = {name: mixture.statistics(part, length) for name, part in pairs.items()}
+    described = [mixture.describe(name, part, unit) for name, part in statistics.items()]
+    summary = f"left out: {in_words(left_out)}; {len(review):,} pairs without a topic are in topics_to_review.jsonl"
+    print(*described, summary, sep="\n")
+    with whole_directory(folder) as temporary:
+        write_json(temporary / "run.json", {"stage": "data", "settings": asdict(settings)})
+        for name, part in files.items():
+            write_jsonl(temporary / f"{name}.jsonl", part)
+        write_jsonl(temporary / "topics_to_review.jsonl", review)
+        write_json(temporary / "ledger.json", ledger)
+        write_json(temporary / "statistics.json", {"unit": unit, **statistics})
+        if pairs:
+            figure(train, test, temporary / "figures" / "dataset.png")
+        (temporary / "README.md").write_text(data_card(settings, sources, ledger, described), encoding="utf-8")
+    written = [f"{name}.jsonl ({len(part):,})" for name, part in files.items()]
+    print(f"Written to {folder}/: {', '.join(written)}, README.md")
+    return 0
 
 
-def check_output(run: Path, config: Config) -> None:
-    """InputError rather than writing over an earlier build that nobody asked to delete."""
-    if config.dry_run or not run.exists() or not any(run.iterdir()):
+def check_output(folder: Path, settings: Data) -> None:
+    """InputError if the folder holds something that may not be replaced."""
+    if settings.dry_run or not folder.exists() or not any(folder.iterdir()):
         return
-    if not config.overwrite:
-        raise InputError(f"{run} already holds data sets. Replace them with --overwrite, or give these another --name.")
-    if not (run / "ledger.json").exists():
-        raise InputError(f"{run}: has no ledger.json, so this program did not make it, and it is not replaced")
+    if not settings.overwrite:
+        raise InputError(f"{folder} already holds data sets. Replace them with --overwrite, or give these another --name.")
+    if not (folder / "ledger.json").exists():
+        raise InputError(f"{folder}: has no ledger.json, so this program did not make it, and it is not replaced")
 
 
-def asked(config: Config, items: list[Item]) -> bool:
-    """Lets the teacher, if there is one, fill in what the items lack; in a dry run says what that would take: False."""
-    teacher, journal = open_teacher(config)
-    if config.dry_run:
-        wanted = mixture.requests(items, config.seed)
-        without = f"{len(wanted):,} answers are missing; --teacher MODEL asks"
-        print(estimate(wanted, journal, teacher) if teacher else without)
-        return False
-    if teacher:
-        mixture.teach(items, lambda requests, label: ask_all(requests, journal, teacher, label), config.seed)
-        spent = teacher.cost(journal.tokens)
-        print(f"teacher {teacher.model}: {journal.tokens[0]:,} tokens in and {journal.tokens[1]:,} out so far, {spent:.2f}")
-    return True
-
-
-def read_sources(config: Config, counts: dict[str, Counter]) -> tuple[list[Item], dict[str, str]]:
-    """All items, and where each source came from. Commits of the hub are pinned in OUT/sources.lock.json."""
-    lock = Path(config.out) / "sources.lock.json"
-    pinned = read_json(lock) if lock.exists() else {}
-    items, origins = [], {}
-    for label in (part.strip() for part in config.sources.split(",")):
-        name, _, path = label.partition("=")
-        if label in counts:
-            raise InputError(f"--sources names {label} twice")
-        counts[label] = Counter()
-        more, origins[label] = read_source(name, path or None, counts[label], pinned.get(name), config.on_bad_row)
-        items += more
-        if not path:
-            pinned[name] = origins[label].rpartition("@")[2]
-            write_json(lock, pinned)
-    return items, origins
-
-
-def open_teacher(config: Config) -> tuple[Teacher | None, Journal]:
-    journal = Journal.open(Path(config.out) / "teacher" / "journal.jsonl")
-    if not config.teacher:
-        return None, journal
+def sizes_and_shares(settings: Data) -> tuple[list[int], dict[str, float]]:
+    """ "20000,30000" and "epfl=2,mmlu_stem=1" -> [20000, 30000] and {"epfl": 2.0, "mmlu_stem": 1.0}"""
     try:
-        price = tuple(float(value) for value in config.price.split(",")) if config.price else (0.0, 0.0)
-        if len(price) != 2 or min(price) < 0:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--price {config.price}: two numbers, per million tokens in and out, such as 0.5,1.5") from None
-    if config.budget is not None and not config.price:
-        raise InputError("--budget needs --price IN,OUT: per million tokens in and out")
-    return Teacher(config.teacher, config.concurrency, price, config.budget), journal
-
-
-def filled_in(config: Config) -> dict[str, str]:
-    """Topics by question from a filled-in copy of topics_to_review.jsonl."""
-    if not config.topics:
-        return {}
-    told = {}
-    try:
-        lines = Path(config.topics).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{config.topics}: {error.strerror}") from None
-    for number, line in enumerate(filter(str.strip, lines), start=1):
-        try:
-            row = json.loads(line)
-            key, value = mixture.row_key({"prompt": row["prompt"], "question_id": ""}), row["topic"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{config.topics}:{number}: not a row of topics_to_review.jsonl ({error!r})") from None
-        if value.strip() and value.strip() not in (*mixture.TOPICS, "drop"):
-            raise InputError(f"{config.topics}:{number}: {value!r} is none of {', '.join(mixture.TOPICS)}, drop")
-        told[key] = value
-    return told
-
-
-def mixed(config: Config, train: list[dict]) -> dict[str, list[dict]]:
-    """{"train-20000": rows, ...}, or {"train": rows} with all of them."""
-    try:
-        shares = {
-            name: float(share) for name, _, share in (p.partition("=") for p in filter(None, config.shares.split(",")))
-        }
-        sizes = [int(size) for size in filter(None, config.sizes.split(","))]
-        if min([*shares.values(), *sizes], default=1) <= 0:
+        sizes = [int(size) for size in settings.sizes.split(",") if size]
+        shares = {part.partition("=")[0]: float(part.partition("=")[2]) for part in settings.shares.split(",") if part}
+        if not all(0 < value < math.inf for value in (*sizes, *shares.values())):
             raise ValueError("not positive")
     except ValueError as error:
         raise InputError(f"--sizes 20000,30000 and --shares epfl=2,mmlu_stem=1 take positive numbers ({error})") from None
-    if not sizes:
-        return {"train": mixture.mix(train, shares, config.shares_by, str(config.seed))}
-    made = mixture.mixtures(train, sizes, shares, config.shares_by, config.seed, config.independent)
-    return {f"train-{size}": rows for size, rows in made.items()}
+    return sizes, shares
 
 
-def multiple_choice(items: list[Item], config: Config) -> dict[str, list[dict]]:
-    """mcq-train and mcq-test, split as the pairs are."""
-    rows = []
-    for item in items:
-        if not item.choices:
-            continue
-        row = {"prompt": mixture.prompt_text(item), "question": item.question, "choices": item.choices}
-        row |= {
-            "answer": LETTERS[item.choices.index(item.answer)],
-            "explanation": item.explanation,
-            "topic": item.topic or "Unknown",
-        }
-        rows.append(row | {"source": item.source, "question_id": item.question_id, "licence": item.licence})
-    unique = list({mixture.row_key(row): row for row in rows}.values())
-    if not unique:
-        return {}
-    train, test = mixture.split(unique, config.eval_share, config.seed)
-    for row in unique:
-        del row["prompt"]  # --stage mcq makes its own of question and choices
-    return {"mcq-train": train, "mcq-test": test}
+def reviewed_topics(path: str | None) -> dict[str, str]:
+    """The topics in a filled-in copy of topics_to_review.jsonl, by the question's `row_key`."""
+    topics = {}
+    for number, line in numbered_lines(path) if path else ():
+        try:
+            row = json_object(line)
+            topic = topics[mixture.row_key(row)] = row["topic"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}:{number}: not a row of topics_to_review.jsonl ({error!r})") from None
+        if topic and topic not in (*mixture.TOPICS, "drop"):
+            raise InputError(f"{path}:{number}: {topic!r} is none of {', '.join(mixture.TOPICS)}, drop")
+    return topics
 
 
-def token_length(config: Config):
-    """(text -> length, its unit): tokens of --model's tokenizer, or words and signs without a model."""
-    if config.model == "demo":
+def read_sources(settings: Data) -> dict[str, Reading]:
+    """What each source of --sources gave. The first build pins the commits of hub sets in OUT/sources.lock.json."""
+    lock = Path(settings.out) / "sources.lock.json"
+    pinned = read_json(lock) if lock.exists() else {}
+    sources = {}
+    for label in (part.strip() for part in settings.sources.split(",")):
+        if label in sources:
+            raise InputError(f"--sources names {label} twice")
+        name, _, path = label.partition("=")
+        source = read_source(name, path, pinned.get(name), settings.on_bad_row)
+        print(f"{source.origin}: {in_words(source.counts)}")
+        if not path:
+            pinned[name] = source.origin.rpartition("@")[2]
+            write_json(lock, pinned)
+        sources[label] = source
+    return sources
+
+
+def token_length(settings: Data) -> tuple[Callable[[str], int], str]:
+    """(text -> length, its unit): tokens of --model's tokenizer, or words without a model."""
+    if settings.model is None:
         return mixture.words, "words and signs"
-    tokenizer = load_tokenizer(resolve(config.model, config.revision))
+    tokenizer = load_tokenizer(resolve(settings.model, settings.revision))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "tokens"
 
 
-def describe_counts(counts: Counter) -> str:
+def multiple_choice(items: list[Item], settings: Data) -> dict[str, list[dict]]:
+    """mcq-train and mcq-test, each question once, split like the pairs."""
+    unique = {}
+    for item in (item for item in items if item.choices):
+        row = {"question": item.question, "choices": item.choices, "answer": LETTERS[item.choices.index(item.answer)]}
+        row |= {"explanation": item.explanation} | mixture.origin(item)
+        unique[mixture.row_key({"prompt": mixture.prompt_text(item)})] = row
+    train, test = mixture.split(list(unique.values()), settings.eval_share, settings.seed)
+    return {"mcq-train": train, "mcq-test": test} if unique else {}
+
+
+def in_words(counts: Counter) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in counts.most_common()) or "nothing"
 
 
-def data_card(config: Config, counts, origins, left_out: Counter, made, stats, unit: str, items: list[Item]) -> str:
+def figure(train: list[dict], test: list[dict], path: Path) -> None:
+    """The rows by source and by topic, training and test stacked: the report's Figure 1."""
+    with picture(path, columns=2, size=(12, 4)) as axes:
+        for axis, kind in zip(axes, ("source", "topic")):
+            in_train, in_test = (Counter(row[kind] for row in rows) for rows in (train, test))
+            names = [name for name, _ in (in_train + in_test).most_common()][::-1]
+            left = [in_train[name] for name in names]
+            axis.barh(names, left, color="C0", label="training")
+            axis.barh(names, [in_test[name] for name in names], left=left, color="C1", label="test")
+            axis.set(xlabel="pairs", title=f"by {kind}")
+        axes[0].legend(fontsize=8)
+
+
+def data_card(settings: Data, sources: dict[str, Reading], ledger: dict, described: list[str]) -> str:
     """README.md of the output folder."""
-    lines = ["# Preference pairs", "", "| source | from | records |", "|---|---|---:|"]
-    for label, count in counts.items():
-        lines.append(f"| {label.partition('=')[0]} | {origins[label]} | {count['records']:,} |")
-    terms = sorted({(item.source, item.licence) for item in items})
-    lines += ["", "| questions of | licence |", "|---|---|", *(f"| {source} | {licence} |" for source, licence in terms)]
-    lines += ["", "| file | rows |", "|---|---:|", *(f"| {name}.jsonl | {len(rows):,} |" for name, rows in made.items())]
-    teacher = (
-        f"{config.teacher} (explanations of bare answers, rejected answers, topics)" if config.teacher else "none was asked"
-    )
-    lines += ["", f"Teacher: {teacher}. Seed {config.seed}; {config.eval_share:.0%} of the questions are for tests, and no"]
-    lines += ["question stands on both sides. Left out:", ""]
-    lines += [f"- {number:,} {reason}" for reason, number in left_out.most_common()] or ["- nothing"]
-    lines += ["", "```", *(mixture.describe(name, part, unit) for name, part in stats.items()), "```", ""]
-    return "\n".join([*lines, *(["![Sources and topics](figures/dataset.png)", ""] if stats else [])])
+    read = [(label.partition("=")[0], s.origin, f"{s.counts['records']:,}") for label, s in sources.items()]
+    licences = sorted({(item.source, item.licence) for source in sources.values() for item in source.items})
+    files = [(f"{name}.jsonl", f"{rows:,}") for name, rows in ledger["files"].items()]
+    parts = [
+        "# Preference pairs",
+        markdown(("source", "from", "records"), read),
+        markdown(("questions of", "licence"), licences),
+        markdown(("file", "rows"), files),
+        f"The teacher, who wrote missing explanations, rejected answers and topics: {settings.teacher or 'none'}.",
+        f"{settings.eval_share:.0%} of the questions are for tests; no question is on both sides. Seed: {settings.seed}.",
+        f"Left out: {in_words(Counter(ledger['left out']))}.",
+    ]
+    if described:
+        parts += ["\n".join(["```", *described, "```"]), "![Sources and topics](figures/dataset.png)"]
+    return "\n\n".join(parts) + "\n"

@@ -1,45 +1,27 @@
-"""From items to data sets: pairs, cleaned, split by question, mixed to a size, and a picture of what came out.
+"""From items to data sets: pairs are made, cleaned, split by question, mixed to a size, and described.
 
     items --make_pairs--> rows --clean--> rows --split--> test rows
-            teacher            counted            `-----> training rows --mix--> 20,000 inside 30,000 inside 40,000
+     jobs for the teacher     left out: counted   `-----> training rows --mix--> 20,000 inside 30,000 inside 40,000
 
-Every row that is left out is counted with its reason. Nothing is drawn at random but from the seed.
+Every row that is left out is counted, by reason. All random choices follow from the seed and the row's own text.
 """
 
 import hashlib
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass
 
-from data import LETTERS, Row, check_no_leak, question_key, split_by_question
-from metrics.tables import picture
-from prepare.sources import Item
-from prepare.teacher import Request, explanation, rejected, topic
-from runtime.files import InputError, write_json, write_jsonl, write_text
+from data import Row, check_no_leak, question_key, split_by_question
+from prepare.sources import EECS, Item
+from prepare.teacher import Request, explanation, lettered, rejected, topic
+from runtime.files import InputError
 
-SHORTEST = 10  # characters; a shorter answer is no essay to prefer
+SHORTEST = 10  # characters of an answer
 PAIRS_A_QUESTION = 10
-TOPICS = (
-    "Mathematics",
-    "Physics",
-    "Chemistry",
-    "Biology",
-    "Computer Science",
-    "Electrical Engineering and Computer Science",
-)
-Ask = Callable[[list[Request], str], list[str | None]]
-
-
-# --------------------------------------------------------------------------------------------------------------- the pairs
-
-
-def wrong_option(item: Item, seed: int) -> str | None:
-    """One of the wrong options, by the hash of the question; None if there are no options."""
-    wrong = [choice for choice in item.choices if choice != item.answer]
-    return random.Random(f"{seed}\n{item.question}").choice(wrong) if wrong else None
+BARE = 40  # characters; a shorter answer needs an explanation before it can be preferred
+TOPICS = ("Mathematics", "Physics", "Chemistry", "Biology", "Computer Science", EECS)
 
 
 # "Answer: C", "hence B", "Option (A)", "So A is your answer", or a letter alone at the end or beginning of a line.
@@ -52,235 +34,202 @@ NAMES_A_LETTER = re.compile(
 
 
 def shuffled_choices(item: Item, seed: int) -> list[str]:
-    """The options in an order drawn from the seed and the question: the right one must not always be last (SciQ's is).
-
-    An explanation that names an option by its letter (most of AQUA-RAT's do) would then name another one, so those keep
-    the order in which they were published. Where in doubt a letter counts as named.
-    """
+    """The options in random order, because some sets always publish the right one last (SciQ). They keep their order if the
+    explanation seems to name one by its letter, as most of AQUA-RAT's do: it would then name the wrong one."""
     if NAMES_A_LETTER.search(item.explanation):
         return item.choices
     return random.Random(f"{seed}\n{item.question}\nchoices").sample(item.choices, len(item.choices))
 
 
+def wrong_option(item: Item, seed: int) -> str | None:
+    """A random wrong option; None if there are no options."""
+    wrong = [choice for choice in item.choices if choice != item.answer]
+    return random.Random(f"{seed}\n{item.question}").choice(wrong) if wrong else None
+
+
 def prompt_text(item: Item) -> str:
     """The question, with its options below it if it has any."""
-    options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices)]
-    return "\n".join([item.question.strip(), *([""] if options else []), *options])
+    question = item.question.strip()
+    return f"{question}\n\n{lettered(item.choices)}" if item.choices else question
 
 
-def chosen_requests(items: list[Item]) -> list[Item]:
-    """The items whose right answer is too bare to be preferred: an option, a number, a word."""
-    return [item for item in items if not item.chosen and not item.explanation and (item.choices or len(item.answer) < 40)]
+@dataclass
+class Job:
+    """Requests of one kind to the teacher. The n-th answer goes into `field` of the n-th item."""
+
+    label: str
+    field: str
+    items: list[Item]
+    requests: list[Request]
+
+    def fill(self, answers: list[str | None]) -> None:
+        for item, answer in zip(self.items, answers, strict=True):
+            setattr(item, self.field, answer or "")
 
 
-def teach(items: list[Item], ask: Ask, seed: int) -> None:
-    """Fills in what the sources lack: explanations of bare answers, rejected answers, topics."""
-    bare = chosen_requests(items)
-    texts = ask([explanation(item.question, item.choices, item.answer) for item in bare], "explanations")
-    for item, text in zip(bare, texts, strict=True):
-        item.explanation = text or ""
-    alone = [item for item in items if not item.rejected]
-    wrong = [rejected(item.question, item.choices, wrong_option(item, seed)) for item in alone]
-    for item, text in zip(alone, ask(wrong, "rejected answers"), strict=True):
-        item.rejected = text or ""
-    untold = [item for item in items if not item.topic]
-    texts = ask([topic(item.question, TOPICS) for item in untold], "topics")
-    for item, text in zip(untold, texts, strict=True):
-        item.topic = "" if text in (None, "Unknown") else text
-
-
-def requests(items: list[Item], seed: int) -> list[Request]:
-    """All requests that `teach` would make, for --dry-run."""
-    made: list[Request] = []
-
-    def ask(batch: list[Request], label: str) -> list[None]:
-        made.extend(batch)
-        return [None] * len(batch)
-
-    teach([Item(**asdict(item)) for item in items], ask, seed)
-    return made
-
-
-def make_pairs(items: list[Item]) -> list[dict]:
-    """Rows for DPO: prompt, chosen, rejected, and where they come from. What is missing stays empty; `clean` counts it."""
+def jobs(items: list[Item], seed: int) -> list[Job]:
+    """What the sources lack: explanations of bare answers (an option, a number, a word), rejected answers, and topics."""
+    bare = [i for i in items if not i.chosen and not i.explanation and (i.choices or len(i.answer) < BARE)]
+    one_answer = [i for i in items if not i.rejected]
+    no_topic = [i for i in items if not i.topic]
+    rejections = [rejected(i.question, i.choices, wrong_option(i, seed)) for i in one_answer]
     return [
-        {
-            "prompt": prompt_text(item),
-            "question": item.question,
-            "chosen": (item.chosen or item.explanation or item.answer).strip(),
-            "rejected": item.rejected.strip(),
-            "topic": item.topic or "Unknown",
-            "source": item.source,
-            "question_id": item.question_id,
-            "licence": item.licence,
-            **({"data_source": item.data_source} if item.data_source else {}),
-        }
-        for item in items
+        Job("explanations", "explanation", bare, [explanation(i.question, i.choices, i.answer) for i in bare]),
+        Job("rejected answers", "rejected", one_answer, rejections),
+        Job("topics", "topic", no_topic, [topic(i.question, TOPICS) for i in no_topic]),
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- cleaning
+def origin(item: Item) -> dict:
+    """The fields of a row that say what it is about and where it comes from."""
+    topic = item.topic or "Unknown"
+    return {"topic": topic, "source": item.source, "question_id": item.question_id, "licence": item.licence}
 
 
-def clean(rows: list[dict], counts: Counter) -> list[dict]:
-    """Leaves out rows that teach nothing; `counts` gets each reason with its number."""
-    kept, seen, asked = [], set(), Counter()
-    for row in rows:
-        key, question = (row["prompt"], row["chosen"], row["rejected"]), row_key(row)
-        if not row["prompt"].strip() or not row["chosen"]:
-            reason = "empty question or answer"
-        elif not row["rejected"]:
-            reason = "no rejected answer"
-        elif min(len(row["chosen"]), len(row["rejected"])) < SHORTEST:
-            reason = f"an answer under {SHORTEST} characters"
-        elif row["chosen"] == row["rejected"]:
-            reason = "chosen and rejected are the same"
-        elif key in seen:
-            reason = "exact duplicate"
-        elif asked[question] == PAIRS_A_QUESTION:
-            reason = f"over {PAIRS_A_QUESTION} pairs of one question"
-        else:
-            seen.add(key)
-            asked[question] += 1
-            kept.append(row)
-            continue
-        counts[reason] += 1
-    return kept
-
-
-def as_row(row: dict, text: str) -> Row:
-    return Row([{"role": "user", "content": text}], [], row["question_id"], row)
+def make_pairs(items: list[Item]) -> list[dict]:
+    """Rows for DPO. What is missing stays empty; `clean` leaves such rows out."""
+    rows = []
+    for item in items:
+        chosen = (item.chosen or item.explanation or item.answer).strip()
+        row = {"prompt": prompt_text(item), "question": item.question, "chosen": chosen, "rejected": item.rejected.strip()}
+        extra = {"data_source": item.data_source} if item.data_source else {}
+        rows.append(row | origin(item) | extra)
+    return rows
 
 
 def row_key(row: dict) -> str:
-    """What makes two rows ask the same; with options, the same options."""
-    return question_key(as_row(row, row["prompt"]))
+    """Equal for two rows that ask the same question with the same options."""
+    return question_key(Row([{"role": "user", "content": row["prompt"]}], [], "", {}))
 
 
-def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, test rows). Near-duplicates of a question (data.question_key) stay on one side, and so do a question
-    with options and the same one without, which another source may have."""
-    train, test = split_by_question([as_row(row, row["question"]) for row in rows], share, seed)
-    check_no_leak(train, test)
-    return [row.extra for row in train], [row.extra for row in test]
-
-
-def review_topics(rows: list[dict], filled_in: dict[str, str], counts: Counter) -> tuple[list[dict], list[dict]]:
-    """(rows with the topics that a person filled in, rows still to review). The topic "drop" drops a question."""
-    kept, review = [], []
+def clean(rows: list[dict], counts: Counter) -> list[dict]:
+    """The rows worth training on; `counts` gets the reasons why the others are left out."""
+    kept, seen, asked = [], set(), Counter()
     for row in rows:
-        told = filled_in.get(row_key(row), "").strip()
-        if told == "drop":
-            counts["dropped in the review of topics"] += 1
-            continue
-        if row["topic"] == "Unknown" and told:
-            row = row | {"topic": told}
-        if row["topic"] == "Unknown":
-            review.append({name: row[name] for name in ("prompt", "source", "question_id")} | {"topic": ""})
-        kept.append(row)
-    return kept, review
+        prompt, chosen, rejected = pair = (row["prompt"], row["chosen"], row["rejected"])
+        question = row_key(row)
+        reasons = {
+            "empty question or answer": not prompt.strip() or not chosen,
+            "no rejected answer": not rejected,
+            f"an answer under {SHORTEST} characters": min(len(chosen), len(rejected)) < SHORTEST,
+            "chosen and rejected are the same": chosen == rejected,
+            "exact duplicate": pair in seen,
+            f"over {PAIRS_A_QUESTION} pairs of one question": asked[question] == PAIRS_A_QUESTION,
+        }
+        if any(reasons.values()):
+            counts[next(reason for reason, holds in reasons.items() if holds)] += 1
+        else:
+            seen.add(pair)
+            asked[question] += 1
+            kept.append(row)
+    return kept
+
+
+def review_topics(rows: list[dict], reviewed: dict[str, str], counts: Counter) -> tuple[list[dict], list[dict]]:
+    """(rows with the topics that a person filled in, rows still to review). The topic "drop" drops a question."""
+    kept = [row for row in rows if reviewed.get(row_key(row)) != "drop"]
+    if len(kept) < len(rows):
+        counts["dropped in the review of topics"] = len(rows) - len(kept)
+    unknown = [i for i, row in enumerate(kept) if row["topic"] == "Unknown"]
+    for i in unknown:
+        kept[i] = kept[i] | {"topic": reviewed.get(row_key(kept[i])) or "Unknown"}
+    review = [kept[i] for i in unknown if kept[i]["topic"] == "Unknown"]
+    return kept, [{name: row[name] for name in ("prompt", "source", "question_id")} | {"topic": ""} for row in review]
+
+
+def gap(row: dict) -> int:
+    """How many characters longer the chosen answer is."""
+    return len(row["chosen"]) - len(row["rejected"])
 
 
 def match_lengths(rows: list[dict], seed: int, counts: Counter) -> list[dict]:
-    """Within each source, as many pairs whose longer answer is the chosen one as pairs whose shorter is."""
+    """Within each source, equally many pairs whose chosen answer is the longer one and pairs whose rejected answer is."""
     kept = []
     for source in sorted({row["source"] for row in rows}):
-        sides = {1: [], 0: [], -1: []}
-        for row in ordered([row for row in rows if row["source"] == source], f"{seed}-lengths"):
-            gap = len(row["chosen"]) - len(row["rejected"])
-            sides[(gap > 0) - (gap < 0)].append(row)
-        size = min(len(sides[1]), len(sides[-1]))
-        counts["left out to match lengths"] += len(sides[1]) + len(sides[-1]) - 2 * size
-        kept += sides[0] + sides[1][:size] + sides[-1][:size]
+        own = ordered([row for row in rows if row["source"] == source], f"{seed}-lengths")
+        longer = [row for row in own if gap(row) > 0]
+        shorter = [row for row in own if gap(row) < 0]
+        size = min(len(longer), len(shorter))
+        counts["left out to match lengths"] += len(longer) + len(shorter) - 2 * size
+        kept += [row for row in own if gap(row) == 0] + longer[:size] + shorter[:size]
     return ordered(kept, str(seed))
 
 
-# ------------------------------------------------------------------------------------------------------------------ mixing
+def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, test rows). Near-duplicates of a question (data.question_key) end up on the same side, also a question
+    that one source asks with options and another without."""
+    asking = [Row([{"role": "user", "content": row["question"]}], [], row["question_id"], {}, raw=row) for row in rows]
+    train, test = split_by_question(asking, share, seed)
+    check_no_leak(train, test)
+    return [row.raw for row in train], [row.raw for row in test]
 
 
 def ordered(rows: list[dict], salt: str) -> list[dict]:
-    """The rows in an order that depends on their content and the salt alone."""
-
-    def key(row: dict) -> bytes:
-        text = "\n".join((salt, row["prompt"], row["chosen"], row["rejected"]))
-        return hashlib.sha256(text.encode()).digest()
-
-    return sorted(rows, key=key)
+    """The rows in a random order that depends only on their content and the salt."""
+    parts = ("prompt", "chosen", "rejected")
+    return sorted(rows, key=lambda row: hashlib.sha256("\n".join((salt, *(row[p] for p in parts))).encode()).digest())
 
 
 def mix(rows: list[dict], shares: dict[str, float], by: str, seed: str) -> list[dict]:
-    """All rows in an order whose every beginning has the groups' shares as nearly as whole rows allow.
+    """All rows, ordered so that the first n have the groups' shares for every n, as nearly as whole rows allow.
 
-    The n-th row comes from the group that lacks most, share * n - taken, among those that have rows left; so the first
-    20,000 are inside the first 30,000. `by` is "source" or "topic". Without any shares all groups have equal ones; with
+    The n-th row comes from the group that lacks most, share * n - taken, among the groups that have rows left. So the first
+    20,000 are also the first of the first 30,000. `by` is "source" or "topic". Without shares all groups have the same; with
     some, groups that are not named stay out.
     """
-    groups: dict[str, list[dict]] = {}
+    groups = defaultdict(list)
     for row in ordered(rows, seed):
-        groups.setdefault(row[by], []).append(row)
-    unknown = set(shares) - set(groups)
+        groups[row[by]].append(row)
+    unknown = sorted(set(shares) - set(groups))
     if unknown:
-        raise InputError(
-            f"--shares: there are no rows of {', '.join(sorted(unknown))}; there are {', '.join(sorted(groups))}"
-        )
-    weights = {name: shares.get(name, 0.0) if shares else 1.0 for name in sorted(groups)}
-    taken, mixed = dict.fromkeys(weights, 0), []
-    while True:
-        left = {name: weight for name, weight in weights.items() if weight > 0 and taken[name] < len(groups[name])}
-        if not left:
-            return mixed
-        total, n = sum(left.values()), sum(taken[name] for name in left) + 1
-        name = max(left, key=lambda name: left[name] / total * n - taken[name])
+        raise InputError(f"--shares: there are no rows of {', '.join(unknown)}; there are {', '.join(sorted(groups))}")
+    weights = shares or dict.fromkeys(sorted(groups), 1.0)
+    taken = Counter()
+    mixed = []
+    while left := {name: weights[name] for name in sorted(weights) if taken[name] < len(groups[name])}:
+        n = sum(taken[name] for name in left) + 1
+        name = max(left, key=lambda name: left[name] / sum(left.values()) * n - taken[name])
         mixed.append(groups[name][taken[name]])
         taken[name] += 1
+    return mixed
 
 
-def mixtures(
-    rows: list[dict], sizes: list[int], shares: dict[str, float], by: str, seed: int, independent: bool
-) -> dict[int, list[dict]]:
-    """{size: rows}; nested unless `independent`. InputError if there are too few rows."""
-    made, nested = {}, None if independent else mix(rows, shares, by, str(seed))
-    for size in sizes:
-        order = mix(rows, shares, by, f"{seed}-{size}") if nested is None else nested
-        if size > len(order):
-            raise InputError(
-                f"--sizes {size}: the mixture has {len(order):,} training rows; give more sources or smaller sizes"
-            )
-        made[size] = order[:size]
-    return made
+def mixtures(rows: list[dict], sizes: list[int], shares: dict[str, float], by: str, seed: int) -> dict[str, list[dict]]:
+    """{"train-20000": rows, ...}, each inside the next; {"train": all rows} without sizes. InputError for too few."""
+    mixed = mix(rows, shares, by, str(seed))
+    if sizes and max(sizes) > len(mixed):
+        more = "give more sources or smaller sizes"
+        raise InputError(f"--sizes {max(sizes)}: the mixture has {len(mixed):,} training rows; {more}")
+    return {f"train-{size}": mixed[:size] for size in sizes} or {"train": mixed}
 
 
-# -------------------------------------------------------------------------------------------------------- what came out
+def longer_chosen(rows: list[dict]) -> float:
+    """The share of pairs whose longer answer is the chosen one; equal lengths count half."""
+    return sum((gap(row) > 0) + (gap(row) == 0) / 2 for row in rows) / len(rows)
 
 
 def statistics(rows: list[dict], length: Callable[[str], int]) -> dict:
-    """What a careful person wants to know before training; lengths in the unit of `length`."""
-
-    def longer(part: list[dict]) -> float:
-        gaps = [len(row["chosen"]) - len(row["rejected"]) for row in part]
-        return sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
-
-    sources = sorted({row["source"] for row in rows})
-    lengths = {name: sorted(length(row[name]) for row in rows) for name in ("prompt", "chosen", "rejected")}
-    quantiles = {
-        name: {"median": values[len(values) // 2], "95%": values[int(0.95 * len(values))], "longest": values[-1]}
-        for name, values in lengths.items()
-    }
+    """What to know about rows before training on them; `length` counts the tokens of a text."""
+    lengths = {}
+    for name in ("prompt", "chosen", "rejected"):
+        values = sorted(length(row[name]) for row in rows)
+        median, high = values[len(values) // 2], values[int(0.95 * len(values))]
+        lengths[name] = {"median": median, "95%": high, "longest": values[-1]}
+    sources = Counter(row["source"] for row in rows)
+    by_source = {source: longer_chosen([row for row in rows if row["source"] == source]) for source in sorted(sources)}
     return {
         "rows": len(rows),
-        "by source": dict(Counter(row["source"] for row in rows).most_common()),
+        "by source": dict(sources.most_common()),
         "by topic": dict(Counter(row["topic"] for row in rows).most_common()),
-        "lengths": quantiles,
-        "longer answer is the chosen one": longer(rows),
-        "longer answer is the chosen one, by source": {
-            source: longer([row for row in rows if row["source"] == source]) for source in sources
-        },
+        "lengths": lengths,
+        "longer answer is the chosen one": longer_chosen(rows),
+        "longer answer is the chosen one, by source": by_source,
         "share of rows that repeat a question": 1 - len({row_key(row) for row in rows}) / len(rows),
     }
 
 
 def words(text: str) -> int:
-    """Words and signs: what stands for tokens where there is no tokenizer."""
+    """Words and punctuation marks: a stand-in for tokens when there is no tokenizer."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -295,25 +244,3 @@ def describe(name: str, stats: dict, unit: str) -> str:
     lines.append(f"  the longer answer is the chosen one: {stats['longer answer is the chosen one']:.1%} ({by_source})")
     lines.append(f"  rows that repeat a question: {stats['share of rows that repeat a question']:.1%}")
     return "\n".join(lines)
-
-
-def figure(train: list[dict], test: list[dict], path: Path) -> None:
-    """The rows by source and by topic, training and test stacked: the report's Figure 1."""
-    with picture(path, columns=2, size=(12, 4)) as axes:
-        for axis, kind in zip(axes, ("source", "topic")):
-            counts = [Counter(row[kind] for row in rows) for rows in (train, test)]
-            names = [name for name, _ in (counts[0] + counts[1]).most_common()][::-1]
-            axis.barh(names, [counts[0][name] for name in names], color="C0", label="training")
-            left = [counts[0][name] for name in names]
-            axis.barh(names, [counts[1][name] for name in names], left=left, color="C1", label="test")
-            axis.set(xlabel="pairs", title=f"by {kind}")
-        axes[0].legend(fontsize=8)
-
-
-def write_all(directory: Path, made: dict[str, list[dict]], review: list[dict], ledger: dict, card: str) -> None:
-    """Every file of the output folder, each whole; the card last."""
-    for name, rows in made.items():
-        write_jsonl(directory / f"{name}.jsonl", rows)
-    write_jsonl(directory / "topics_to_review.jsonl", review)
-    write_json(directory / "ledger.json", ledger)
-    write_text(directory / "README.md", card)

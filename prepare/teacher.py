@@ -1,31 +1,35 @@
-"""The ChatGPT side: rejected answers, explanations, topics, judgements, from any server that speaks OpenAI's protocol.
+"""The teacher: a model behind any server that speaks OpenAI's protocol. It writes what the sources lack, and it judges.
 
-    rejected      an answer to put below the right one: to the bare question, or arguing for a wrong option
-    explanation   of a right answer that is known
+    explanation   why a known answer is right
+    rejected      a worse answer: a reply to the bare question, or an argument for a wrong option
     topic         one of a list, or "Unknown"
-    judgement     which of two answers is better: "A", "B" or "tie"
+    judgement     the better of two answers: "A", "B" or "tie"
 
-Each job is one prompt. An answer is appended to the journal, under the hash of its request, before it is used: a second run
-asks only what is missing, and a kill loses at most the calls in flight. OPENAI_API_KEY and OPENAI_BASE_URL come from the
-environment alone; the key is written nowhere.
+Every answer is appended to a journal, under the hash of its request, before it is used. A second run asks only what is
+missing, and a kill loses at most the calls in flight. OPENAI_API_KEY and OPENAI_BASE_URL come from the environment alone;
+the key is never written anywhere.
 """
 
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.files import InputError
+from data import LETTERS
+from runtime.files import InputError, json_object, numbered_lines
+from runtime.settings import Data, Eval
 
 ATTEMPTS = 8  # per request
 FIRST_WAIT = 0.5  # seconds, doubled after each attempt up to a minute
-UNREACHED = 5  # attempts to connect, after which there is no server
-USELESS = 3  # answers that make no sense, after which a request is given up for good
+UNREACHED = 5  # failed connections after which the server counts as down
+USELESS = 3  # unusable answers after which a request is given up for good
 TIMEOUT = 120.0  # seconds for one answer
 
 
@@ -34,60 +38,52 @@ class Request:
     """One question to the teacher, and how its answer is read."""
 
     messages: tuple[tuple[str, str], ...]  # (role, text)
-    choices: tuple[str, ...] = ()  # the only answers that make sense; without any, all text does
+    choices: tuple[str, ...] = ()  # the only valid answers; empty: any text is
     max_tokens: int = 1024
 
-    def body(self, model: str, structured: bool = True, limit: str = "max_tokens") -> dict:
-        """The JSON of the request. `structured`: have the server hold the answer to the choices, if it can; `limit`: newer
-        models take "max_completion_tokens"."""
-        messages = [{"role": role, "content": text} for role, text in self.messages]
-        body = {"model": model, "messages": messages, limit: self.max_tokens}
-        if self.choices and structured:
+    def body(self, model: str) -> dict:
+        """The JSON to send. With choices, the server may answer {"answer": choice} and nothing else."""
+        messages = [{"role": role, "content": content} for role, content in self.messages]
+        body = {"model": model, "messages": messages, "max_tokens": self.max_tokens}
+        if self.choices:
             answer = {"type": "string", "enum": list(self.choices)}
             schema = {"type": "object", "properties": {"answer": answer}, "required": ["answer"]}
-            schema |= {"additionalProperties": False}  # what OpenAI asks for beside "strict"
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": schema},
-            }
+            schema["additionalProperties"] = False  # OpenAI requires it with "strict"
+            form = {"name": "answer", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
         return body
 
     def key(self, model: str) -> str:
         return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()[:32]
 
-    def parse(self, answer: str) -> str:
-        """The text of an answer, or which choice {"answer": choice} or bare words name. ValueError if it is of no use."""
-        if not answer.strip():
-            raise ValueError("an empty answer")
+    def parse(self, answer: str) -> str | None:
+        """The text of an answer; with choices, the one named by {"answer": choice} or in plain words. None if useless."""
         if not self.choices:
-            return answer.strip()
+            return answer.strip() or None
         try:
             value = json.loads(answer)["answer"]
         except (ValueError, KeyError, TypeError):
             value = answer
-        for choice in self.choices:
-            if str(value).strip().strip('."').casefold() == choice.casefold():
-                return choice
-        raise ValueError(f"{answer[:60]!r} is none of {', '.join(self.choices)}")
+        said = str(value).strip().strip('."').casefold()
+        return next((choice for choice in self.choices if choice.casefold() == said), None)
 
 
-# ----------------------------------------------------------------------------------------------------------- the four jobs
+def lettered(choices: list[str]) -> str:
+    """The options of a question as text: "A. ...", "B. ...", one a line."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 def explanation(question: str, choices: list[str], answer: str) -> Request:
-    """Why `answer` is right, in steps."""
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
-    options = f"\n\nOptions:\n{options}" if choices else ""
-    task = (
-        "Explain step by step how to arrive at the given answer, then state it. Do not say that it was given, and do not "
-        "name options by their letters."
-    )
+    """Why `answer` is right, step by step."""
+    options = f"\n\nOptions:\n{lettered(choices)}" if choices else ""
+    task = "Explain step by step how to arrive at the given answer, then state it. "
+    task += "Do not say that it was given, and do not name options by their letters."
     return Request((("system", task), ("user", f"{question}{options}\n\nAnswer: {answer}")))
 
 
 def rejected(question: str, choices: list[str], wrong: str | None) -> Request:
-    """An answer that is worse than the right one. A wrong option is argued for in the words of `explanation`, so that style
-    does not tell the two apart; without options, it is what the teacher answers to the bare question."""
+    """An answer worse than the right one. With options, the teacher argues for a wrong one, on the same instructions as for
+    `explanation`, so that style does not give the rejected answer away. Without, it replies to the bare question."""
     return Request((("user", question),)) if wrong is None else explanation(question, choices, wrong)
 
 
@@ -103,31 +99,29 @@ def judgement(question: str, a: str, b: str) -> Request:
     return Request((("system", task), ("user", text)), ("A", "B", "tie"), max_tokens=30)
 
 
-# ------------------------------------------------------------------------------------------------------ journal and prices
-
-
 @dataclass
 class Journal:
-    """A JSONL file of {"key", "answer", "tokens": [in, out]}: everything that was paid for. `answer` None: refused; key "":
-    paid for and of no use, so the request is still open."""
+    """A JSONL file with every call that was paid for: {"key", "answer", "tokens": [in, out]}. "answer" is null if
+    the teacher refused; "key" is empty if the answer was useless: the request stays open."""
 
     path: Path
     answers: dict[str, str | None] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=lambda: [0, 0])
+    open_calls: list[float] = field(default_factory=list)  # what each call in flight may cost
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
-        """Reads the journal; a last line that a kill cut short is removed."""
+        """Reads the journal; removes a last line that a kill cut short."""
         journal = cls(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            data = path.read_bytes()
-            os.truncate(path, data.rfind(b"\n") + 1)
-            for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-                try:
-                    journal._take(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InputError(f"{path}:{number}: not a line of a teacher's journal ({error!r})") from None
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        for number, line in numbered_lines(path) if path.exists() else ():
+            try:
+                journal._take(json_object(line))
+            except (ValueError, KeyError, TypeError) as error:
+                hint = "correct it, or remove it to ask and pay again"
+                raise InputError(f"{path}:{number}: not a line of a teacher's journal ({error!r}); {hint}") from None
         return journal
 
     def _take(self, entry: dict) -> None:
@@ -143,65 +137,61 @@ class Journal:
 
 @dataclass
 class Teacher:
-    """How to ask: the model's name, calls at a time, price per million tokens in and out, and what may be spent in all."""
+    """How to ask: which model, how many calls at a time, at what price per million tokens in and out, within what budget."""
 
     model: str
     concurrency: int = 8
     price: tuple[float, float] = (0.0, 0.0)
-    budget: float | None = None
+    budget: float | None = None  # for all calls in the journal
 
     def cost(self, tokens: list[int]) -> float:
         return sum(count * price / 1e6 for count, price in zip(tokens, self.price))
 
     def at_most(self, request: Request) -> list[int]:
-        """Tokens in (about a token for 3 bytes of text) and out, estimated from above."""
+        """Upper bounds of a call's tokens in (about one for 3 bytes of text) and out."""
         return [sum(len(text.encode()) // 3 + 8 for _, text in request.messages), request.max_tokens]
 
 
-class Stop(Exception):
-    """Asking on is pointless or unwanted: a wrong key, an empty account, the budget. The message is for the user."""
+def open_teacher(settings: Data | Eval) -> tuple[Teacher | None, Journal]:
+    """The teacher of a run, None without --teacher, and the journal that all runs under OUT share."""
+    journal = Journal.open(Path(settings.out) / "teacher" / "journal.jsonl")
+    if not settings.teacher:
+        return None, journal
+    if settings.budget is not None and not settings.price:
+        raise InputError("--budget needs --price IN,OUT: per million tokens in and out")
+    try:
+        price = tuple(float(part) for part in (settings.price or "0,0").split(","))
+    except ValueError:
+        price = ()
+    if len(price) != 2 or not all(0 <= value < math.inf for value in price):
+        raise InputError(f"--price {settings.price}: two numbers, per million tokens in and out, such as 0.5,1.5")
+    return Teacher(settings.teacher, settings.concurrency, price, settings.budget), journal
 
 
 def missing(requests: list[Request], journal: Journal, teacher: Teacher) -> dict[str, Request]:
-    """The requests that the journal does not answer, each once."""
+    """The requests that the journal does not answer, each once, by key."""
     keyed = {request.key(teacher.model): request for request in requests}
     return {key: request for key, request in keyed.items() if key not in journal.answers}
 
 
 def estimate(requests: list[Request], journal: Journal, teacher: Teacher) -> str:
-    """What asking would take, for --dry-run."""
+    """How many calls the requests need and what they may cost, for --dry-run."""
     todo = missing(requests, journal, teacher).values()
-    tokens = [sum(part) for part in zip(*map(teacher.at_most, todo))] or [0, 0]
-    answered, cost = len(requests) - len(todo), teacher.cost(tokens)
+    tokens = [sum(counts) for counts in zip((0, 0), *map(teacher.at_most, todo))]
     return (
-        f"{len(requests):,} requests, {answered:,} answered in the journal or asked twice; {len(todo):,} calls of "
-        f"{teacher.model}: at most about {tokens[0]:,} tokens in and {tokens[1]:,} out, {cost:,.2f}"
+        f"{len(requests):,} requests, {len(requests) - len(todo):,} answered in the journal or asked twice; {len(todo):,} "
+        f"calls of {teacher.model}: at most about {tokens[0]:,} tokens in and {tokens[1]:,} out, {teacher.cost(tokens):,.2f}"
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- asking
-
-
-def client():
-    """The SDK's client. Its own retries are off: they would retry an empty account, and count no money."""
-    import openai
-
-    if not os.environ.get("OPENAI_API_KEY"):
-        raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
-    return openai.AsyncOpenAI(max_retries=0, timeout=TIMEOUT)
-
-
 def ask_all(requests: list[Request], journal: Journal, teacher: Teacher, label: str) -> list[str | None]:
-    """The parsed answer to every request, None where the teacher refused or gave nothing of use in all attempts.
-
-    InputError stops all: a wrong key, an empty account, an unknown model, or the budget. What was answered until then is in
-    the journal.
-    """
+    """The parsed answer to every request; None where the teacher refused or gave no usable one in all attempts. InputError
+    if there is no point in asking on: a wrong key, an empty account, an unknown model, or the budget."""
     todo = missing(requests, journal, teacher)
     if todo:
         try:
             asyncio.run(_ask_missing(todo, journal, teacher, label))
-        except Stop as stop:
+        except InputError as stop:
             left = len(missing(requests, journal, teacher))
             hint = f"{left:,} of {len(requests):,} answers are missing; the same command asks only for those"
             raise InputError(f"{stop} ({hint})") from None
@@ -210,90 +200,95 @@ def ask_all(requests: list[Request], journal: Journal, teacher: Teacher, label: 
 
 
 async def _ask_missing(todo: dict[str, Request], journal: Journal, teacher: Teacher, label: str) -> None:
-    queue, in_flight, halted = iter(todo.items()), [], []
-    with tqdm(total=len(todo), desc=label, unit="call", mininterval=1) as bar:
-        async with client() as api:
-
-            async def worker() -> None:
-                for key, request in queue:
-                    if halted:
-                        return
-                    try:
-                        bound = await _reserve(request, journal, teacher, in_flight)
-                        try:
-                            answer, tokens, final = await _ask(api, request, teacher.model)
-                        finally:
-                            in_flight.remove(bound)
-                    except Stop:
-                        halted.append(True)
-                        raise
-                    if final or any(tokens):
-                        journal.add(key if final else "", answer, tokens)
-                    bar.update()
-                    bar.set_postfix(cost=f"{teacher.cost(journal.tokens):.4f}", refresh=False)
-
-            workers = [asyncio.create_task(worker()) for _ in range(teacher.concurrency)]
-            try:
-                await asyncio.gather(*workers)
-            finally:  # at a Stop, calls in flight are paid for: let them end and be written down
-                await asyncio.gather(*workers, return_exceptions=True)
-
-
-async def _reserve(request: Request, journal: Journal, teacher: Teacher, in_flight: list[float]) -> float:
-    """The most that a request may cost, added to `in_flight` once the budget has room for it; waits for calls in flight to
-    turn out cheaper than that. Stop if nothing is in flight and there is still no room."""
-    bound = teacher.cost(teacher.at_most(request))
-    while teacher.budget is not None and teacher.cost(journal.tokens) + sum(in_flight) + bound > teacher.budget:
-        if not in_flight:
-            spent = teacher.cost(journal.tokens)
-            raise Stop(f"the budget of {teacher.budget} would be passed: {spent:.4f} are spent, a call may cost {bound:.4f}")
-        await asyncio.sleep(0.01)
-    in_flight.append(bound)
-    return bound
-
-
-async def _ask(api, request: Request, model: str) -> tuple[str | None, list[int], bool]:
-    """(answer, tokens paid, whether that is final). Answer None and final: refused, or of no use several times."""
     import openai
 
-    structured, limit, paid, useless, last = True, "max_tokens", [0, 0], 0, None
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
+    queue = deque(todo.values())
+    # The SDK's own retries would ask on with an empty account, and they count no tokens.
+    async with openai.AsyncOpenAI(max_retries=0, timeout=TIMEOUT) as api:
+        with tqdm(total=len(todo), desc=label, unit="call", mininterval=1) as bar:
+
+            async def worker() -> None:
+                try:
+                    while queue:
+                        await _ask(api, queue.popleft(), journal, teacher)
+                        bar.update()
+                        bar.set_postfix(cost=f"{teacher.cost(journal.tokens):.4f}", refresh=False)
+                finally:
+                    queue.clear()  # after an error nothing else is asked
+
+            workers = [asyncio.create_task(worker()) for _ in range(teacher.concurrency)]
+            # After an error the calls in flight still cost money, so their answers are waited for and kept.
+            for ended in await asyncio.gather(*workers, return_exceptions=True):
+                if ended:
+                    raise ended
+
+
+async def _ask(api, request: Request, journal: Journal, teacher: Teacher) -> None:
+    """Asks until the journal has the answer, at most ATTEMPTS times. InputError if all other requests would fail too."""
+    import openai
+
+    key, body = request.key(teacher.model), request.body(teacher.model)
+    useless = 0
     for attempt in range(ATTEMPTS):
         wait = min(60.0, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
+        bound = await _reserve(request, journal, teacher)
         try:
-            response = await api.chat.completions.create(**request.body(model, structured, limit))
-            message, usage, cut = response.choices[0].message, response.usage, response.choices[0].finish_reason == "length"
-            paid = [had + new for had, new in zip(paid, (usage.prompt_tokens, usage.completion_tokens))]
-            try:
-                request.parse("" if cut else message.content or "")  # a cut answer would teach not to end
-                return message.content, paid, True
-            except ValueError as error:
-                useless, last = useless + 1, error
-            if useless == USELESS or getattr(message, "refusal", None):
-                return None, paid, True
+            response = await api.chat.completions.create(**body)
+            choice = response.choices[0]
+            tokens = [int(response.usage.prompt_tokens), int(response.usage.completion_tokens)]
+            refused = bool(getattr(choice.message, "refusal", None))
+            cut = choice.finish_reason == "length"  # a model tuned on answers that were cut off would not learn to stop
+            text = "" if cut else choice.message.content or ""
+            usable = request.parse(text) is not None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise Stop(f"the teacher's server refuses: {error.status_code} {_reason(error)}") from None
+            raise InputError(f"the teacher's server refuses: {error.status_code} {_reason(error)}") from None
         except openai.BadRequestError as error:
-            if structured and request.choices and "response_format" in str(error):
-                structured = False  # an older server
-                continue
-            if limit == "max_tokens" and "max_completion_tokens" in str(error):
-                limit = "max_completion_tokens"  # a newer model
-                continue
-            if getattr(error, "code", None) in ("context_length_exceeded", "content_filter", "content_policy_violation"):
-                return None, paid, True  # this request alone
-            raise Stop(f"the teacher's server does not understand the request: {_reason(error)}") from None
+            if "response_format" in body and "response_format" in str(error):
+                del body["response_format"]  # an older server; the words of its answer are checked anyway
+            elif "max_tokens" in body and "max_completion_tokens" in str(error):
+                body["max_completion_tokens"] = body.pop("max_tokens")  # a newer model
+            elif error.code in ("context_length_exceeded", "content_filter", "content_policy_violation"):
+                journal.add(key, None, [0, 0])
+                return
+            else:
+                raise InputError(f"the teacher's server does not understand the request: {_reason(error)}") from None
+            continue
         except openai.RateLimitError as error:
-            if getattr(error, "code", None) == "insufficient_quota":
-                raise Stop(f"the teacher's account is empty: {_reason(error)}") from None
-            wait, last = max(wait, _retry_after(error)), error
+            if error.code == "insufficient_quota":
+                raise InputError(f"the teacher's account is empty: {_reason(error)}") from None
+            wait, failure = max(wait, _retry_after(error)), type(error).__name__
         except (openai.APIError, ValueError, AttributeError, IndexError, TypeError) as error:
-            # By name: which HTTP library the SDK brings depends on its version.
+            # A server error, a cut connection, a time-out, or a body that is not the protocol's. The error of a failed
+            # connection is recognized by its name, because the SDK's versions use different HTTP libraries.
             if type(error.__cause__).__name__ == "ConnectError" and attempt + 1 == UNREACHED:
-                raise Stop(f"the teacher's server at {api.base_url} cannot be reached: {error.__cause__}") from None
-            last = error  # a server's error, a cut connection, a time-out, or a body that is not the protocol's
+                raise InputError(f"the teacher's server at {api.base_url} cannot be reached: {error.__cause__}") from None
+            failure = type(error).__name__
+        else:
+            useless += 0 if usable else 1
+            final = usable or refused or useless == USELESS
+            journal.add(key if final else "", text if usable else None, tokens)
+            if final:
+                return
+            failure = "useless answers"
+        finally:
+            journal.open_calls.remove(bound)
         await asyncio.sleep(wait)
-    tqdm.write(f"  no answer in {ATTEMPTS} attempts ({type(last).__name__}); the next run asks again")
-    return None, paid, False
+    tqdm.write(f"  no answer in {ATTEMPTS} attempts ({failure}); the next run asks again")
+
+
+async def _reserve(request: Request, journal: Journal, teacher: Teacher) -> float:
+    """Waits until the budget has room for the most that a call may cost, and adds that to the open calls, which may turn
+    out cheaper. InputError if none is open and there is still no room."""
+    bound = teacher.cost(teacher.at_most(request))
+    while teacher.budget is not None and teacher.cost(journal.tokens) + sum(journal.open_calls) + bound > teacher.budget:
+        if not journal.open_calls:
+            spent = teacher.cost(journal.tokens)
+            raise InputError(f"the budget of {teacher.budget} is used up: {spent:.4f} is spent, a call may cost {bound:.4f}")
+        await asyncio.sleep(0.01)
+    journal.open_calls.append(bound)
+    return bound
 
 
 def _reason(error) -> str:
@@ -302,6 +297,7 @@ def _reason(error) -> str:
 
 
 def _retry_after(error) -> float:
+    """The seconds that a server asks to wait, at most a minute; 0 if it names none."""
     try:
         return min(60.0, float(error.response.headers.get("retry-after", 0)))
     except ValueError:

@@ -1,8 +1,7 @@
-"""Files that are whole or absent, and errors that are written for people.
+"""Atomic file writes, and the one error type whose message is shown to the user.
 
-A crash in the middle of `open(path, "w")` leaves half a file under its final name, and the next run reads it as if it
-were good. So everything here is written beside its final name first and then renamed: on one file system a rename
-either happened or did not.
+A crash in the middle of `open(path, "w")` leaves half a file under its final name, and the next run reads it as if it were
+good. So everything is written beside its final name and then renamed: on one file system a rename happens or does not.
 
     with whole_file("out/run/model.safetensors") as temporary:      # yields "out/run/.model.safetensors.tmp"
         save(temporary)                                             # the final name appears when the block ends well
@@ -17,8 +16,7 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message says what, where, and what to type next; `train.py` prints it
-    as one line instead of a stack trace."""
+    """Something the user gave cannot be used. The message, in one line, says what, where, and what to type next."""
 
 
 def first_line(error: BaseException) -> str:
@@ -45,10 +43,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """As `whole_file`, for a directory: `path` appears complete or not at all. An older one of that name is replaced."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    old = path.with_name(f".{path.name}.old")
     try:
         yield temporary
         if path.exists():
@@ -56,8 +53,8 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -73,14 +70,53 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers; InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def json_object(text: bytes) -> dict:
+    """The JSON object of a line or a file; ValueError says why there is none."""
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        reasons = {UnicodeDecodeError: "not UTF-8 text", RecursionError: "nested too deeply"}
+        raise ValueError(reasons.get(type(error), f"not JSON ({error})")) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
 def read_json(path: str | Path) -> dict:
     """One JSON object from a file; InputError (naming the file) if it is absent or broken."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json_object(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}, not one JSON object")
-    return value
+
+
+@contextlib.contextmanager
+def picture(path: Path, columns: int, size: tuple[float, float], rows: int = 1) -> Iterator[list]:
+    """Yields the axes of a new figure, row by row; at the end of the block they are drawn to `path` (PNG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    try:
+        yield list(axes.flat)
+        for axis in axes.flat:
+            axis.grid(alpha=0.3)
+            axis.set_axisbelow(True)
+        figure.tight_layout()
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+    finally:
+        plt.close(figure)

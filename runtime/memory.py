@@ -1,324 +1,198 @@
-"""What a training step needs in memory, from shapes alone, before anything is loaded; and what it did need.
+"""What a training step needs in memory, estimated from shapes before anything is loaded; whether it fits; what it took.
 
-Letters as in model.py, and I the MLP's width, L blocks, n = B T tokens of the largest micro-batch, c bytes a value in
-compute (2 in bf16, 4 in fp32), s bytes a value in the stream x that runs through the blocks (2 over 16-bit weights, else 4).
+Training all weights in fp32 takes 16 bytes a parameter, 44.5 GB for Phi-2, whatever the batch:
 
-A step's memory is not one number: it rises through the forward pass and falls through the backward pass, while gradients
-come. So it is added up at each of the moments at which it may be highest, and the estimate is the highest sum:
+    weights      4    (2 in bf16, 0.56 in nf4)
+    gradients    4 }  of the trained parameters: all, or with --lora the adapters, about 1 in 100
+    AdamW        8 }  (2.03 with --optimizer adamw8bit)
 
-    forward         in the output layer, when all that the backward pass needs is kept
-    live reference  the reference's forward pass, while the policy's activations wait
-    output layer    its backward pass
-    blocks          the backward pass of the last block, run once more first under gradient checkpointing
-    embedding       the end of the backward pass: all gradients, hardly any activations
+The rest grows with n, the tokens of the largest micro-batch, padding included. The backward pass uses what the forward pass
+computed, the *activations*. With L blocks of width D, c bytes a value and an MLP four times as wide, a block keeps per token
 
-Unless a step is one micro-batch, the gradients of the one before are there all the time. Not counted: what an allocator
-loses between its blocks. --compile needs less than this. On the CPU estimates were within 4% of what was measured in 29
-settings of two steps each, and within 12% in 5 whole runs, evaluation and checkpoints included; tests/test_memory.py repeats
-two. On CUDA, and of sharded weights, none has been measured.
+    x, LN(x), q, k, v, attention's output and its copy for the next product      7 D
+    the MLP's hidden layer before and after GELU                                 8 D
+
+in all 15 L n D c bytes. With --gradient-checkpointing a block keeps x alone, and computes the others again when the backward
+pass reaches it. *Temporary buffers* come and go: logits, products of a backward pass, a decoded weight. The peak is in the
+output layer, with all activations; or when the last block's backward pass begins; or at the first block, when all gradients
+are there and one block's activations. The estimate is the largest of the three, without what makes less than 2% (attention
+masks, grouped heads). On the CPU it was within 10% of 13 measured peaks (7M to 105M parameters); on CUDA it is untested.
 """
 
-import math
-import re
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import Example, epoch_order, pack_rows
-from levels import bits, packed_bytes
-from lora import base_format
-from model import LOGIT_CHUNK, PhiConfig
-from quant import FORMATS
+import torch
+
+from data import Example
+from lora import find_origin
+from model import LOGIT_CHUNK, PhiConfig, read_config
 from runtime import parallel
-from runtime.files import read_json
-from runtime.optimizer import BLOCK, SMALL
-from runtime.settings import Config
-from runtime.weights import ADAPTER_CONFIG, is_adapter
+from runtime.files import InputError
+from runtime.settings import Tuning, flag_name
 
-CONTEXT = 600_000_000  # of a GPU, before the first tensor: CUDA's context, its kernels, cuBLAS' work space
-
-
-# -------------------------------------------------------------------------------------------------------------- shapes
-
-
-@dataclass(frozen=True)
-class Load:
-    """The largest micro-batch of a run."""
-
-    rows: int
-    width: int  # tokens of a row, padding included
-    predicted: int
-    masked: bool  # some row holds two completions or more, so attention has a mask [B, 1, T, T]
-    several: bool  # a step is several micro-batches, whose gradients add up
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.width
-
-
-def largest_load(examples: Sequence[Example], config: Config) -> Load:
-    """The micro-batch with the most tokens, padding included, of the first epoch."""
-    lengths, loads = [len(e) for e in examples], []
-    predicted = [sum(map(len, e.completions)) for e in examples]
-    for batch in epoch_order(examples, config.batch_size, config.seed, epoch=0):
-        batch = sorted(batch, key=lengths.__getitem__)
-        if config.pack:
-            parts = [[batch[i] for i in part] for part in pack_rows([lengths[i] for i in batch], config.pack)]
-        else:
-            parts = [batch[i : i + config.micro_batch_size] for i in range(0, len(batch), config.micro_batch_size)]
-        for part in parts:
-            rows, width = (1, sum(lengths[i] for i in part)) if config.pack else (len(part), lengths[part[-1]])
-            masked = sum(len(examples[i].completions) for i in part) > rows
-            loads.append(Load(rows, width, sum(predicted[i] for i in part), masked, len(parts) > 1))
-    return max(loads, key=lambda load: (load.tokens, load.predicted))
-
-
-def longest_load(config: Config) -> Load:
-    """The largest micro-batch that --max-length allows: of a prompt of no length, which two completions share in DPO."""
-    completions = 2 if config.objective == "dpo" else 1
-    tokens = completions * config.max_length
-    rows, several = config.micro_batch_size, config.batch_size > config.micro_batch_size
-    return Load(rows, tokens, rows * tokens, completions > 1, several)
-
-
-def matrices(phi: PhiConfig) -> dict[str, tuple[int, int]]:
-    """{name: (O, I)} of a block's linear layers; each has a bias [O] too."""
-    D, kv = phi.hidden_size, phi.num_key_value_heads * phi.head_size
-    block = {"q_proj": (D, D), "k_proj": (kv, D), "v_proj": (kv, D), "dense": (D, D)}
-    return block | {"fc1": (phi.intermediate_size, D), "fc2": (D, phi.intermediate_size)}
-
-
-def adapted(phi: PhiConfig, config: Config) -> dict[str, tuple[int, int]]:
-    """Those of `matrices` that --lora gives adapters."""
-    every = matrices(phi)
-    if not config.lora:
-        return {}
-    targets = config.lora_targets or "all-linear"
-    return {name: shape for name, shape in every.items() if targets == "all-linear" or name in re.split(r"\s*,\s*", targets)}
-
-
-def block_parameters(phi: PhiConfig) -> int:
-    """Weights and biases of a block's linear layers."""
-    return sum(rows * columns + rows for rows, columns in matrices(phi).values())
+# Bits of a weight and its share of the scales: 32 for 64 weights, in nf4-double 8, and 32 for 64 x 256.
+BITS = {"int8": 8, "llm.int8": 8, "nf4": 4.5, "nf4-double": 4.127, "fp4": 4.5, "int4": 4.5, "nf2": 2.5}
+LIBRARIES = 160_000_000  # of a CPU process: what it loads between the estimate and its first steps
+ROOM = 1.1  # flags are suggested if the run would fit with a tenth to spare
+ADVICE = "A smaller --micro-batch-size or --max-length or --gradient-checkpointing needs less; --dry-run estimates how much."
 
 
 def parameters(phi: PhiConfig) -> int:
-    """V D of the embedding, V D + V of the output layer, 2 D of each LayerNorm, and the blocks' layers. Phi-2:
-    131,072,000 + 131,123,200 + 33 * 5,120 + 32 * 78,671,360 - hand-worked in tests/test_memory.py - = 2,779,683,840."""
-    D, V = phi.hidden_size, phi.vocab_size
-    return 2 * V * D + V + 2 * D + phi.num_hidden_layers * (block_parameters(phi) + 2 * D)
+    """Embedding and output layer, L + 1 LayerNorms, and the blocks' matrices with their biases."""
+    D, inner, V, L = phi.hidden_size, phi.intermediate_size, phi.vocab_size, phi.num_hidden_layers
+    return 2 * V * D + V + 2 * D * (L + 1) + L * (4 * (D * D + D) + 2 * D * inner + inner + D)
 
 
-def adapter_parameters(phi: PhiConfig, config: Config) -> int:
-    """A [r, I] and B [O, r] of each adapted layer."""
-    return phi.num_hidden_layers * sum((config.lora or 0) * sum(shape) for shape in adapted(phi, config).values())
+def largest_micro_batch(settings: Tuning, examples: Sequence[Example]) -> int:
+    """Its tokens, padding included. Batches are sorted by length, so all of its rows may be as long as the longest."""
+    longest = min(max(map(len, examples)), settings.max_length * (2 if settings.objective == "dpo" else 1))
+    rows = min(settings.micro_batch_size, settings.batch_size, len(examples))
+    return max(settings.pack, longest) if settings.pack else rows * longest
 
 
-# --------------------------------------------------------------------------------------------------------- what stays
+def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
+    """Bytes that a step needs on its device at its peak, by what they hold. `tokens`: of the largest micro-batch."""
+    D, inner, V, L = phi.hidden_size, phi.intermediate_size, phi.vocab_size, phi.num_hidden_layers
+    cuda = settings.device.startswith("cuda")
+    bf16 = settings.dtype == "bf16"
+    full = not settings.lora
+    ranks = parallel.size() if full else 1  # that share weights, gradients and moments
+    matrices = 4 * D * D + 2 * D * inner  # weights of a block
+    c = 2 if bf16 else 4  # bytes of a value in a product
+    s = 2 if bf16 and settings.base in ("bf16", *BITS) else 4  # of a weight that is not quantized, and of x
+    trained = parameters(phi) if full else L * settings.lora * (10 * D + 2 * inner)  # A [r, I] and B [O, r] of six [O, I]
+    weights = s * parameters(phi) / ranks + (0 if full else 4 * trained)
+    weights += L * matrices * (BITS.get(settings.base, 8 * s) / 8 - s)
+    weights += 4 * 2 * (matrices + V * D) * (ranks > 1)  # two blocks, embedding and output layer are gathered at a time
+    gradients = 4 * trained / ranks
+    moments = (2.03 if settings.optimizer == "adamw8bit" else 8) * trained / ranks
+
+    normed = 4 if cuda and bf16 else s  # bytes of LN(x): CUDA's autocast computes it in fp32
+    block = tokens * ((s + normed) * D + c * (5 * D + 2 * inner))
+    if normed > c:  # q_proj, k_proj, v_proj and fc1 each keep their own bf16 copy of it
+        block += tokens * c * 4 * D
+    if not full and "fc2" not in (settings.lora_targets or "fc2"):
+        block -= tokens * c * inner  # a frozen matrix without an adapter does not need its input
+    if settings.lora_dropout:  # each adapted layer keeps its mask and its own input
+        block += tokens * c * (7 * D + inner)
+    copies = c * matrices if settings.stage == "qat" or (full and bf16) else 0  # of a block's weights: rounded, or in bf16
+    checkpointing = settings.gradient_checkpointing
+    kept = (L + 2) * tokens * s * D if checkpointing else L * block
+
+    head = 4 * V * D * full  # the gradient of the output layer, or of the embedding
+    output = head + V * D * (c * (c != s) + 4 * (bf16 and (full or not cuda)))  # bf16 copy, fp32 product
+    output += 8 * V * min(tokens, max(1, LOGIT_CHUNK // V))  # logits of some tokens, and their exponentials
+    work = tokens * (3 * c * inner + 16 * D) + 8 * D * inner * (settings.base in BITS or (full and bf16))
+    several = bool(settings.pack) or settings.batch_size > settings.micro_batch_size * parallel.size()
+    output_layer = (gradients * several, kept, L * copies, output)
+    last_block = (gradients if several else head, kept + checkpointing * block, copies * (1 if checkpointing else L), work)
+    first_block = (gradients, block, copies, max(work, head))
+    names = ("gradients", "activations", "copies of weights", "temporary buffers")
+    peak = dict(zip(names, max(output_layer, last_block, first_block, key=sum)))
+    return {name: int(size) for name, size in {"weights": weights, "AdamW's moments": moments, **peak}.items() if size}
 
 
-def coded_bytes(rows: int, columns: int, to: str, block: int = 64) -> int:
-    """A matrix in a number format: codes, and fp32 scales, one a row in int8, one a block in the others (int4-asym: two)."""
-    if to == "int8":
-        return rows * columns + 4 * rows
-    scales = (2 if to == "int4-asym" else 1) * math.ceil(rows * columns / block)
-    return packed_bytes(rows * columns, bits(to)) + 4 * scales
+def read_proc(file: str, name: str) -> int:
+    """Bytes in a line of /proc/FILE such as "VmRSS:  5120 kB"; 0 on a system without it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc", file).read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+    return 0
 
 
-def plain_bytes(config: Config) -> int:
-    """Bytes of a weight that is not coded: see inputs.load_model."""
-    return 2 if config.base == "bf16" or (config.base in FORMATS and config.dtype == "bf16") else 4
+def free_bytes(device: str) -> int:
+    """What this process may hold, with what it holds now. Several processes on one CPU share what is free."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = read_proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // parallel.size() + read_proc("self/status", "VmRSS")
 
 
-def weight_bytes(phi: PhiConfig, config: Config) -> int:
-    """The model: all of it in one type or, under --lora with a coded --base, the blocks' matrices in codes."""
-    total = plain_bytes(config) * parameters(phi)
-    if config.base in FORMATS:
-        for rows, columns in matrices(phi).values():
-            coded = coded_bytes(rows, columns, config.base) - plain_bytes(config) * rows * columns
-            total += phi.num_hidden_layers * coded
-    return total + 4 * adapter_parameters(phi, config)
+def watch_peak(device: str) -> Callable[[], int | None]:
+    """Starts to watch; the result tells the peak since then: of tensors on CUDA, else of the process; None if unknown."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, back to the present
+    except OSError:
+        return lambda: None
+    return lambda: read_proc("self/status", "VmHWM")
 
 
-def trained_shapes(phi: PhiConfig, config: Config) -> list[tuple[int, tuple[int, ...]]]:
-    """(how many, shape) of all parameters that have gradients and moments."""
-    D, V, L = phi.hidden_size, phi.vocab_size, phi.num_hidden_layers
-    if config.lora:
-        shapes = adapted(phi, config).values()
-        return [(L, shape) for rows, columns in shapes for shape in ((config.lora, columns), (rows, config.lora))]
-    blocks = [(L, shape) for rows, columns in matrices(phi).values() for shape in ((rows, columns), (rows,))]
-    return [(2, (V, D)), (1, (V,)), (2 * L + 2, (D,)), *blocks]
+@dataclass
+class Need:
+    parts: dict[str, int]  # bytes, by what they hold
+    total: int
+    free: int
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
+        return f"a training step needs about {self.total / 1e9:.1f} GB ({parts}); {self.free / 1e9:.1f} GB are free"
 
 
-def moment_bytes(shape: tuple[int, ...], config: Config) -> int:
-    """AdamW's two moments of a parameter: fp32, or codes of a byte with an fp32 scale for each 256 (optimizer.AdamW8bit)."""
-    values = math.prod(shape)
-    if config.optimizer == "adamw8bit" and len(shape) > 1 and values >= SMALL:
-        return 2 * (values + 4 * math.ceil(values / BLOCK))
-    return 8 * values
-
-
-def offloaded_bytes(phi: PhiConfig, config: Config) -> int:
-    """The CPU's memory under --offload-optimizer: a copy of what is trained, its moments, and one gradient."""
-    shapes = trained_shapes(phi, config)
-    state = sum(count * (4 * math.prod(shape) + moment_bytes(shape, config)) for count, shape in shapes)
-    return state + 4 * max(math.prod(shape) for _, shape in shapes)
-
-
-# ------------------------------------------------------------------------------------- what the backward pass waits for
-
-
-def kept_bytes(phi: PhiConfig, config: Config, load: Load) -> int:
-    """What autograd keeps of one block without gradient checkpointing.
-
-    Of each token, in values ("input" stands for what a trained or adapted layer keeps of its input for its own gradient):
-
-        x                       D in s bytes, for the LayerNorm
-        inputs of q k v, fc1    D once; but under autocast over fp32 weights each of the four makes its own cast of LN(x)
-        q and k turned, v       D + 2 K h, for attention
-        attention's output      D, and its statistics, H in fp32; on the CPU the input of `dense` is another copy
-        fc1's output            I, for GELU
-        input of fc2            I
-        adapters                r each, for B; with dropout each layer keeps its own input and what was dropped from it
-    """
-    cuda, lora = config.device.startswith("cuda"), adapted(phi, config)
-    D, inner, c, s = phi.hidden_size, phi.intermediate_size, compute_bytes(config), plain_bytes(config)
-    kv = phi.num_key_value_heads * phi.head_size
-    wants = set(lora) if config.lora else set(matrices(phi))  # the layers that need their own input
-    normed = 4 if cuda and c == 2 else s  # bytes of LN(x); CUDA's autocast computes LayerNorms in fp32, from an fp32 copy
-    value = normed * D + c * (D + 2 * kv) + c * D + 4 * phi.num_attention_heads + c * inner
-    own = wants & {"q_proj", "k_proj", "v_proj", "fc1"}
-    dropped = bool(config.lora_dropout)
-    value += c * D * (len(own) if dropped or normed != c else bool(own))
-    value += c * D * ("dense" in wants and (dropped or not cuda)) + c * inner * ("fc2" in wants)
-    value += c * (config.lora or 0) * len(lora)
-    if dropped:  # CUDA keeps what was dropped as bytes, the CPU as factors
-        value += sum(columns * (1 if cuda else normed if name in own else c) for name, (_, columns) in lora.items())
-    return value * load.tokens
-
-
-def compute_bytes(config: Config) -> int:
-    return 2 if config.dtype == "bf16" else 4
-
-
-def copied_bytes(phi: PhiConfig, config: Config) -> int:
-    """Copies of one block's weights that its backward pass uses: bf16 ones of fp32 weights, and the rounded ones of qat."""
-    if config.stage == "qat":
-        return compute_bytes(config) * block_parameters(phi)
-    if config.dtype != "bf16":
-        return 0
-    adapters = adapter_parameters(phi, config) // phi.num_hidden_layers
-    return 2 * (adapters + (block_parameters(phi) if config.base in (None, "fp32") else 0))
-
-
-def mask_bytes(config: Config, load: Load) -> int:
-    """The attention mask [B, 1, T, T]; none under plain causal attention, nor in FlexAttention, which keeps blocks of it."""
-    return compute_bytes(config) * load.rows * load.width**2 if load.masked and config.attention != "flex" else 0
-
-
-def padded_mask_bytes(config: Config, load: Load) -> int:
-    """CUDA's attention kernels copy a mask whose rows are not a multiple of 8 values, in each block."""
-    return mask_bytes(config, load) if config.device.startswith("cuda") and load.width % 8 else 0
-
-
-# ---------------------------------------------------------------------------------------------------- what comes and goes
-
-
-def logit_bytes(phi: PhiConfig, config: Config, load: Load, backward: bool) -> int:
-    """The output layer (model.TokenLogProbs) at its highest: a chunk of logits in fp32 and one more like it (exponentials
-    forward, factors of products backward), and the [V, D] matrices that it makes on the way."""
-    cuda, c, plain = config.device.startswith("cuda"), compute_bytes(config), plain_bytes(config)
-    matrix, V = phi.vocab_size * phi.hidden_size, phi.vocab_size
-    chunk = 4 * V * min(load.predicted, max(1, LOGIT_CHUNK // V))
-    total = matrix * c * (c != plain)  # the weight in the compute type
-    total += matrix * 4 * (c == 2 and not cuda)  # a factor or product of 16-bit matrices in fp32
-    if not backward:
-        return total + 2 * chunk
-    if not config.lora:
-        total += matrix * 4 * (2 if cuda and c == 2 else 1)  # the weight's gradient, and the part of a chunk
-    return total + chunk * (5 if c == 2 and not cuda else 2) // 2
-
-
-def work_bytes(phi: PhiConfig, config: Config, load: Load) -> int:
-    """A block's backward pass on its way: the gradients of the MLP's hidden layer before and behind GELU, with adapters from
-    both branches, four of the stream's width, and the gradient or the decoded weight of the largest matrix."""
-    c, tokens = compute_bytes(config), load.tokens
-    hidden = (3 if config.lora else 2) * c * phi.intermediate_size
-    matrix = max(rows * columns for rows, columns in matrices(phi).values())
-    if config.base in FORMATS:
-        each = 8 if config.base == "int8" else 6
-    else:
-        each = 0 if config.lora else 4 if c == 4 else 6
-    return tokens * (hidden + 4 * 4 * phi.hidden_size) + each * matrix
-
-
-# ------------------------------------------------------------------------------------------------------------- the sum
-
-
-def moments(phi: PhiConfig, config: Config, load: Load, process: int = 0) -> dict[str, dict[str, int]]:
-    """Bytes on the device at each moment of the head of this file, by what holds them."""
-    L, D = phi.num_hidden_layers, phi.hidden_size
-    shapes = trained_shapes(phi, config)
-    ranks = 1 if config.lora else parallel.size()  # that weights, gradients and moments are shared out over
-    gathered = parameters(phi) - (L - 2) * block_parameters(phi) if ranks > 1 else 0  # all but the blocks, and two of those
-    gradients = sum(4 * count * math.prod(shape) for count, shape in shapes) // ranks
-    embedding = 0 if config.lora else 4 * phi.vocab_size * D
-    live = config.reference == "live" and config.objective == "dpo"
-    always = {
-        "process": process,
-        "weights": weight_bytes(phi, config) // ranks,
-        "gathered weights": 4 * gathered,
-        "AdamW's moments": (not config.offload_optimizer)
-        * sum(n * moment_bytes(shape, config) for n, shape in shapes)
-        // ranks,
-        "live reference": 4 * parameters(phi) // ranks if live and not config.lora else 0,
-        "attention mask": mask_bytes(config, load),
-    }
-    before = gradients if load.several else 0
-    stream = plain_bytes(config) * D * load.tokens
-    block, copies, padded = kept_bytes(phi, config, load), copied_bytes(phi, config), padded_mask_bytes(config, load)
-    if config.gradient_checkpointing:
-        kept, held, again = L * stream, 0, block + padded
-        cached = L * copies if not config.lora and config.stage != "qat" else copies  # autocast's, until its block ends
-    else:
-        kept, held, again = L * (block + padded), L * copies, 0
-        cached = held
-    kept += 2 * stream + 4 * D * load.predicted  # the last LayerNorm's input and output, and its rows that predict
-    work = work_bytes(phi, config, load)
-    found = {
-        "forward": {"gradients": before, "activations": kept, "copies of weights": cached}
-        | {"output layer": logit_bytes(phi, config, load, backward=False)},
-        "output layer": {"gradients": before, "activations": kept, "copies of weights": held}
-        | {"output layer": logit_bytes(phi, config, load, backward=True)},
-        "blocks": {"gradients": max(before, embedding), "activations": kept + again, "copies of weights": max(held, copies)}
-        | {"work of a block": work},
-        "embedding": {"gradients": gradients, "activations": max(again, block), "work of a block": max(work, embedding)},
-    }
-    if live:
-        reference = {"copies of weights": held + (0 if config.lora else L * copies)}
-        reference |= {"work of a block": work, "output layer": logit_bytes(phi, config, load, backward=False)}
-        found["live reference"] = {"gradients": before, "activations": kept} | reference
-    return {moment: always | parts for moment, parts in found.items()}
-
-
-def estimate(phi: PhiConfig, config: Config, load: Load, process: int = 0) -> dict[str, int]:
-    """Bytes that a training step needs on its device, by what holds them, at the moment when it needs most."""
-    parts = max(moments(phi, config, load, process).values(), key=lambda parts: sum(parts.values()))
-    return {name: size for name, size in parts.items() if size}
-
-
-def stored_format(directory: Path, phi: PhiConfig) -> str | None:
-    """The format of a directory that is quantized already, or under whose adapters weights are quantized on loading."""
-    stored = phi.other.get("quantization_config", {})
+def find_need(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
+    """What a run needs on its device. On the CPU that includes the process, with the libraries that it will load."""
+    phi = read_config(directory)
+    stored = phi.other.get("quantization_config", {})  # the files may hold quantized weights, or adapters of such
     code = "int8" if stored.get("load_in_8bit") else stored.get("code") or stored.get("bnb_4bit_quant_type")
-    return code or (base_format(directory) if is_adapter(directory) else None)
+    if settings.lora and not settings.base:
+        settings = replace(settings, base=code or find_origin(directory).format)
+    parts = estimate(phi, settings, largest_micro_batch(settings, examples))
+    if not settings.device.startswith("cuda"):
+        parts["process"] = read_proc("self/status", "VmRSS") + LIBRARIES
+    return Need(parts, sum(parts.values()), free_bytes(settings.device))
 
 
-def as_loaded(directory: Path, phi: PhiConfig, config: Config) -> Config:
-    """The config with --base and --lora-targets as the model's directory settles them, where the flags do not."""
-    if not config.lora:
-        return config
-    config = replace(config, base=config.base or stored_format(directory, phi))
-    if is_adapter(directory):
-        config = replace(config, lora_targets=",".join(read_json(directory / ADAPTER_CONFIG).get("target_modules") or []))
-    return config
+def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
+    """What the run needs. InputError if less is free, with the flags that would help."""
+    need = find_need(directory, settings, examples)
+    if parallel.largest(need.total > need.free):
+        raise InputError(f"{need} on {settings.device}.\n{way_out(directory, settings, examples)}")
+    if not settings.device.startswith("cuda") and need.total > 10**9:
+        # glibc keeps freed blocks of up to 32 MB for later, and a step took twice its tensors. Now it returns those of 1 MB.
+        with contextlib.suppress(OSError, AttributeError):  # there may be another C library
+            ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    return need
+
+
+def mildest_first(settings: Tuning, examples: Sequence[Example]) -> list[dict]:
+    """Flags that save memory: those that cost only time, then adapters and fewer bits, then shorter examples."""
+    fewer_rows = {"pack": max(map(len, examples))} if settings.pack else {"micro_batch_size": 1}
+    steps = [{"gradient_checkpointing": True}, fewer_rows, {"optimizer": "adamw8bit"}]
+    if settings.stage != "qat":
+        lora = {"lora": settings.lora or 16}
+        steps.append(lora)
+        if settings.base in (None, "fp32"):
+            steps += [lora | {"base": "bf16", "dtype": "bf16"}, lora | {"base": "nf4"}]
+    for n in (settings.max_length // 2, settings.max_length // 4, settings.max_length // 8):
+        steps.append({"max_length": n, "max_prompt_length": min(settings.max_prompt_length, n // 2)})
+    return steps
+
+
+def way_out(directory: Path, settings: Tuning, examples: Sequence[Example]) -> str:
+    """The flags under which the run would fit, with a tenth to spare: the mildest, and none that is not needed."""
+    if settings.resume:
+        return "A resumed run keeps its settings, so it needs more free memory."
+
+    def flags(steps: list[dict]) -> dict:
+        return {name: value for step in steps for name, value in step.items() if value != getattr(settings, name)}
+
+    def need(steps: list[dict]) -> Need:
+        return find_need(directory, replace(settings, **flags(steps)), examples)
+
+    steps = mildest_first(settings, examples)
+    if ROOM * need(steps).total > need(steps).free:
+        return f"No flag makes it fit: the least is {need(steps).total / 1e9:.1f} GB, with all flags that save memory."
+    for step in reversed(steps):
+        fewer = [other for other in steps if other is not step]
+        if ROOM * need(fewer).total <= need(fewer).free:
+            steps = fewer
+    typed = flags(steps) if settings.dry_run else flags(steps) | {"overwrite": True}  # the run's directory is there now
+    words = [flag_name(name) if value is True else f"{flag_name(name)} {value}" for name, value in typed.items()]
+    return f"It would fit, with {need(steps).total / 1e9:.1f} GB, if you add\n  {' '.join(words)}"

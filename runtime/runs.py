@@ -1,29 +1,38 @@
-"""What a run leaves on disk, so that it can be killed at any moment and go on as if nothing had happened.
+"""A run on disk: opened, saved while it trains, continued after a kill, published, and shown.
 
-    out/<run>/config.json model.safetensors tokenizer.json     the best model, loads in transformers too
-              run.json metrics.jsonl ledger.json tb/ figures/  what was run, and how it went
-              checkpoints/step-N/                              model, AdamW's moments and the loop's counters after step N
+    out/NAME/config.json model.safetensors tokenizer.json    the best model, which loads in transformers too
+             run.json metrics.jsonl ledger.json results.json what was run, how it went, what came out
+             held_out.jsonl questions.json                   the rows that were held out, the questions that were trained on
+             checkpoints/step-N/                             model, AdamW's moments and the loop's counters after step N
 
 Training draws no random numbers besides the order of the batches, which follows from (seed, epoch, position); so model,
 moments and the step number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
+Nothing here knows the network: a model is its files.
 """
 
 import contextlib
 import hashlib
 import json
+import platform
+import shlex
 import shutil
-from collections.abc import Iterator
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import ChatML
-from model import Phi
+from data import ChatML, Example, Ledger, load_tokenizer
+from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import InputError, read_json, whole_directory, whole_file, write_json, write_jsonl
+from runtime.files import InputError, picture, read_json, whole_directory, whole_file, write_json, write_jsonl
+from runtime.settings import METRICS, TRAINING, Command, flag_name, from_stored
 
 MODEL_FILES = (
     "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json tokenizer*.json "
@@ -31,68 +40,98 @@ MODEL_FILES = (
 ).split()
 
 
-def fingerprint(model: Phi) -> str:
-    """SHA-256 over the names and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(parallel.whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+# -------------------------------------------------------------------------------------------------- opening and resuming
 
 
-def save_model(directory: Path, model: Phi, chat: ChatML) -> None:
-    """Model and tokenizer. Of several ranks the main one writes, and all must call this."""
-    model.save_pretrained(directory)
-    if not parallel.is_main():
-        return
-    with whole_file(directory / "tokenizer.json") as temporary:
-        chat.tokenizer.save(str(temporary))
+def open_run(settings: Any) -> int:
+    """Makes the directory of a run, with its run.json; returns the step to go on from. Ranks decide together.
+
+    InputError rather than losing earlier work.
+    """
+    run, start = Path(settings.out) / settings.name, None
+    if parallel.is_main():
+        resume = getattr(settings, "resume", False)
+        way_out = "Continue it with --resume, delete" if settings.stage in TRAINING else "Delete"
+        start = _make_directory(run, settings.overwrite, resume, way_out)
+        if not resume:
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
+            stored = asdict(settings)
+            if parallel.size() > 1:
+                stored["device"] = torch.device(settings.device).type  # each rank has its own
+            write_json(run / "run.json", {"stage": settings.stage, "settings": stored, "versions": versions})
+    return parallel.gather(start)[0]
 
 
-def save_checkpoint(run: Path, step: int, model: Phi, chat: ChatML, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Writes checkpoints/step-N, complete or not at all. `state`: the loop's counters, as JSON. Of several ranks the main
-    one writes whole tensors, and all must call this; so a run goes on with any number of them."""
-    path = run / "checkpoints" / f"step-{step}"
-    with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as temporary:
-        save_model(temporary, model, chat)
-        moments = parallel.gathered((n, parallel.whole(x, beside=p)) for n, x, p in _moments(model, optimizer))
+def _make_directory(run: Path, overwrite: bool, resume: bool, way_out: str) -> int:
+    exists = run.exists() and any(run.iterdir())
+    if resume:
+        if not (run / "run.json").exists():
+            raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
+        saved = steps_saved(run)
+        return saved[-1] if saved else 0
+    if exists and overwrite:
+        if not (run / "run.json").exists():
+            raise InputError(f"{run}: has no run.json, so it is not a run of this program and is not deleted")
+        shutil.rmtree(run)
+    elif exists:
+        raise InputError(f"{run} already holds a run. {way_out} it with --overwrite, or give this one another --name.")
+    run.mkdir(parents=True, exist_ok=True)
+    return 0
+
+
+def resume_command(settings: Any) -> str:
+    """The command line that continues a run; everything else is read from its run.json."""
+    where = [] if settings.out == "out" else ["--out", settings.out]
+    words = [*parallel.launcher(), "train.py", "--stage", settings.stage, "--name", settings.name, *where, "--resume"]
+    return shlex.join(words)
+
+
+def stored_settings(run: Path) -> Any:
+    """The settings that a run was made with; InputError if run.json is of another version and cannot be understood."""
+    return from_stored(read_json(run / "run.json"), str(run / "run.json"))
+
+
+def resumed_settings(command: Command) -> Any:
+    """The settings that the run to be resumed was started with. InputError if a flag asks for others."""
+    asked = command.settings
+    run = Path(asked.out) / asked.name
+    if not (run / "run.json").exists():
+        raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
+    stored = stored_settings(run)
+    if stored.stage != asked.stage:
+        raise InputError(f"{run} is a run of --stage {stored.stage}; give that stage to resume it")
+    for name in sorted(command.origins):
+        old, new = getattr(stored, name), getattr(asked, name)
+        if command.given(name) and name not in ("resume", "out", "device") and old != new:
+            raise InputError(
+                f"{run} was started with {name} = {old}, now {flag_name(name)} {new}: a resumed run keeps "
+                "its settings. Leave the flag out, or start another run with another --name."
+            )
+    device = asked.device or stored.device
+    return replace(stored, resume=True, overwrite=False, out=asked.out, name=asked.name, device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@contextlib.contextmanager
+def checkpoint(run: Path, state: dict) -> Iterator[Path]:
+    """Yields a directory for model and optimizer, which becomes checkpoints/step-N, complete or not at all. `state`: the
+    loop's counters, of which "step" is N. All ranks enter; the main one writes."""
+    path = checkpoint_directory(run, state["step"])
+    with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as directory:
+        yield directory
         if parallel.is_main():
-            save_file(moments, temporary / "optimizer.safetensors")
-            write_json(temporary / "state.json", {"step": step, **state})
-    return path
+            write_json(directory / "state.json", state)
 
 
-def _moments(model: Phi, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """("exp_avg.lm_head.bias", tensor, parameter): what the optimizer keeps of each trained parameter, as it is. (8-bit
-    codes stay codes: the dynamic map has no level at -1, so rounding their values once more would change them.)"""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            yield from ((f"{key}.{name}", value, p) for key, value in optimizer.state[p].items())
+def read_state(checkpoint: Path) -> dict:
+    """The loop's counters in a checkpoint."""
+    return read_json(checkpoint / "state.json")
 
 
-DTYPES = {"F32": torch.float32, "U8": torch.uint8}  # of an optimizer's state, by the names of safetensors
-
-
-def load_optimizer(path: Path, model: Phi, optimizer: torch.optim.Optimizer) -> dict:
-    """Fills the optimizer's state, in place, from a checkpoint, a rank's own rows alone; returns the loop's counters.
-    InputError if the checkpoint is of an optimizer with another state."""
-    file = path / "optimizer.safetensors"
-    with safe_open(file, framework="pt") as stored:
-        names = set(stored.keys())
-        for name, value, p in _moments(model, optimizer):
-            saved = stored.get_slice(name) if name in names else None
-            form = (tuple(saved.get_shape()), DTYPES.get(saved.get_dtype())) if saved else None
-            if form != (parallel.whole_shape(value, beside=p), value.dtype):
-                key, _, parameter = name.partition(".")
-                what = f"a {str(form[1]).removeprefix('torch.')} {saved.get_shape()} as" if saved else "no"
-                raise InputError(
-                    f"{file} holds {what} {key} of {parameter}; resume with the --optimizer that it was written with"
-                )
-            if value.ndim == 0:
-                value.copy_(stored.get_tensor(name))
-            else:
-                parallel.fill(value, saved, beside=p)
-    return read_json(path / "state.json")
+def checkpoint_directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
 
 
 def steps_saved(run: Path) -> list[int]:
@@ -104,17 +143,84 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Deletes all checkpoints but the last `keep` and the best."""
     for step in steps_saved(run)[:-keep]:
         if step != best:
-            shutil.rmtree(run / "checkpoints" / f"step-{step}")
+            shutil.rmtree(checkpoint_directory(run, step))
 
 
 def publish(run: Path, step: int) -> None:
     """Copies the model of checkpoint `step` to the run's own directory."""
-    source = run / "checkpoints" / f"step-{step}"
     for pattern in MODEL_FILES:
-        for file in source.glob(pattern):
+        for file in checkpoint_directory(run, step).glob(pattern):
             if file.name != "optimizer.safetensors":
                 with whole_file(run / file.name) as temporary:
                     shutil.copyfile(file, temporary)
+
+
+# ------------------------------------------------------------------------------------------------- while the loop runs
+
+
+class Record:
+    """What the loop says of its steps: lines of metrics.jsonl, TensorBoard, and the progress bar. See `recording`."""
+
+    def __init__(self, run: Path, board: Any, bar: Any):
+        self.run, self.board, self.bar = run, board, bar
+        self.began, self.tokens = time.perf_counter(), 0
+
+    def step(self, step: int, numbers: dict[str, float], tokens: int) -> None:
+        """A training step that took `tokens` tokens."""
+        self.tokens += tokens
+        speed = self.tokens / (time.perf_counter() - self.began)
+        self.log(step, numbers | {"tokens_per_second": speed})
+        shown = {"loss": f"{numbers['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+        if "rewards/accuracies" in numbers:
+            shown["accuracy"] = f"{numbers['rewards/accuracies']:.2f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """One line of metrics.jsonl and the same for TensorBoard, from the main rank."""
+        if parallel.is_main():
+            with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        self.bar.write(line)
+
+
+@contextlib.contextmanager
+def recording(run: Path, what: str, start: int, total: int) -> Iterator[Record]:
+    """A `Record` of the steps after `start`. What was logged after `start` is dropped: those steps will run again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = contextlib.nullcontext()
+    if parallel.is_main():
+        truncate_metrics(run, start)
+        board = SummaryWriter(str(run / "tb"), purge_step=start + 1)
+    pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: in a file each is a line
+    bar = parallel.progress(total=total, initial=start, desc=what, unit="step", mininterval=pause)
+    with board as writer, bar:
+        yield Record(run, writer, bar)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Inside, Ctrl-C and SIGTERM only note that the loop should stop; a second one acts at once.
+
+    Yields a function that returns the signal's number, or 0. All ranks must call it, and get the same answer.
+    """
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: int(parallel.largest(received[0] if received else 0))
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -129,34 +235,262 @@ def truncate_metrics(run: Path, step: int) -> None:
     write_jsonl(run / "metrics.jsonl", [row for row in read_metrics(run) if row["step"] <= step])
 
 
-def cached_logprobs(path: Path, compute) -> tuple[Tensor, bool]:
-    """The table stored at `path`, or `compute()` stored there; and whether it was there already. Ranks decide together."""
+def read_table(path: Path) -> Tensor | None:
+    """A table of log-probabilities that `write_table` wrote, or None if there is none. Ranks decide together."""
     missing = parallel.largest(not path.exists())
-    if not missing:
-        return load_file(path)["logprobs"], True
-    table = compute()
+    return None if missing else load_file(path)["logprobs"]
+
+
+def write_table(path: Path, table: Tensor) -> None:
     if parallel.is_main():
         with whole_file(path) as temporary:
             save_file({"logprobs": table}, temporary)
-    return table, False
 
 
-def open_run(run: Path, overwrite: bool, resume: bool) -> int:
-    """Makes the run's directory ready and returns the step to go on from; InputError rather than losing earlier work."""
-    exists = run.exists() and any(run.iterdir())
-    if resume:
-        if not (run / "run.json").exists():
-            raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
-        saved = steps_saved(run)
-        return saved[-1] if saved else 0
-    if exists and overwrite:
-        if not (run / "run.json").exists():
-            raise InputError(f"{run}: has no run.json, so it is not a run of this program and is not deleted")
-        shutil.rmtree(run)
-    elif exists:
+# ---------------------------------------------------------------------------------- what is known about a model's directory
+
+
+def stage_of(run: Path) -> str | None:
+    """The stage in a run.json, of this version or of those before, which had it among the settings."""
+    raw = read_json(run / "run.json")
+    return raw.get("stage", raw.get("config", {}).get("stage"))
+
+
+def training_run(directory: Path) -> Path | None:
+    """The run that tuned a model: its own directory or, if it was quantized from another, that one's; None if neither is."""
+    while (directory / "run.json").exists():
+        if stage_of(directory) in TRAINING:
+            return directory
+        directory = Path(read_json(directory / "results.json").get("parent", ""))
+    return None
+
+
+def tuned_from(directory: Path) -> Path | None:
+    """The model that a model was tuned from, which rewards are measured from; None if that is not recorded or gone."""
+    run = training_run(directory)
+    if run is None or not (run / "results.json").exists():
+        return None
+    parent = Path(read_json(run / "results.json").get("parent", ""))
+    return parent if (parent / "config.json").exists() or is_adapter(parent) else None
+
+
+def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
+    """The ChatML of a model's directory, by default with the system prompt that the model was tuned with.
+
+    Adapters may leave the tokenizer to their base. InputError if the tokenizer has ids that the model has no embedding for.
+    """
+    own = (directory / "tokenizer.json").exists() or not is_adapter(directory)
+    run = training_run(directory)
+    if system_prompt is None and run:
+        system_prompt = stored_settings(run).system_prompt
+    chat = ChatML(load_tokenizer(directory if own else base_directory(directory)), system_prompt)
+    rows = read_json(base_directory(directory) / "config.json").get("vocab_size", 0)
+    largest = max(chat.tokenizer.get_vocab().values())
+    if largest >= rows:
         raise InputError(
-            f"{run} already holds a run. Continue it with --resume, delete it with --overwrite, or give this "
-            "one another --name."
+            f"{directory}: the tokenizer does not fit the model: its ids reach {largest:,}, the model's embedding has "
+            f"{rows:,} rows. Is tokenizer.json another model's?"
         )
-    run.mkdir(parents=True, exist_ok=True)
-    return 0
+    return chat
+
+
+def save_chat(directory: Path, chat: ChatML) -> None:
+    """Writes tokenizer.json, from the main rank."""
+    if parallel.is_main():
+        with whole_file(directory / "tokenizer.json") as temporary:
+            chat.tokenizer.save(str(temporary))
+
+
+def write_questions(run: Path, keys: Iterable[str]) -> None:
+    """Notes which questions a run trains on, as the first 16 hex digits of each key's SHA-256."""
+    write_json(run / "questions.json", {"trained on": sorted({_short(key) for key in keys})})
+
+
+def questions_seen(directory: Path, keys: Iterable[str]) -> int:
+    """How many of these questions the run of a model trained on; 0 if that is not recorded."""
+    run = training_run(directory)
+    if run is None or not (run / "questions.json").exists():
+        return 0
+    seen = set(read_json(run / "questions.json")["trained on"])
+    return sum(_short(key) in seen for key in keys)
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------------- for people to see
+
+
+def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
+    """Where the rows of each file went, in words."""
+    lines = []
+    for name, ledger in ledgers.items():
+        dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
+        lines.append(
+            f"{name}: {ledger.rows:,} rows, {ledger.kept:,} kept ({ledger.trimmed:,} with a trimmed prompt), "
+            f"dropped: {dropped}"
+        )
+        lines += [f"  left out: {reason}" for reason in ledger.bad_rows[:5]]
+        if len(ledger.bad_rows) > 5:
+            lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
+    return "\n".join(lines)
+
+
+ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
+
+
+def coloured(example: Example, chat: ChatML, colour: bool) -> str:
+    """An example token by token: the prompt coloured by role, supervised tokens underlined in green and red, control tokens
+    inverse. Without colour, every token stands in brackets."""
+
+    def paint(ids: list[int], code: str) -> str:
+        if not colour:
+            return "".join(f"[{chat.decode([i])}]" for i in ids)
+        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
+
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
+    starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
+    for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
+        turn = example.prompt[start:end]
+        role = chat.decode(turn[1:]).partition("\n")[0]
+        lines[-1] += paint(turn, ROLE_COLOURS.get(role, "90"))
+    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
+    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
+        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
+    return "\n".join(lines)
+
+
+def describe_settings(settings: Any, origins: dict[str, str]) -> str:
+    """A line a setting, with the layer that it comes from: flag, preset, demo or default."""
+    values = asdict(settings)
+    return "\n".join(f"  {name:24} {value!s:40} {origins.get(name, '')}".rstrip() for name, value in values.items())
+
+
+def metrics_table(measured: dict[str, dict[str, float]]) -> str:
+    """Metrics of several models side by side, {heading: metrics}. Rewards are measured from the model "before", so it has
+    none of its own."""
+    rows = [("", *measured)]
+    for name in measured["after"]:
+        reward = "reward" in name or name in ("debiased accuracy", "ties")
+        cells = ["-" if reward and which == "before" else _number(name, m[name]) for which, m in measured.items()]
+        rows.append((name, *cells))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"  {name:{width}}" + "".join(f"  {cell:>8}" for cell in cells) for name, *cells in rows)
+
+
+def _number(name: str, value: float) -> str:
+    if "logp" in name or "loss" in name:
+        return f"{value:.3f}"
+    return f"{value:.1f}" if "tokens" in name else f"{100 * value:.1f}%"
+
+
+def summary(settings: Any, run: Path, examples: list[Example], results: dict) -> str:
+    """The end of a run as text: a table, three questions with the answers before and after, files, and what to do next."""
+    kinds = [which for which in ("before", "rounded", "after") if which in results]
+    metric = settings.metric or METRICS[settings.objective][0]
+    lines = [
+        "",
+        f"{len(examples):,} held-out examples, best step {results['best_step']} (by {metric}: {results['best_value']:.4f})",
+        metrics_table({which: results[which]["metrics"] for which in kinds}),
+    ]
+    if settings.stage == "qat" and settings.objective == "sft":
+        full, rounded, after = (results[which]["metrics"]["loss per token"] for which in kinds)
+        share = f" ({100 * (rounded - after) / (rounded - full):.0f}% won back)" if rounded - full > 0.01 else ""
+        lines.append(
+            f"  Rounding to {settings.to} changes the loss by {rounded - full:+.4f} nats per token; after training through "
+            f"the rounding {after - full:+.4f} are left{share}."
+        )
+    lines += _showpieces(examples, results["before"]["answers"], results["after"]["answers"])
+    used = results["memory"]
+    if used["measured"]:
+        sizes = f"{used['measured'] / 1e9:.2f} GB measured, {used['estimated'] / 1e9:.2f} GB estimated"
+        lines += ["", f"Peak memory of training: {sizes}"]
+    weights = "adapter_model.safetensors" if settings.lora else "model.safetensors"
+    lines += ["", f"Model, metrics and figure: {run}/ ({weights}, metrics.jsonl, figures/training.png)"]
+    return "\n".join(lines)
+
+
+def _showpieces(examples: list[Example], before: list[str], after: list[str]) -> list[str]:
+    """Three questions with both answers and, where a truth file grades them, their marks: three that tuning put right, with
+    how many there are, and how many it spoiled."""
+    asked = list(zip(examples, before, after, strict=False))
+    if not asked:
+        return []
+    lines = []
+    if all(example.truth and example.truth.grades for example, _, _ in asked):
+        changes = [(_all_right(example, old), _all_right(example, new)) for example, old, new in asked]
+        corrected = [one for one, change in zip(asked, changes) if change == (False, True)]
+        spoiled = changes.count((True, False))
+        names = ", ".join(asked[0][0].truth.grades)
+        lines = ["", f"Of {len(asked):,} answers tuning put {len(corrected):,} right and {spoiled:,} wrong. Marks: {names}."]
+        asked = corrected + asked
+    for example, old, new in asked[:3]:
+        lines += [
+            "",
+            _one_line(example.question),
+            f"  before: {_marked(example, old)}",
+            f"  after:  {_marked(example, new)}",
+        ]
+        if example.truth and example.truth.answer:
+            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{example.truth.answer}")
+    return lines
+
+
+def _all_right(example: Example, answer: str) -> bool:
+    return all(example.truth.grade(answer).values())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _marked(example: Example, answer: str) -> str:
+    """ "✓✗ the answer": which grades of the truth file it has, in their order; without marks where no truth is known."""
+    passed = example.truth.grade(answer) if example.truth else {}
+    marks = "".join("✓" if has else "✗" for has in passed.values())
+    return f"{marks} {_one_line(answer)[:300]}".strip()
+
+
+def training_figure(run: Path, objective: str) -> None:
+    """figures/training.png: loss, accuracy and rewards over the steps, from metrics.jsonl."""
+    rows = read_metrics(run)
+    columns, size = (3, (14, 3.8)) if objective == "dpo" else (1, (5, 3.8))
+    with picture(run / "figures" / "training.png", columns, size) as axes:
+        loss, *others = axes
+        _plot_training(loss, rows, "loss", "loss", "C0")
+        _plot_held_out(loss, rows, "loss", "loss", "C0")
+        loss.set(ylabel="nats per pair" if others else "nats per token")
+        if others:
+            accuracy, rewards = others
+            _plot_held_out(loss, rows, "dpo_loss", "DPO loss (eps = 0)", "C2")
+            _plot_training(accuracy, rows, "rewards/accuracies", "raw", "C0")
+            _plot_held_out(accuracy, rows, "rewards/accuracies", "raw", "C0")
+            _plot_held_out(accuracy, rows, "debiased_accuracy", "debiased", "C2")
+            accuracy.set(ylabel="reward accuracy", ylim=(0, 1.05))
+            for name, colour in (("chosen", "C2"), ("rejected", "C3")):
+                _plot_training(rewards, rows, f"rewards/{name}", name, colour)
+                _plot_held_out(rewards, rows, f"rewards/{name}", name, colour)
+            rewards.set(ylabel="reward: beta * log-ratio to the reference (nats)")
+        for axis in axes:
+            axis.set(xlabel="optimizer step")
+            axis.legend(fontsize=7)
+
+
+def _plot_training(axis: Any, rows: list[dict], name: str, label: str, colour: str) -> None:
+    """A metric of every step, faint, and its mean over 20 steps."""
+    steps = [row["step"] for row in rows if name in row]
+    values = [row[name] for row in rows if name in row]
+    means = []
+    for i in range(len(values)):
+        last = values[max(0, i - 19) : i + 1]
+        means.append(sum(last) / len(last))
+    axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+    axis.plot(steps, means, color=colour, alpha=0.8, linewidth=1.2, label=f"{label}, training (mean of 20 steps)")
+
+
+def _plot_held_out(axis: Any, rows: list[dict], name: str, label: str, colour: str) -> None:
+    measured = [row for row in rows if f"eval_{name}" in row]
+    steps = [row["step"] for row in measured]
+    values = [row[f"eval_{name}"] for row in measured]
+    axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")

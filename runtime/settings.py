@@ -1,339 +1,525 @@
-"""Every option of `train.py`: one dataclass, whose fields are the command line's flags.
+"""Everything that can be set: one dataclass a stage, made of shared parts. Each field is a flag of the command line.
 
-A field with the default None takes its value from RECIPES, by model and stage: a 1 M-parameter model wants another
-learning rate than Phi-2. An unknown flag is an error, and so is a flag that would do nothing in the chosen stage.
+Settings are flat, `settings.lr`, and a function names the part that it needs: `make_optimizer(model, settings: Optimizer)`.
+A value comes from the highest layer that has one:
+
+    flag       what was typed
+    preset     --preset NAME, from PRESETS
+    demo       DEMO, if --model is the demo: a model of a million parameters wants other rates than Phi-2
+    default    DEFAULTS for the stage, else the field's own default below: values for Phi-2
+
+`settle` puts the layers together; `runtime/flags.py` makes flags and help of the fields and checks the values. Neither
+imports torch, so a command line is understood in a fraction of a second.
 """
 
-import argparse
-import shlex
-import typing
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
 
-from dpo import LOSSES
-from quant import FORMATS
-from runtime import parallel
+from runtime.files import InputError
 
-TRAINING = ("sft", "dpo", "mcq", "qat")
-RUNS = ("data", *TRAINING, "quantize", "merge", "eval", "sweep")  # stages that leave a directory behind
-STAGES = (*RUNS, "chat")
-# Values of flags that are not given. `report` is what the report's authors ran, from their code; the others fit Phi-2, with
-# rows as long as --max-length allows, on a GPU of that size by the estimate of memory.py (tests/test_memory.py).
-LORA = dict(lora=16, lora_alpha=16.0)  # on all linear layers
-LEAN = dict(dtype="bf16", gradient_checkpointing=True)
-PRESETS = {
-    "report": LORA
-    | dict(
-        model="rhysjones/phi-2-orange-v2",
-        system_prompt="You are a helpful EPFL chatbot.",
-        lora_dropout=0.1,
-        dtype="fp32",
-        loss="robust",
-        beta=0.3,
-        eps=0.1,
-        lr=1e-5,
-        schedule="cosine",
-        warmup_steps=5,
-        clip=1.0,
-        epochs=3,
-        batch_size=32,
-        micro_batch_size=1,
-        gradient_checkpointing=True,
-        max_length=2048,
-        max_prompt_length=1024,
-        eval_every=500,
-    ),
-    "8gb": LORA | dict(base="nf4", max_length=1024, max_prompt_length=512, micro_batch_size=4) | LEAN,
-    "24gb": LORA | dict(base="bf16", max_length=2048, max_prompt_length=1024, micro_batch_size=8) | LEAN,
-    "80gb": dict(max_length=2048, max_prompt_length=1024, micro_batch_size=8) | LEAN,
-}
-OBJECTIVES = ("sft", "dpo")  # what a training stage minimizes; qat takes either
-PRECISIONS = ("fp32", "bf16", "nf4-double", "fp4-double", "int4-double", "llm.int8", *FORMATS)  # rows of the report card
-# What "best" may mean. A robust loss is not among them: it can be lowered without bound by diverging (see dpo.py).
+# The names in quant.FORMATS, which needs torch; tests/runtime/test_settings.py compares the two.
+FORMATS = ("int8", "llm.int8", "nf4", "nf4-double", "fp4", "int4", "nf2")
+PRECISIONS = ("fp32", "bf16", *FORMATS)
+# What "best" may mean. A robust loss is not among them: it falls without bound when a run diverges (see dpo.py).
 METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", "dpo_loss")}
 LOWER_IS_BETTER = ("loss", "dpo_loss")
 
 
-def flag(default: object, help: str, stages: tuple[str, ...] = TRAINING, choices: tuple[str, ...] | None = None):
-    """`stages`: where the flag does something. "sft" stands for mcq and qat too, "dpo" for sweep and for qat with it."""
-    return field(default=default, metadata={"help": help, "stages": stages, "choices": choices})
+@dataclass(frozen=True)
+class Limit:
+    """What a value must satisfy, and the words that say so."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Limit("must be positive", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Limit("must be 0 or more", lambda x: 0 <= x < math.inf)
+BETWEEN = Limit("must lie between 0 and 1", lambda x: 0 < x < 1)
+PROBABILITY = Limit("is a probability: above 0, at most 1", lambda x: 0 < x <= 1)
+DROPOUT = Limit("must lie in [0, 1)", lambda x: 0 <= x < 1)
+FLIP_RATE = Limit("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", lambda x: 0 <= x < 0.5)
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: Limit | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "limit": limit})
+
+
+def settings_list(help: str, metavar: str) -> Any:
+    return field(default_factory=list, metadata={"help": help, "choices": (), "limit": None, "metavar": metavar})
+
+
+# ---------------------------------------------------------------------------------------------------------- shared parts
+# A part's docstring is the heading of its group in --help.
 
 
 @dataclass
-class Config:
-    stage: str = flag("dpo", "what to do", STAGES, STAGES)
-    model: str = flag("demo", "demo, a directory, or a hub name such as microsoft/phi-2; several in --stage eval", STAGES)
-    other_models: list[str] = field(default_factory=list, metadata={"stages": ("eval",)})  # --model's second, third, ...
-    revision: str | None = flag(None, "branch, tag or commit of a hub model", STAGES)
-    name: str | None = flag(None, "name of the run: it lives in OUT/NAME (default: model and stage)", RUNS)
-    out: str = flag("out", "directory of all runs", STAGES)
-    resume: bool = flag(False, "continue the run of this name from its last checkpoint, with its own settings")
-    overwrite: bool = flag(False, "delete an earlier run of this name first", RUNS)
-    dry_run: bool = flag(
-        False,
-        "show config, data, batches, memory and time, a sweep's runs, or what a teacher would cost; do nothing",
-        (*TRAINING, "data"),
-    )
+class Start:
+    """model"""
 
-    to: str | None = flag(None, "number format of the weights", ("quantize", "qat"), FORMATS)
-    block: int | None = flag(None, "values that share a scale, but for int8 (default 64)", ("quantize", "qat"))
-    double: bool = flag(False, "quantize the scales too", ("quantize",))
-    threshold: float | None = flag(
-        None,
-        "int8: round activations too but for outliers from here on, as LLM.int8() does at 6 (default: weights only)",
-        ("quantize",),
-    )
-    output_layer: bool = flag(False, "quantize the output layer too", ("quantize",))
-    compile: bool = flag(
-        False, "fuse operations with torch.compile: a block's in training, the quantizers'", (*TRAINING, "quantize", "eval")
-    )
-    objective: str | None = flag(None, "what to minimize (default sft)", ("qat",), OBJECTIVES)
-    precisions: str | None = flag(None, "report card: formats to compare, such as fp32,int8,nf4-double", ("eval",))
-    data: str | None = flag(
-        None, "JSONL file to measure on (default: what was held out of the training rows)", ("merge", "eval", "sweep")
-    )
-    reference_model: str | None = flag(
-        None,
-        "directory of the model that rewards are measured from (default: the one that --model was tuned from)",
-        ("eval",),
-    )
-    bert: str | None = flag(None, "BERT or RoBERTa for BERTScore: a directory or hub name with safetensors", ("eval",))
-
-    grid: list[str] | None = flag(None, "values to try, such as beta=0.1,0.3; once for each flag to vary", ("sweep",))
-    full_grid: bool = flag(False, "try all combinations (default: vary one flag at a time)", ("sweep",))
-    seeds: int = flag(1, "runs of each setting, with seeds SEED, SEED + 1, ...", ("sweep",))
-    preset: str | None = flag(
-        None,
-        "report: what the report's authors ran (sweep: the report's tables, figure and claims); 8gb, 24gb, 80gb: settings "
-        "that fit on a GPU of that size. Flags that are given win over the preset",
-        (*TRAINING, "sweep"),
-        tuple(PRESETS),
-    )
-
-    prompt: str | None = flag(None, "answer this once and exit (- reads it from standard input)", ("chat",))
-    temperature: float | None = flag(
-        None, "of sampling; 0 always takes the likeliest token (default: eval 0, chat 0.7)", ("eval", "chat")
-    )
-    top_p: float = flag(0.95, "sample from the likeliest tokens that have this probability together", ("chat",))
-    max_new_tokens: int = flag(256, "tokens of an answer, at most", ("eval", "chat"))
-
-    sources: str | None = flag(
-        None, "data sets, such as theoremqa,mmlu_stem=DIR (NAME from the hub, NAME=PATH a copy)", ("data",)
-    )
-    sizes: str = flag("", "training rows of each mixture, such as 20000,30000 (default: one with all rows)", ("data",))
-    shares: str = flag("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)", ("data",))
-    shares_by: str = flag("source", "what --shares names", ("data",), ("source", "topic"))
-    independent: bool = flag(False, "draw each size anew instead of each inside the next", ("data",))
-    match_lengths: bool = flag(
-        False, "as many pairs whose longer answer is chosen as whose shorter is, by source", ("data",)
-    )
-    topics: str | None = flag(None, "filled-in copy of topics_to_review.jsonl", ("data",))
-    teacher: str | None = flag(
-        None, "model that writes missing answers, or judges two (OPENAI_API_KEY, OPENAI_BASE_URL)", ("data", "eval")
-    )
-    concurrency: int = flag(8, "calls to the teacher at a time", ("data", "eval"))
-    price: str | None = flag(None, "of a million tokens in and out, such as 0.5,1.5", ("data", "eval"))
-    budget: float | None = flag(
-        None, "stop before the teacher has cost more than this, in the price's currency", ("data", "eval")
-    )
-    letter_only: bool = flag(False, "answer with the letter alone, without explaining first", ("mcq", "eval"))
-
-    train: str | None = flag(None, "JSONL file to train on (the demo makes its own)")
-    eval: str | None = flag(None, "JSONL file to evaluate on (default: a share of --train, split by question)")
-    eval_share: float | None = flag(
-        None, "share of the questions that is kept for evaluation (default 0.2)", (*TRAINING, "data")
-    )
-    on_bad_row: str = flag(
-        "stop", "a row that cannot be used ends the run, or is left out", (*TRAINING, "data", "eval"), ("stop", "skip")
-    )
-    system_prompt: str | None = flag(
-        None,
-        "system turn for prompts that have none (eval, chat: default the one that the model was tuned with)",
-        (*TRAINING, "eval", "chat"),
-    )
-    max_length: int | None = flag(None, "tokens of a prompt with one completion; longer examples are dropped")
-    max_prompt_length: int | None = flag(None, "tokens of a prompt; longer ones lose their oldest text")
-    whole_text: bool = flag(False, "put the loss on the prompt too", stages=("sft",))
-    demo_rows: int | None = flag(None, "demo: rows to generate")
-    flip_rate: float | None = flag(None, "demo: share of the preference labels to swap", stages=("dpo",))
-
-    loss: str | None = flag(None, "preference loss", stages=("dpo",), choices=LOSSES)
-    beta: float | None = flag(None, "strength of the pull towards the reference (eval: default 0.1)", ("dpo", "eval"))
-    eps: float | None = flag(
-        None, "share of flipped labels that robust and conservative assume, and that debiasing undoes", ("dpo", "eval")
-    )
-    nll_weight: float | None = flag(None, "weight of the chosen answer's NLL per token", stages=("dpo",))
-    reference: str = flag(
-        "cached",
-        "reference log-probabilities: computed once, or by a live copy of the model",
-        stages=("dpo",),
-        choices=("cached", "live"),
-    )
-
-    lora: int | None = flag(None, "train adapters of this rank instead of all weights", ("sft", "dpo"))
-    lora_alpha: float | None = flag(
-        None, "the adapters' output is scaled by ALPHA / RANK (default: the rank)", ("sft", "dpo")
-    )
-    lora_dropout: float | None = flag(
-        None, "share of an adapter's inputs that a training step drops (default 0)", ("sft", "dpo")
-    )
-    lora_targets: str | None = flag(
-        None,
-        "layers that get adapters, such as q_proj,v_proj (default all-linear: all but the output layer)",
-        ("sft", "dpo"),
-    )
-    base: str | None = flag(
-        None, "number format of the frozen weights under --lora (default fp32)", ("sft", "dpo"), ("fp32", "bf16", *FORMATS)
-    )
-
-    lr: float | None = flag(None, "peak learning rate")
-    schedule: str = flag("cosine", "decay of the learning rate to 0 after the warm-up", choices=("cosine", "linear"))
-    warmup_steps: int | None = flag(None, "steps in which the learning rate rises from 0")
-    epochs: int | None = flag(None, "passes over the training rows")
-    max_steps: int | None = flag(None, "stop after this many steps (the schedule ends there too)")
-    batch_size: int | None = flag(None, "examples per optimizer step")
-    micro_batch_size: int | None = flag(
-        None, "examples per forward pass; the gradients of a step add up", (*TRAINING, "eval")
-    )
-    optimizer: str = flag("adamw", "adamw8bit keeps AdamW's two moments in 8 bits", choices=("adamw", "adamw8bit"))
-    offload_optimizer: bool = flag(False, "keep AdamW's moments in the CPU's memory; needs CUDA")
-    adam_beta2: float | None = flag(None, "AdamW's memory of squared gradients")
-    weight_decay: float = flag(0.0, "AdamW's decay of the weight matrices")
-    clip: float = flag(1.0, "largest norm of the gradient")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
-    pack: int | None = flag(
-        None,
-        "let several examples share a row of up to this many tokens in training; a longer one has its own, and "
-        "--micro-batch-size is for evaluation then (default: a row each)",
-    )
-    attention: str | None = flag(
-        None, "attention kernel; flex needs CUDA (default: flex with --pack on CUDA, else sdpa)", choices=("sdpa", "flex")
-    )
-    dtype: str | None = flag(
-        None,
-        "compute type; weights are fp32, but in chat (default: bf16 on CUDA, fp32 on the CPU)",
-        (*TRAINING, "eval", "chat"),
-        ("fp32", "bf16", "fp16"),
-    )
-    device: str | None = flag(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)", STAGES)
-    seed: int = flag(0, "of the data's split and order, the demo's questions and weights, and of sampling", STAGES)
-
-    eval_every: int | None = flag(None, "steps between evaluations")
-    save_every: int | None = flag(None, "steps between checkpoints (default: eval_every)")
-    keep: int = flag(2, "checkpoints to keep, besides the best one")
-    metric: str | None = flag(None, "what makes a checkpoint the best, measured in evaluation")
-    patience: int | None = flag(None, "stop after this many evaluations without a new best")
-    samples: int | None = flag(
-        None, "evaluation prompts to answer before and after (eval: default 200)", (*TRAINING, "eval")
-    )
-
-    @property
-    def models(self) -> list[str]:
-        return [self.model, *self.other_models]
+    model: str = setting("demo", "demo, a directory, or a hub name such as microsoft/phi-2")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
 
 
-# The demo's were tuned until its generations improved; Phi-2's DPO values are those of the report's authors.
-DEMO = dict(eval_share=0.2, max_length=1024, max_prompt_length=512, nll_weight=0.0, epochs=1)
-PHI = dict(
-    eval_share=0.2,
-    max_length=2048,
-    max_prompt_length=1024,
-    nll_weight=0.0,
-    lr=1e-5,
-    adam_beta2=0.999,
-    batch_size=32,
-    micro_batch_size=4,
-)
-RECIPES = {
-    ("demo", "sft"): DEMO
-    | dict(
-        demo_rows=26_000,
-        eval_share=0.01,
-        lr=1.5e-3,
-        adam_beta2=0.99,
-        warmup_steps=50,
-        batch_size=8,
-        micro_batch_size=8,
-        eval_every=1000,
-        samples=0,
-    ),
-    ("demo", "dpo"): DEMO
-    | dict(
-        demo_rows=7_000,
-        flip_rate=0.2,
-        loss="robust",
-        beta=0.3,
-        eps=0.2,
-        nll_weight=2.0,
-        lr=2e-4,
-        adam_beta2=0.999,
-        warmup_steps=10,
-        batch_size=16,
-        micro_batch_size=16,
-        eval_every=50,
-        samples=1000,
-    ),
-    ("demo", "lora"): dict(lr=2e-3),  # on top of ("demo", "dpo"): adapters start from 0 and want longer steps
-    ("demo", "qat"): dict(demo_rows=4_000, eval_share=0.2, epochs=2, lr=5e-4, eval_every=200),  # on top of ("demo", "sft")
-    ("phi", "qat"): {},
-    ("phi", "sft"): PHI | dict(warmup_steps=20, epochs=1, eval_every=200, samples=3),
-    ("phi", "dpo"): PHI | dict(loss="robust", beta=0.3, eps=0.1, warmup_steps=5, epochs=3, eval_every=500, samples=16),
+@dataclass
+class Source:
+    """model"""
+
+    model: str | None = setting(None, "a directory or a hub name")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+
+
+@dataclass
+class Machine:
+    """machine"""
+
+    device: str | None = setting(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
+
+@dataclass
+class Seed:
+    """machine"""
+
+    seed: int = setting(0, "of everything that is drawn at random", limit=NOT_NEGATIVE)
+
+
+@dataclass
+class Compute:
+    """machine"""
+
+    dtype: str | None = setting(None, "compute type (default: bf16 on CUDA, fp32 on a CPU)", ("fp32", "bf16"))
+
+
+@dataclass
+class Run:
+    """run"""
+
+    name: str | None = setting(None, "the run lives in OUT/NAME (default: model and stage)")
+    out: str = setting("out", "directory of all runs")
+    overwrite: bool = setting(False, "replace an earlier run of this name")
+
+
+@dataclass
+class Resume:
+    """run"""
+
+    resume: bool = setting(False, "go on from the last checkpoint of the run of this name")
+    dry_run: bool = setting(False, "show settings, data, batches, memory and time; train nothing")
+
+
+@dataclass
+class BadRows:
+    """data"""
+
+    on_bad_row: str = setting("stop", "a row that cannot be used ends the run, or is left out", ("stop", "skip"))
+
+
+@dataclass
+class Rows:
+    """data"""
+
+    train: str | None = setting(None, "JSONL file to train on (the demo has its own)")
+    eval: str | None = setting(None, "JSONL file to evaluate on (default: a share of --train)")
+    eval_share: float = setting(0.2, "share of the questions that is kept for evaluation", limit=BETWEEN)
+    max_length: int = setting(2048, "tokens of a prompt with one completion; longer examples are dropped", limit=POSITIVE)
+    max_prompt_length: int = setting(1024, "tokens of a prompt; longer ones lose their oldest text", limit=POSITIVE)
+
+
+@dataclass
+class SystemPrompt:
+    """data"""
+
+    system_prompt: str | None = setting(None, "system turn for prompts without one (default: the model's own, if any)")
+
+
+@dataclass
+class LetterOnly:
+    """data"""
+
+    letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
+
+
+@dataclass
+class WholeText:
+    """objective"""
+
+    whole_text: bool = setting(False, "put the loss on the prompt too")
+
+
+@dataclass
+class Preference:
+    """objective"""
+
+    loss: str = setting("robust", "preference loss: sigmoid (plain DPO), robust, conservative, ipo, hinge")
+    beta: float = setting(0.3, "strength of the pull towards the reference", limit=POSITIVE)
+    eps: float | None = setting(0.1, "share of flipped labels that robust and conservative assume", limit=FLIP_RATE)
+    nll_weight: float = setting(0.0, "weight of the chosen answer's NLL per token", limit=NOT_NEGATIVE)
+
+
+@dataclass
+class Optimizer:
+    """optimizer"""
+
+    lr: float = setting(1e-5, "peak learning rate", limit=POSITIVE)
+    schedule: str = setting("cosine", "decay of the learning rate to 0 after the warm-up", ("cosine", "linear"))
+    warmup_steps: int = setting(5, "steps in which the learning rate rises from 0", limit=NOT_NEGATIVE)
+    epochs: int = setting(3, "passes over the training rows", limit=POSITIVE)
+    max_steps: int | None = setting(None, "stop after this many steps (the schedule ends there too)", limit=POSITIVE)
+    batch_size: int = setting(32, "examples per optimizer step", limit=POSITIVE)
+    optimizer: str = setting("adamw", "adamw8bit keeps AdamW's two moments in 8 bits", ("adamw", "adamw8bit"))
+    adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients", limit=BETWEEN)
+    weight_decay: float = setting(0.0, "AdamW's decay of the weight matrices", limit=NOT_NEGATIVE)
+    clip: float = setting(1.0, "largest norm of the gradient", limit=POSITIVE)
+
+
+@dataclass
+class MicroBatch:
+    """memory"""
+
+    micro_batch_size: int = setting(4, "examples per forward pass", limit=POSITIVE)
+
+
+@dataclass
+class Memory:
+    """memory"""
+
+    preset: str | None = setting(
+        None, "values for a GPU of that size; report: the report's", ("report", "8gb", "24gb", "80gb")
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
+    pack: int | None = setting(None, "let examples share rows of up to this many tokens", limit=POSITIVE)
+    compile: bool = setting(False, "fuse each block's operations with torch.compile")
+
+
+@dataclass
+class Adapters:
+    """adapters (LoRA)"""
+
+    lora: int | None = setting(None, "train adapters of this rank instead of all weights", limit=POSITIVE)
+    lora_alpha: float | None = setting(None, "scale the adapters' output by ALPHA / RANK (default: RANK)", limit=POSITIVE)
+    lora_dropout: float = setting(0.0, "share of an adapter's inputs that a training step drops", limit=DROPOUT)
+    lora_targets: str | None = setting(None, "layers to adapt, such as q_proj,v_proj (default: all but the output layer)")
+    base: str | None = setting(None, "number format of the frozen weights (default: fp32)", PRECISIONS)
+
+
+@dataclass
+class Checkpoints:
+    """evaluation and checkpoints"""
+
+    eval_every: int = setting(500, "steps between evaluations", limit=POSITIVE)
+    save_every: int | None = setting(None, "steps between checkpoints (default: --eval-every)", limit=POSITIVE)
+    keep: int = setting(2, "checkpoints to keep, besides the best one", limit=POSITIVE)
+    metric: str | None = setting(None, "what makes a checkpoint the best (default: loss; DPO: debiased_accuracy)")
+    patience: int | None = setting(None, "stop after this many evaluations without a new best", limit=POSITIVE)
+    samples: int = setting(16, "evaluation prompts to answer before and after", limit=NOT_NEGATIVE)
+
+
+@dataclass
+class Format:
+    """number format"""
+
+    to: str | None = setting(None, "number format of the weights", FORMATS)
+    block: int = setting(64, "values that share a scale, in the 4-bit and 2-bit formats", limit=POSITIVE)
+
+
+@dataclass
+class Held:
+    """data"""
+
+    data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
+
+
+@dataclass
+class Asking:
+    """teacher"""
+
+    teacher: str | None = setting(None, "model that writes missing answers, or judges (OPENAI_API_KEY, OPENAI_BASE_URL)")
+    concurrency: int = setting(8, "calls to the teacher at a time", limit=POSITIVE)
+    price: str | None = setting(None, "of a million tokens in and out, such as 0.5,1.5")
+    budget: float | None = setting(None, "stop before the teacher costs more, in the price's currency", limit=NOT_NEGATIVE)
+
+
+# --------------------------------------------------------------------------------------------------------- the stages
+
+
+@dataclass
+class Data(Seed, BadRows, Asking, Run):
+    """Build preference pairs from the report's sources, completed by a teacher"""
+
+    stage: ClassVar[str] = "data"
+    sources: str | None = setting(None, "data sets, such as theoremqa,mmlu_stem=DIR (NAME from the hub, NAME=PATH a copy)")
+    sizes: str = setting("", "training rows of each mixture, such as 20000,30000 (default: one with all rows)")
+    shares: str = setting("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)")
+    shares_by: str = setting("source", "what --shares names", ("source", "topic"))
+    match_lengths: bool = setting(False, "as many pairs with the longer answer chosen as with the shorter, by source")
+    topics: str | None = setting(None, "filled-in copy of topics_to_review.jsonl")
+    eval_share: float = setting(0.2, "share of the questions that is kept for tests", limit=BETWEEN)
+    model: str | None = setting(None, "model whose tokenizer counts lengths (default: count words)")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    dry_run: bool = setting(False, "say what the teacher would be asked and what it would cost")
+
+
+@dataclass
+class Tuning(
+    Start, Rows, SystemPrompt, BadRows, Optimizer, MicroBatch, Memory, Checkpoints, Machine, Compute, Seed, Resume, Run
+):
+    """What every training stage has. A class variable below is a setting that the stage does not leave open."""
+
+    letter_only: ClassVar[bool] = False
+    whole_text: ClassVar[bool] = False
+
+
+@dataclass
+class Sft(WholeText, Adapters, Tuning):
+    """Supervised fine-tuning: learn the reference answers"""
+
+    stage: ClassVar[str] = "sft"
+    objective: ClassVar[str] = "sft"
+
+
+@dataclass
+class Dpo(Preference, Adapters, Tuning):
+    """Preference tuning: learn which of two answers is better"""
+
+    stage: ClassVar[str] = "dpo"
+    objective: ClassVar[str] = "dpo"
+
+
+@dataclass
+class Mcq(LetterOnly, Adapters, Tuning):
+    """Multiple choice: learn to explain and name the letter"""
+
+    stage: ClassVar[str] = "mcq"
+    objective: ClassVar[str] = "sft"
+
+
+@dataclass
+class Qat(Format, Preference, Tuning):
+    """Quantization-aware training: tune the weights through their rounding"""
+
+    stage: ClassVar[str] = "qat"
+    lora: ClassVar[None] = None
+    lora_dropout: ClassVar[float] = 0.0
+    base: ClassVar[None] = None
+    objective: str = setting("sft", "what to minimize", ("sft", "dpo"))
+
+
+@dataclass
+class Quantize(Source, Format, Machine, Run):
+    """Write a checkpoint in int8, 4 bits or 2 bits"""
+
+    stage: ClassVar[str] = "quantize"
+
+
+@dataclass
+class Merge(Source, Held, Machine, Run):
+    """Make one plain model of adapters and their base"""
+
+    stage: ClassVar[str] = "merge"
+
+
+@dataclass
+class Eval(Held, LetterOnly, SystemPrompt, BadRows, Asking, MicroBatch, Machine, Compute, Seed, Run):
+    """Measure models side by side, or one model in several number formats"""
+
+    stage: ClassVar[str] = "eval"
+    model: list[str] = settings_list("one or more directories or hub names", "MODEL")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    precisions: str | None = setting(None, "report card: formats to compare, such as fp32,int8,nf4-double")
+    reference_model: str | None = setting(None, "model that rewards are measured from (default: its parent)")
+    beta: float = setting(0.1, "of the DPO loss", limit=POSITIVE)
+    eps: float | None = setting(None, "share of flipped labels that debiased accuracy assumes", limit=FLIP_RATE)
+    bert: str | None = setting(None, "BERT or RoBERTa for BERTScore: a directory or a hub name")
+    samples: int = setting(200, "prompts to answer", limit=NOT_NEGATIVE)
+    max_new_tokens: int = setting(256, "tokens of an answer, at most", limit=POSITIVE)
+    temperature: float = setting(0.0, "of sampling; 0 always takes the likeliest token", limit=NOT_NEGATIVE)
+
+
+@dataclass
+class Sweep(Dpo):
+    """Compare the settings of DPO runs"""
+
+    stage: ClassVar[str] = "sweep"
+    grid: list[str] = settings_list("values to try, such as beta=0.1,0.3; once for each flag to vary", "FLAG=VALUES")
+    full_grid: bool = setting(False, "try all combinations (default: vary one flag at a time)")
+    seeds: int = setting(1, "runs of each setting, with seeds SEED, SEED + 1, ...", limit=POSITIVE)
+    data: str | None = setting(None, "JSONL file of test pairs (default: questions that are set aside)")
+
+
+@dataclass
+class Chat(Source, SystemPrompt, Machine, Compute, Seed):
+    """Talk to a model in the terminal"""
+
+    stage: ClassVar[str] = "chat"
+    prompt: str | None = setting(None, "answer this once and exit (- reads it from standard input)")
+    temperature: float = setting(0.7, "of sampling; 0 always takes the likeliest token", limit=NOT_NEGATIVE)
+    top_p: float = setting(0.95, "sample from the likeliest tokens that have this probability together", limit=PROBABILITY)
+    max_new_tokens: int = setting(256, "tokens of an answer, at most", limit=POSITIVE)
+
+
+STAGES = {stage.stage: stage for stage in (Data, Sft, Dpo, Mcq, Qat, Quantize, Merge, Eval, Sweep, Chat)}
+TRAINING = ("sft", "dpo", "mcq", "qat")
+
+
+# ----------------------------------------------------------------------------------------------- the layers of defaults
+
+SFT_DEFAULTS = dict(warmup_steps=20, epochs=1, eval_every=200, samples=3)
+DEFAULTS = {
+    "sft": SFT_DEFAULTS,
+    "mcq": SFT_DEFAULTS,
+    "qat": SFT_DEFAULTS,
+    "sweep": dict(samples=0),
+    "eval": dict(micro_batch_size=16),
 }
-PHI2_COMMAND = "python train.py --stage dpo --preset report --train pairs.jsonl"
+
+# fmt: off
+# Tuned until the demo's answers improved.
+DEMO_SFT = dict(
+    max_length=1024, max_prompt_length=512, eval_share=0.01, epochs=1, lr=1.5e-3, adam_beta2=0.99, warmup_steps=50,
+    batch_size=8, micro_batch_size=8, eval_every=1000, samples=0,
+)
+DEMO_DPO = dict(
+    max_length=1024, max_prompt_length=512, epochs=1, loss="robust", beta=0.3, eps=0.2, nll_weight=2.0, lr=2e-4,
+    warmup_steps=10, batch_size=16, micro_batch_size=16, eval_every=50, samples=1000,
+)
+DEMO_QAT = DEMO_SFT | dict(eval_share=0.2, epochs=2, lr=5e-4, eval_every=200)
+DEMO = {"sft": DEMO_SFT, "dpo": DEMO_DPO, "sweep": DEMO_DPO | dict(samples=0), "qat": DEMO_QAT}
+DEMO_LORA_LR = 2e-3  # adapters start from 0 and want longer steps
+
+# `report` is what the report's authors ran, from their code. The others fit Phi-2 on a GPU of that size, with rows as long
+# as --max-length allows, by the estimate of runtime/memory.py.
+LEAN = dict(dtype="bf16", gradient_checkpointing=True)
+PRESETS = {
+    "report": dict(
+        model="rhysjones/phi-2-orange-v2", system_prompt="You are a helpful EPFL chatbot.", lora=16, lora_alpha=16.0,
+        lora_dropout=0.1, dtype="fp32", loss="robust", beta=0.3, eps=0.1, lr=1e-5, schedule="cosine", warmup_steps=5,
+        clip=1.0, epochs=3, batch_size=32, micro_batch_size=1, gradient_checkpointing=True, max_length=2048,
+        max_prompt_length=1024, eval_every=500,
+    ),
+    "8gb": LEAN | dict(lora=16, lora_alpha=16.0, base="nf4", max_length=1024, max_prompt_length=512, micro_batch_size=4),
+    "24gb": LEAN | dict(lora=16, lora_alpha=16.0, base="bf16", max_length=2048, max_prompt_length=1024, micro_batch_size=8),
+    "80gb": LEAN | dict(max_length=2048, max_prompt_length=1024, micro_batch_size=8),
+}
+# fmt: on
 
 
-def parse(argv: list[str] | None) -> tuple[Config, set[str]]:
-    """The config of a command line and the names of the flags that were given. Unset fields are still None."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Preference-tune a Phi-2: see README.md.",
-    )
-    types = typing.get_type_hints(Config)
-    for f in fields(Config):
-        if "help" not in f.metadata:
-            continue
-        kind = next(t for t in (*typing.get_args(types[f.name]), types[f.name]) if t is not type(None))
-        names = list(dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}")))
-        if f.name == "model":
-            help = f"{f.metadata['help']} (default {f.default})"
-            parser.add_argument(*names, nargs="+", help=help, metavar="MODEL")
-        elif typing.get_origin(kind) is list:
-            parser.add_argument(*names, action="append", help=f.metadata["help"], metavar="FLAG=VALUES")
-        elif kind is bool:
-            parser.add_argument(*names, action="store_true", help=f.metadata["help"])
-        else:
-            default = "" if f.default is None else f" (default {f.default})"
-            parser.add_argument(
-                *names,
-                type=kind,
-                choices=f.metadata["choices"],
-                help=f.metadata["help"] + default,
-                metavar=None if f.metadata["choices"] else kind.__name__.upper(),
-            )
-    given = vars(parser.parse_args(argv))
-    if "model" in given:
-        given["model"], *others = given["model"]
-        given |= {"other_models": others} if others else {}
-    return Config(**given), set(given)
+@dataclass
+class Command:
+    """The settings of a command line, and for each its layer: "default", "demo", "preset" or "flag"."""
+
+    settings: Any
+    origins: dict[str, str]
+
+    def given(self, *names: str) -> bool:
+        """Whether one of these flags was typed."""
+        return any(self.origins.get(name) == "flag" for name in names)
 
 
-def default_name(config: Config) -> str:
-    if config.stage == "data":
+def flag_name(name: str) -> str:
+    """ "max_length" -> "--max-length" """
+    return "--" + name.replace("_", "-")
+
+
+def defaults(stage: str) -> dict[str, Any]:
+    """The lowest layer: every field of a stage with its default."""
+    own = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(STAGES[stage])}
+    return own | DEFAULTS.get(stage, {})
+
+
+def settle(stage: str, flags: dict[str, Any]) -> Command:
+    """The settings of a stage from the flags that were typed, not checked yet (`flags.check`)."""
+    layers = {"default": defaults(stage)}
+    preset = PRESETS[flags["preset"]] if flags.get("preset") else {}
+    if stage == "sweep":  # --preset report is a plan of runs, with the report's objective
+        preset = {name: preset[name] for name in ("loss", "beta", "eps") if name in preset}
+    model = flags.get("model", preset.get("model", layers["default"].get("model")))
+    if model == "demo" and stage in DEMO:
+        layers["demo"] = _demo_layer(stage, flags)
+    if preset:
+        layers["preset"] = {name: value for name, value in preset.items() if name in layers["default"]}
+    layers["flag"] = flags
+
+    values, origins = {}, {}
+    for layer, its in layers.items():
+        values |= its
+        origins |= dict.fromkeys(its, layer)
+    if flags.get("loss", "robust") != "robust" and "eps" not in flags:
+        values["eps"] = None  # that of the lower layers belongs to the robust loss
+    return Command(STAGES[stage](**values), origins)
+
+
+def _demo_layer(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
+    objective = flags.get("objective", "sft") if stage == "qat" else stage
+    values = DEMO_DPO if stage == "qat" and objective == "dpo" else DEMO[stage]
+    if flags.get("lora") and stage in ("dpo", "sweep"):
+        values = values | {"lr": DEMO_LORA_LR}
+    return values
+
+
+def default_name(settings: Any) -> str:
+    """The name of a run that was given none: model, stage, and what changes the model's form."""
+    if settings.stage == "data":
         return "data"
-    model = config.model.rstrip("/").rpartition("/")[2] or "model"
-    if config.stage == "merge":
+    first = settings.model[0] if isinstance(settings.model, list) else settings.model
+    model = first.rstrip("/").rpartition("/")[2] or "model"
+    if settings.stage == "merge":
         return f"{model}-merged"
-    if config.stage == "quantize":
-        return f"{model}-{config.to}" + ("-double" if config.double else "")
-    if config.stage == "sweep" and config.preset:
-        return f"{model}-{config.preset}"
-    base = config.base if config.base in FORMATS else None
-    parts = [model, config.stage, config.to, "lora" if config.lora else None, base]
+    if settings.stage == "quantize":
+        return f"{model}-{settings.to}"
+    if settings.stage == "sweep" and settings.preset:
+        return f"{model}-{settings.preset}"
+    base = getattr(settings, "base", None)
+    parts = [
+        model,
+        settings.stage,
+        getattr(settings, "to", None),
+        "lora" if getattr(settings, "lora", None) else None,
+        base if base in FORMATS else None,
+    ]
     return "-".join(part for part in parts if part)
 
 
-def resume_command(config: Config) -> str:
-    """The command line that continues this run; everything else is read from its run.json."""
-    where = [] if config.out == Config.out else ["--out", config.out]
-    return shlex.join([*parallel.launcher(), "train.py", "--stage", config.stage, "--name", config.name, *where, "--resume"])
+# ------------------------------------------------------------------------------------------- settings of an earlier run
+
+# Settings that earlier versions had, with the values that mean what this version does anyway.
+RETIRED = {
+    "reference": ("cached",),
+    "attention": ("sdpa",),
+    "offload_optimizer": (False,),
+    "demo_rows": (None, 26_000, 7_000, 4_000),
+    "flip_rate": (None, 0.2),
+    "other_models": ([],),
+    "double": (False,),
+    "threshold": (None,),
+    "output_layer": (False,),
+    "batch": (False,),
+    "bert_layer": (None,),
+    "bert_idf": (False,),
+    "bert_baseline": (None,),
+}
+
+
+def from_stored(stored: dict, where: str) -> Any:
+    """The settings in a run.json: {"stage", "settings"}, or {"config"} of versions before; `where` names the file.
+
+    InputError, which names the setting, for one that this version does not know or that is missing.
+    """
+    values = stored.get("settings", stored.get("config"))
+    stage = stored.get("stage", values.get("stage") if isinstance(values, dict) else None)
+    if stage not in STAGES or not isinstance(values, dict):
+        raise InputError(f"{where}: this is no run.json of this program: it names no stage and settings")
+    own = {f.name for f in fields(STAGES[stage])}
+    elsewhere = {f.name for other in STAGES.values() for f in fields(other)} | {"stage", "objective"}
+    for name, value in values.items():
+        inert = value in RETIRED[name] if name in RETIRED else "config" in stored and name in elsewhere
+        if name not in own and not inert:
+            raise InputError(
+                f"{where}: the run was started with {name} = {value!r}, a setting that this version does not have. Go on "
+                "with the version that started it, or start another run."
+            )
+    missing = sorted(own - values.keys())
+    if missing:
+        raise InputError(f"{where}: the setting {missing[0]} is missing; start another run, with another --name")
+    return STAGES[stage](**{name: values[name] for name in own})

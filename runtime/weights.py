@@ -1,21 +1,41 @@
-"""Where a model's weights lie, and what they are called there: hub or directory, safetensors shards, old and new names.
+"""Weights on disk: where they are, what they are called, and how they get into a module and out of it.
 
-A checkpoint is a directory as on the Hugging Face hub: config.json, tokenizer.json, and model.safetensors or several
-shards with model.safetensors.index.json. Only safetensors are read and written: a pickle can run code when it is opened.
+A checkpoint is a directory as on the Hugging Face hub: config.json, tokenizer.json, and model.safetensors or several shards
+with model.safetensors.index.json. Only safetensors are read and written: a pickle can run code when it is opened.
+
+A quantized layer is stored by the names and in the layout of bitsandbytes, which transformers reads:
+
+    nf4, fp4    weight uint8 [n/2, 1], weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4 (JSON in bytes);
+                with double quantization also weight.nested_absmax and weight.nested_quant_map
+    int8        weight int8 [O, I], SCB fp32 [O], weight_format (0: plain rows)
+    int4, nf2   as nf4, but weight.quant_state.blockwise__int4: this project's own, unknown to bitsandbytes
+
+and config.json then has a `quantization_config`.
 """
 
-from collections.abc import Iterator
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant import CODES, SKIP, FrozenLinear, Int8Linear, Linear4bit, Quantized, bits, levels, quantize_layer
+from runtime import parallel
 from runtime.files import InputError, read_json, whole_file, write_json
 
 INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT calls them
 SHARD_BYTES = 5 * 10**9  # a checkpoint larger than this is written in several files
+
+
+# ------------------------------------------------------------------------------------------------------- directory or hub
 
 
 def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
@@ -30,86 +50,62 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     return hub_snapshot(str(path_or_repo), revision, ["*.json", "*.safetensors"])
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds adapters (lora.py) rather than a whole model."""
-    return (directory / ADAPTER_CONFIG).exists() and not (directory / "config.json").exists()
-
-
-def base_directory(directory: Path) -> Path:
-    """The directory of the whole model: the directory itself or, if it holds adapters, that of the model under them."""
-    if not is_adapter(directory):
-        return directory
-    config = read_json(directory / ADAPTER_CONFIG)
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise InputError(f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is missing: whose adapters are these?")
-    try:
-        return resolve(name, config.get("revision"))
-    except InputError as error:
-        raise InputError(
-            f"{directory} holds adapters of {name}, and {error}. If that model moved, write its place into "
-            f"base_model_name_or_path of {directory / ADAPTER_CONFIG}"
-        ) from None
-
-
 def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str = "model") -> Path:
-    """The local copy of a hub repository's files like `patterns`, downloaded once, then taken from the cache, also offline.
-    `kind`: "model" or "dataset". The copy's directory is named after its commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The local copy of those files of a hub repository that match `patterns`, in a directory named after the commit. It is
+    downloaded once and then found in the cache, also offline. `kind`: "model" or "dataset"."""
+    from huggingface_hub import errors, snapshot_download
 
     instead = "--model also takes a directory" if kind == "model" else "--sources also takes NAME=PATH"
+    reasons = {  # the first that fits: a gated repository is also one that is not found
+        errors.HFValidationError: "no such directory, and not a hub name, which looks like microsoft/phi-2",
+        errors.GatedRepoError: "the repository asks for its terms to be accepted on its page, and for HF_TOKEN",
+        errors.RepositoryNotFoundError: "no such directory here and no such repository on the hub (private: set HF_TOKEN)",
+        errors.RevisionNotFoundError: f"the repository has no revision {revision!r}",
+        errors.LocalEntryNotFoundError: f"the hub cannot be reached or refuses, and no complete copy is here; {instead}",
+    }
     try:
         return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns))
-    except HFValidationError:
-        raise InputError(f"{repo}: no such directory, and not a hub name, which looks like microsoft/phi-2") from None
-    except GatedRepoError:
-        raise InputError(f"{repo}: the repository asks for its terms to be accepted on its page, and for HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{repo}: no such directory here and no such repository on the hub (a private one needs HF_TOKEN)"
-        ) from None
-    except RevisionNotFoundError:
-        raise InputError(f"{repo}: the repository has no revision {revision!r}") from None
-    except LocalEntryNotFoundError:
-        raise InputError(
-            f"{repo}: the hub cannot be reached or refuses, and there is no complete local copy; {instead}"
-        ) from None
-    except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"{repo}: the download failed ({error}); run the same command again to continue it") from None
+    except (errors.HTTPError, OSError, ValueError) as error:
+        failed = f"the download failed ({error}); run the same command again to continue it"
+        reason = next((text for cls, text in reasons.items() if isinstance(error, cls)), failed)
+        raise InputError(f"{repo}: {reason}") from None
 
 
-def stored_tensors(directory: Path) -> Iterator[tuple[Path, str]]:
-    """(file, tensor name) of every tensor of a checkpoint: of the shards in its index, or of model.safetensors."""
-    index = directory / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: has no weight_map from tensor names to files")
-        shards = sorted({directory / name for name in weight_map.values()})
-    else:
-        shards = [directory / "model.safetensors"]
-    for shard in shards:
-        if not shard.is_file():
-            pickles = " (it has a pickled pytorch_model*.bin, which is never read)" if list(directory.glob("*.bin")) else ""
-            raise InputError(f"{shard}: no such file{pickles}")
-        try:
-            with safe_open(shard, framework="pt") as file:
-                names = list(file.keys())
-        except SafetensorError as error:
-            raise InputError(f"{shard}: not a whole safetensors file ({error}); copy or download it again") from None
-        for name in names:
-            yield shard, name
+# --------------------------------------------------------------------------------------------------------- what is stored
 
 
-OLD_NAMES = (
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, or some of its rows where an older file fused several tensors into one."""
+
+    file: Path
+    key: str  # its name in the file
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: "F32", "BF16", "U8", ...
+    first: int = 0  # its first row in the file's tensor
+
+    def part(self, i: int, count: int) -> "Stored":
+        """The i-th of `count` equal parts of its rows."""
+        if count == 1:
+            return self
+        first, end = (part * self.shape[0] // count for part in (i, i + 1))
+        return replace(self, shape=(end - first, *self.shape[1:]), first=first)
+
+    def read(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """A copy. The file is opened for this tensor alone, since only closing it gives back the memory it was mapped to."""
+        with safe_open(self.file, framework="pt") as file:
+            tensor = file.get_tensor(self.key)
+            if self.shape:
+                tensor = tensor[self.first : self.first + self.shape[0]]
+            return tensor.to(device=device, dtype=dtype, copy=True)
+
+    def fill(self, tensor: Tensor) -> None:
+        """Copies into `tensor`, in place. If it is sharded, only this rank's rows are read."""
+        with safe_open(self.file, framework="pt") as file:
+            parallel.copy_own_rows(tensor, file.get_slice(self.key), self.first)
+
+
+OLD_NAMES = (  # of microsoft/phi-2 until January 2024
     ("transformer.embd.wte.", "model.embed_tokens."),
     ("transformer.h.", "model.layers."),
     ("lm_head.ln.", "model.final_layernorm."),
@@ -119,46 +115,370 @@ OLD_NAMES = (
 )
 
 
-def modern_rows(name: str, rows: int) -> list[tuple[str, int, int]]:
-    """Where the rows of a stored tensor belong, as (current name, first row, last row + 1): all of them to one tensor, but
-    for the older fused `mixer.Wqkv` [3D, ...], whose thirds are q_proj, k_proj and v_proj."""
-    for old, new in OLD_NAMES:
-        name = name.replace(old, new)
-    if ".rotary_emb." in name:  # older files store the rotary frequencies, which are computed here
+def current_names(key: str) -> list[str]:
+    """The current name of a stored tensor; three for the fused `mixer.Wqkv` of older files, whose rows are those of q_proj,
+    k_proj and v_proj in turn; none for the rotary frequencies, which some files hold and the network computes."""
+    if ".rotary_emb." in key:
         return []
-    if ".mixer.Wqkv." not in name:
-        return [(name, 0, rows)]
-    names = [name.replace(".mixer.Wqkv.", f".self_attn.{proj}_proj.") for proj in "qkv"]
-    return [(new, i * rows // 3, (i + 1) * rows // 3) for i, new in enumerate(names)]
+    for old, new in OLD_NAMES:
+        key = key.replace(old, new)
+    if ".mixer.Wqkv." in key:
+        return [key.replace(".mixer.Wqkv.", f".self_attn.{x}_proj.") for x in "qkv"]
+    return [key]
 
 
-def modern_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The parts of a stored tensor under their current names."""
-    if tensor.ndim == 0:
-        return [(name, tensor)]
-    return [(new, tensor[first:end]) for new, first, end in modern_rows(name, len(tensor))]
+def read_header(file: Path) -> dict[str, Stored]:
+    """Every tensor of one safetensors file by its name there."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}
+            return {key: Stored(file, key, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
 
 
-def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes model.safetensors, in shards with an index past 5 GB; each file whole or not at all, the index last. What an
-    earlier save left in the same directory is removed, or a loader might prefer it."""
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        with whole_file(directory / name) as temporary:
+def stored_tensors(directory: Path, rename: Callable[[str], list[str]] = current_names) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its current name; reads only the files' headers. `rename` maps a name in a file to the
+    current names of equal parts of its rows."""
+    found: dict[str, Stored] = {}
+    for shard in _shards(directory):
+        for tensor in read_header(shard).values():
+            names = rename(tensor.key)
+            for i, name in enumerate(names):
+                if name in found:
+                    raise InputError(f"{shard}: unexpected tensor {tensor.key!r}; {found[name].file} holds {name!r} already")
+                found[name] = tensor.part(i, len(names))
+    return found
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The safetensors files that a checkpoint's index names, or its only one. InputError if one is absent."""
+    shards = [directory / "model.safetensors"]
+    if (index := directory / INDEX).is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: has no weight_map from tensor names to files")
+        shards = sorted({directory / name for name in weight_map.values()})
+    for shard in shards:
+        if not shard.is_file():
+            pickles = " (it has a pickled pytorch_model*.bin, which is never read)" if list(directory.glob("*.bin")) else ""
+            raise InputError(f"{shard}: no such file{pickles}")
+    return shards
+
+
+@torch.no_grad()
+def load_weights(
+    module: nn.Module,
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    to: str | None = None,
+    wanted: dict[str, Tensor] | None = None,
+    rename: Callable[[str], list[str]] = current_names,
+) -> None:
+    """Fills a module, in place, from a checkpoint, after checking every name, shape and kind (InputError).
+
+    A parameter on the meta device is made in `dtype` on `device` as it is read, so memory never holds more than the weights
+    once plus the largest tensor. Any other parameter is filled where it is; of a sharded one a rank reads only its own rows.
+    A layer that is stored quantized replaces the nn.Linear of its name.
+
+    to        quantizes the linear layers, but the output layer, to this number format as they are read
+    wanted    what to fill, by current name, if that is not the module's own parameters; the files may then hold more
+    rename    see `stored_tensors`
+    """
+    stored = stored_tensors(directory, rename)
+    if wanted is None:
+        wanted = dict(module.named_parameters())
+    else:
+        stored = {name: tensor for name, tensor in stored.items() if name in wanted}
+    quantized: dict[str, dict[str, Stored]] = {}  # layer: {"weight": ..., "weight.absmax": ...}, all but the bias
+    for layer in quantized_layers(stored):
+        names = [name for name in stored if name.startswith(f"{layer}.") and name != f"{layer}.bias"]
+        quantized[layer] = {name.removeprefix(f"{layer}."): stored.pop(name) for name in names}
+        if to:
+            raise InputError(f"{directory} is stored quantized already; leave out --base {to}")
+        if wanted.pop(f"{layer}.weight", None) is None:
+            raise InputError(f"{directory}: {layer} is stored quantized, but the config has no such layer")
+    check_stored(stored, wanted, directory)
+
+    settings = read_json(directory / "config.json").get("quantization_config", {}) if quantized else {}
+    for layer, tensors in quantized.items():
+        read = {name: tensor.read(device) for name, tensor in tensors.items()}
+        try:
+            frozen = layer_from_tensors(read, module.get_submodule(layer), settings)
+        except InputError as error:
+            raise InputError(f"{directory}: {layer}: {error}") from None
+        module.set_submodule(layer, frozen)
+
+    for name, parameter in wanted.items():
+        if not parameter.is_meta:
+            stored[name].fill(parameter)
+            continue
+        layer, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(layer)
+        tensor = stored[name].read(device, dtype)
+        if to and leaf == "weight" and isinstance(parent, nn.Linear) and layer.rpartition(".")[2] not in SKIP:
+            module.set_submodule(layer, quantize_stored(stored[name], tensor, parent.bias, to))
+        else:
+            setattr(parent, leaf, nn.Parameter(tensor))
+
+
+def check_stored(stored: dict[str, Stored], wanted: dict[str, Tensor], directory: Path) -> None:
+    """InputError if the tensors of a checkpoint are not those that are wanted, in name, shape and kind."""
+    for name, tensor in stored.items():
+        if name not in wanted:
+            raise InputError(f"{tensor.file}: unexpected tensor {tensor.key!r}; the config names no such parameter")
+        label = f"{tensor.file}: tensor {tensor.key!r}"
+        if tensor.shape != wanted[name].shape:
+            raise InputError(f"{label} has shape {list(tensor.shape)}, the config needs {list(wanted[name].shape)}")
+        if not tensor.dtype.startswith(("F", "BF")):
+            raise InputError(f"{label} holds {tensor.dtype}, not floating-point weights")
+    if missing := [name for name in wanted if name not in stored]:
+        raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {missing[0]!r}")
+
+
+def quantize_stored(stored: Stored, weight: Tensor, bias: Tensor | None, to: str, block: int = 64) -> FrozenLinear:
+    """The quantized layer of a matrix that was just read; InputError names its file."""
+    try:
+        return quantize_layer(weight, bias, to, block)
+    except InputError as error:
+        raise InputError(f"{stored.file}: {stored.key} {error}") from None
+
+
+def save_weights(module: nn.Module, directory: Path, config: dict) -> None:
+    """Writes a module's weights, then config.json with `config` and how the weights are stored. Of several ranks the main
+    one writes, and all must call this."""
+    tensors = module.state_dict()
+    if parallel.size() > 1:
+        tensors = parallel.whole_on_main(tensors.items())
+    if not parallel.is_main():
+        return
+    dtype = next(module.parameters()).dtype
+    frozen = {name: layer for name, layer in module.named_modules() if isinstance(layer, FrozenLinear)}
+    for name, layer in frozen.items():
+        for part in layer.state_dict():
+            del tensors[f"{name}.{part}"]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer_tensors(layer).items()}
+    plain = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    save_tensors(directory, tensors.items())
+    write_json(directory / "config.json", stored_config(config, dtype, next(iter(frozen.values()), None), plain))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all weights. Of several ranks all must call this."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(parallel.whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes model.safetensors, or shards with an index past 5 GB, one shard in memory at a time. Each file is whole or
+    absent, the index comes last, and the files of an earlier save are removed, since a loader might prefer them."""
+    written: list[tuple[Path, list[str]]] = []  # each shard, under a passing name, with its tensors
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def write() -> None:
+        path = directory / f"model-{len(written) + 1:05d}.safetensors"
+        with whole_file(path) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        written.append((path, list(shard)))
+        shard.clear()
+
+    try:
+        for name, tensor in tensors:
+            if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
+                write()
+            shard[name] = tensor.detach().contiguous()
+            total += tensor.nbytes
+        write()
+    except BaseException:
+        for path, _ in written:
+            path.unlink()
+        raise
+
+    count = len(written)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    weight_map: dict[str, str] = {}
+    for (path, held), name in zip(written, names, strict=True):
+        os.replace(path, directory / name)
+        weight_map |= dict.fromkeys(held, name)
+    if count > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         names.append(INDEX)
     for stale in directory.glob("model*.safetensors*"):
         if stale.name not in names:
             stale.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------- quantized layers
+
+GONE = ("int4-asym", "nf3", "dynamic8")  # formats of weights that earlier versions wrote
+BITSANDBYTES = ("nf4", "fp4")  # codes, and
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # blocks, that bitsandbytes knows
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a checkpoint holds quantized layers."""
+    return "quantization_config" in read_json(directory / "config.json")
+
+
+def quantized_layers(names: Iterable[str]) -> list[str]:
+    """The layers of a checkpoint that are stored quantized, by the names of all its tensors."""
+    layers = {name.partition(".weight.quant_state.")[0] for name in names if ".weight.quant_state." in name}
+    return sorted(layers | {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")})
+
+
+def layer_tensors(layer: FrozenLinear) -> dict[str, Tensor]:
+    """A layer's tensors by their names on disk."""
+    bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
+    if isinstance(layer, Int8Linear):
+        return {"weight": layer.weight, "SCB": layer.SCB, "weight_format": torch.zeros((), dtype=torch.uint8), **bias}
+    return to_tensors(layer.quantized) | bias
+
+
+def layer_from_tensors(tensors: dict[str, Tensor], plain: nn.Linear, settings: dict) -> FrozenLinear:
+    """The quantized layer that replaces `plain`, with its bias. `settings`: the checkpoint's `quantization_config`."""
+    if "SCB" in tensors:
+        codes, scale = tensors.get("weight", torch.empty(0)), tensors["SCB"].float()
+        if codes.dtype != torch.int8 or tensors.get("weight_format", torch.zeros(())).item() != 0:
+            raise InputError("its int8 weight is not in bitsandbytes' row format, the only one that is read")
+        if set(tensors) - {"weight", "SCB", "weight_format"} or codes.shape[:1] != scale.shape:
+            raise InputError(f"damaged int8 weight: {len(scale)} scales for {list(codes.shape)} codes in {sorted(tensors)}")
+        threshold = None if settings.get("weight_only") else settings.get("llm_int8_threshold", 6.0)
+        layer = Int8Linear(codes, scale, plain.bias, threshold)
+    else:
+        layer = Linear4bit(from_tensors(tensors), plain.bias)
+    shape, expected = [layer.out_features, layer.in_features], [plain.out_features, plain.in_features]
+    if shape != expected:
+        raise InputError(f"it holds a matrix of {shape}, the config needs {expected}")
+    return layer
+
+
+def to_tensors(q: Quantized) -> dict[str, Tensor]:
+    """A quantized matrix by its names on disk. What is not a tensor becomes JSON in bytes."""
+    state = {"quant_type": q.code, "blocksize": q.block, "dtype": _name(q.dtype), "shape": list(q.shape)}
+    tensors = {"weight": q.packed, "weight.absmax": q.absmax, "weight.quant_map": levels(q.code).clone()}
+    if q.nested_absmax is not None:
+        tensors["weight.nested_absmax"] = q.nested_absmax
+        tensors["weight.nested_quant_map"] = levels("dynamic8").clone()
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+    family = "bitsandbytes" if q.code in BITSANDBYTES else "blockwise"
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors | {f"weight.quant_state.{family}__{q.code}": text}
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> Quantized:
+    """The inverse of `to_tensors`; InputError if something is missing, unknown, or does not fit the rest."""
+    tensors = dict(tensors)
+    if gone := [code for code in GONE if f"weight.quant_state.blockwise__{code}" in tensors]:
+        raise InputError(f"it is stored in {gone[0]}, which is no longer read; quantize the full-precision model again")
+    try:
+        (key,) = [name for name in tensors if name.startswith("weight.quant_state.")]
+        state = json.loads(bytes(tensors.pop(key).tolist()))
+        code, block, shape, dtype = state["quant_type"], state["blocksize"], state["shape"], getattr(torch, state["dtype"])
+        packed, absmax, table = (tensors.pop(name) for name in ("weight", "weight.absmax", "weight.quant_map"))
+        nested, offset, known = tensors.pop("weight.nested_absmax", None), None, True
+        if nested is not None:
+            offset = torch.tensor(float(state["nested_offset"]), device=packed.device)
+            nested_table = tensors.pop("weight.nested_quant_map").cpu()
+            known = state["nested_blocksize"] == 256 and torch.equal(nested_table, levels("dynamic8"))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"its quantized weight is incomplete or damaged ({error!r})") from None
+    if code not in CODES or not torch.equal(table.cpu(), levels(code)):
+        raise InputError(f"weight.quant_map is not the table of {code!r}")
+    if not known:
+        raise InputError("its scales are quantized otherwise than in blocks of 256 with the dynamic map")
+    if nested is not None and len(nested) != math.ceil(len(absmax) / 256):
+        raise InputError(f"its quantized weight is incomplete or damaged: {len(nested)} scales for {len(absmax)} scales")
+    n = math.prod(shape)
+    if tensors or block < 1 or packed.nbytes != math.ceil(n * bits(code) / 8) or len(absmax) != math.ceil(n / block):
+        found = f"{packed.nbytes} bytes of codes, {len(absmax)} scales" + (f", {sorted(tensors)}" if tensors else "")
+        raise InputError(f"its quantized weight is incomplete or damaged: {found} for {n} values in blocks of {block}")
+    packed = packed.contiguous().view(torch.uint8).reshape(-1, 1)
+    absmax = absmax.float() if nested is None else absmax
+    return Quantized(packed, absmax, code, block, tuple(shape), dtype, nested_absmax=nested, offset=offset)
+
+
+def stored_config(config: dict, dtype: torch.dtype, layer: FrozenLinear | None, plain: list[str]) -> dict:
+    """The content of config.json with how the weights are stored: their dtype and, if there are quantized layers, of which
+    `layer` is one, a `quantization_config`. transformers reads that too, if bitsandbytes knows the format. `plain`: the
+    linear layers that are not quantized."""
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
+    config["torch_dtype"] = _name(dtype)
+    if layer is None:
+        return config
+    how: dict = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": plain}
+    if isinstance(layer, Int8Linear):
+        # bitsandbytes always rounds the activations too; "weight_only" is for `layer_from_tensors`.
+        threshold = 6.0 if layer.threshold is None else layer.threshold
+        how |= {"load_in_8bit": True, "llm_int8_threshold": threshold, "weight_only": layer.threshold is None}
+    elif (q := layer.quantized).code in BITSANDBYTES and q.block in BLOCKS:
+        how |= {"load_in_4bit": True, "bnb_4bit_quant_type": q.code, "bnb_4bit_quant_storage": "uint8"}
+        how |= {"bnb_4bit_use_double_quant": q.nested_absmax is not None, "bnb_4bit_compute_dtype": _name(dtype)}
+    else:
+        note = "this project's own format; bitsandbytes has none for it"
+        how = {"quant_method": "blockwise", "code": q.code, "block": q.block, "note": note}
+    return config | {"quantization_config": how}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------------ config.json
+
+FIXED = {"hidden_act": "gelu_new", "tie_word_embeddings": False, "qk_layernorm": False}  # what the network computes
+
+OLD_FIELDS = {  # of model_type "phi-msft"
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "activation_function": "hidden_act",
+}
+
+
+def read_fields(cls: type, raw: dict, where: str):
+    """A dataclass of numbers, with `other` for all other fields, from the content of Phi's config.json: that of any version
+    of transformers (`rope_parameters`, `rope_scaling`) or the older "phi-msft" (`n_embd`, ...). InputError if it describes
+    another network."""
+    if raw.get("model_type") not in ("phi", "phi-msft"):
+        raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'phi': this is not a Phi-1/1.5/2 model")
+    config = _from_phi_msft(raw, where) if "n_embd" in raw else dict(raw)
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.pop(field, None) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise InputError(f"{where}: rope scaling {kind!r} is not supported, only the default rotary positions")
+        for name in ("partial_rotary_factor", "rope_theta"):
+            if name in rope:
+                config.setdefault(name, rope[name])
+    config.setdefault("partial_rotary_factor", 0.5)  # transformers' default; Phi-2's own is 0.4
+    for name, fixed in FIXED.items():
+        if config.get(name, fixed) != fixed:
+            raise InputError(f"{where}: {name} = {config[name]!r} is not supported, only {fixed!r} (as in Phi-2)")
+    kinds = {f.name: (int, float) if f.type is float else (int,) for f in fields(cls)}
+    own = {name: config.pop(name) for name in kinds if name in config}
+    for name, value in own.items():
+        if value is not None and (type(value) not in kinds[name] or value <= 0):
+            raise InputError(f"{where}: {name} is {value!r}, not a positive number")
+    try:
+        return cls(**own, other=config)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _from_phi_msft(old: dict, where: str) -> dict:
+    if not all(isinstance(old.get(name), int) and old[name] > 0 for name in ("n_embd", "n_head")):
+        raise InputError(f"{where}: n_embd and n_head must be positive numbers")
+    head_size = old["n_embd"] // old["n_head"]
+    new = {OLD_FIELDS.get(name, name): value for name, value in old.items() if value is not None}
+    new.setdefault("intermediate_size", 4 * old["n_embd"])
+    new["partial_rotary_factor"] = new.pop("rotary_dim", head_size) / head_size
+    return new

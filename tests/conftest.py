@@ -6,8 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inputs import demo_base
-from runtime.files import read_json
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it is chosen before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import demo  # noqa: E402
+from runtime.files import read_json  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,7 +24,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A directory with the demo's random tiny Phi, cut down to one layer so that a step takes milliseconds."""
-    base = demo_base(tmp_path_factory.mktemp("tiny"), seed=0)
+    base = demo.write_world(tmp_path_factory.mktemp("tiny"), sizes={"sft": 0, "qat": 0, "pairs": 0, "test": 0}).model
     config = read_json(base / "config.json")
     (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     weights = load_file(base / "model.safetensors")

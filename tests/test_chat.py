@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 import chat as chat_file
-from chat import Settings, answer_once, converse, text_pieces
+from chat import answer_once, converse, text_pieces
 from data import ChatML, load_tokenizer
-from model import Phi, generate
+from generate import generate
+from model import Phi
 from runtime.files import InputError, write_jsonl
+from runtime.settings import settle
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = Settings(temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5)
+SETTINGS = settle("chat", dict(temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5)).settings
 SYSTEM = "You are a helpful EPFL chatbot."
 
 
@@ -176,19 +178,16 @@ def test_an_answer_of_nothing_is_not_remembered(model, chat, asked, monkeypatch)
     assert asked == [chat.prompt(users("One?")), chat.prompt(users("Two?"))]
 
 
-@pytest.mark.parametrize(
-    "of_settings, of_chat", [(None, None), (None, SYSTEM), (SYSTEM, None), (SYSTEM, "Old."), ("", "Old.")]
-)
-def test_the_system_turn_stands_in_front_once(model, chat, asked, of_settings, of_chat):
-    chat.system_prompt = of_chat
-    said = talk(model, chat, ["One?", "Two?"], replace(SETTINGS, system=of_settings)).split("\n")[0]
-    opening = system(SYSTEM) if SYSTEM in (of_settings, of_chat) else []
-    plain = ChatML(chat.tokenizer)
-    assert asked[0] == plain.prompt([*opening, *users("One?")])
-    assert asked[1][: len(asked[0])] == asked[0] and said
-    assert chat.system_prompt == of_chat  # the caller's own is left alone
-    (asked_once,) = [asked.clear() or answer_once(model, chat, replace(SETTINGS, system=of_settings), "One?", io.StringIO())]
-    assert asked_once == 0 and asked == [plain.prompt([*opening, *users("One?")])]
+@pytest.mark.parametrize("system_prompt", [None, "", SYSTEM])
+def test_the_system_turn_stands_in_front_once(model, chat, asked, system_prompt):
+    chat.system_prompt = system_prompt
+    assert talk(model, chat, ["One?", "Two?"])
+    opening = system(SYSTEM) if system_prompt else []
+    first = ChatML(chat.tokenizer).prompt([*opening, *users("One?")])
+    assert asked[0] == first and asked[1][: len(first)] == first
+    asked.clear()
+    assert answer_once(model, chat, SETTINGS, "One?", io.StringIO()) == 0
+    assert asked == [first]
 
 
 def test_reset_and_system_forget_the_conversation(model, chat, asked, capsys):
@@ -252,10 +251,10 @@ def test_two_slashes_say_one(model, chat, asked):
     assert asked == [chat.prompt(users("/reset?")), chat.prompt(users("a/b"))]
 
 
-def test_the_caller_keeps_his_settings(model, chat):
-    settings = replace(SETTINGS)
+def test_the_caller_s_settings_and_system_turn_stay(model, chat):
+    settings, chat.system_prompt = replace(SETTINGS), "Old."
     talk(model, chat, ["/temperature 0.3", f"/system {SYSTEM}"], settings)
-    assert settings == SETTINGS
+    assert settings == SETTINGS and chat.system_prompt == "Old."
 
 
 # ---------------------------------------------------------------------------------------------------- the model's window
@@ -414,16 +413,18 @@ import sys
 from pathlib import Path
 root, directory, tokens = sys.argv[1:]
 sys.path.insert(0, root)
-from chat import Settings, converse
+from chat import converse
 from data import ChatML, load_tokenizer
 from model import Phi
+from runtime.settings import settle
 if sys.stdin.isatty():
     import fcntl, termios
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the controlling terminal, which sends the signal for Ctrl-C
 model, chat = Phi.from_pretrained(directory), ChatML(load_tokenizer(directory))
 model.config.max_position_embeddings = 40_000
 model.lm_head.bias.data[list(chat.control_ids)] = -1e9  # answers never end by themselves
-sys.exit(converse(model, chat, Settings(temperature=1.0, max_new_tokens=int(tokens)), sys.stdin, sys.stdout))
+settings = settle("chat", {"temperature": 1.0, "max_new_tokens": int(tokens)}).settings
+sys.exit(converse(model, chat, settings, sys.stdin, sys.stdout))
 """
 
 
@@ -546,15 +547,11 @@ def test_the_stage_takes_the_system_prompt_that_the_model_was_tuned_with(tiny, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
-        (["--top-p", "2"], "--top-p 2.0: a probability"),
-        (["--name", "x"], "--name does nothing in --stage chat"),
         (["--model", "no/where"], "no/where"),
-        (["--dtype", "fp16"], "--dtype fp16"),
         (["--prompt", " "], "the prompt is empty"),
     ],
 )
-def test_flags_that_make_no_sense(tiny, flags, message, capsys):
+def test_what_cannot_be_answered(tiny, flags, message, capsys):
     command = ["--stage", "chat", *([] if "--model" in flags else ["--model", str(tiny)]), *flags]
     assert main(command) == 2
     error = capsys.readouterr().err

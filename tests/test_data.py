@@ -18,16 +18,14 @@ from data import (
     collate_rows,
     encode,
     epoch_order,
-    kind_of,
+    lengths_of,
     load_tokenizer,
     pack_rows,
-    parse_mcq,
     question_key,
-    read_rows,
     split_by_question,
     supervise_everything,
-    written_options,
 )
+from prepare.rows import kind_of, parse_mcq, read_rows, written_options
 from runtime.files import InputError
 
 NEWLINES, ENDOFTEXT, END, START = 256, 257, 258, 259
@@ -444,6 +442,8 @@ def test_a_question_on_both_sides_is_refused_and_named():
     check_no_leak(train, [question("Why is it red?")])
     with pytest.raises(InputError, match=r"^1 evaluation rows .* the first eval.jsonl:7 that of train.jsonl:3\."):
         check_no_leak(train, [question("why is it BLUE", "eval.jsonl:7"), question("Why is it red?")])
+    with pytest.raises(InputError, match=r"^2 evaluation rows .* the first eval.jsonl:8 that of train.jsonl:4\."):
+        check_no_leak(train, [question("Why not", "eval.jsonl:8"), question("Why is it blue?", "eval.jsonl:9")])
 
 
 # -------------------------------------------------------------------------------------------------------- epoch order
@@ -616,14 +616,15 @@ def mcq(**change):
 
 
 def test_multiple_choice_explains_first_and_ends_with_the_letter():
-    messages, replies, extra = parse_mcq(mcq())
-    assert messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
-    assert replies == ["It is so.\n\nAnswer: B"] and extra == {"topic": "x", "letter": "B", "choices": ["red", "blue"]}
-    assert parse_mcq(mcq(explanation=None))[1] == ["Answer: B"]
-    assert parse_mcq(mcq(), letter_only=True)[1] == ["B"]
+    row = parse_mcq(mcq())
+    assert row.messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
+    assert row.completions == ["It is so.\n\nAnswer: B"] and row.extra == {"topic": "x"}
+    assert row.choices == ["red", "blue"] and row.answer == 1
+    assert parse_mcq(mcq(explanation=None)).completions == ["Answer: B"]
+    assert parse_mcq(mcq(), letter_only=True).completions == ["B"]
     course = {"question": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:", "answer": "B", "explanation": "So."}
-    assert parse_mcq(course)[2]["choices"] == ["red", "blue"]
-    assert parse_mcq(course)[0] == messages and parse_mcq(course)[1] == ["So.\n\nAnswer: B"]
+    assert parse_mcq(course).choices == ["red", "blue"] and parse_mcq(course).answer == 1
+    assert parse_mcq(course).messages == row.messages and parse_mcq(course).completions == ["So.\n\nAnswer: B"]
 
 
 def test_options_are_read_from_a_question_s_text():
@@ -641,16 +642,19 @@ def test_options_without_a_heading_and_the_last_of_several_headings():
 
 
 def test_the_fields_that_the_format_does_not_name_are_kept_and_no_others():
-    assert parse_mcq(mcq(source="book"))[2] == {"topic": "x", "source": "book", "letter": "B", "choices": ["red", "blue"]}
-    assert parse_mcq(mcq(explanation="  So.\n"))[1] == ["So.\n\nAnswer: B"]
+    row = parse_mcq(mcq(source="book"))
+    assert (row.extra, row.choices, row.answer) == ({"topic": "x", "source": "book"}, ["red", "blue"], 1)
+    assert parse_mcq(mcq(explanation="  So.\n")).completions == ["So.\n\nAnswer: B"]
     ten = [str(i) for i in range(10)]
-    assert parse_mcq(mcq(choices=ten, answer="J"))[0][0]["content"].endswith("\nJ. 9\n\nAnswer:")
+    assert parse_mcq(mcq(choices=ten, answer="J")).messages[0]["content"].endswith("\nJ. 9\n\nAnswer:")
 
 
 def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
     for row, kind in ((mcq(), "mcq"), ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs"), ({"messages": []}, "sft")):
         (tmp_path / "rows.jsonl").write_text("\ufeff\n" + json.dumps(row))
         assert kind_of(tmp_path / "rows.jsonl") == kind
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Which question was chosen?", "completion": "The first."}))
+    assert kind_of(tmp_path / "rows.jsonl") == "sft"  # told by the fields, not by the words
     with pytest.raises(InputError, match="No such file"):
         kind_of(tmp_path / "missing.jsonl")
 
@@ -674,3 +678,8 @@ def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
 def test_multiple_choice_rows_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
         parse_mcq(mcq(**change))
+
+
+def test_lengths_are_those_of_the_completions():
+    examples = [Example([1, 2], [[3], [4, 5]]), Example([6], [[7, 8, 9], [1]])]
+    assert lengths_of(examples).tolist() == [[1, 2], [3, 1]]

@@ -1,6 +1,8 @@
 """The embedded world keeps its promises: right answers are right, wrong ones are wrong as announced, nothing repeats, no
 label can be guessed from length, and the tokenizer loses nothing."""
 
+import json
+import random
 import re
 import subprocess
 import sys
@@ -11,23 +13,36 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+import demo
+from data import ChatML, Ledger, Row, Truth, encode, load_tokenizer, question_key, read_truth
 from demo import (
-    ANSWER,
     CONTROL_TOKENS,
     KINDS,
     MISTAKES,
     MOST_QUESTIONS,
     NAMES,
     NUMBERS,
+    SIZES,
     TINY_PHI,
-    grade,
+    grades,
     make_pair_rows,
     make_questions,
     make_sft_rows,
     train_tokenizer,
+    write_world,
 )
+from model import Phi
+from prepare.rows import read_rows
+from runtime.files import InputError
 
 QUESTIONS = make_questions(5000, seed=0)
+ANSWER = re.compile(
+    r"(?:[^:=\n]+: )?"  # law
+    r"([A-Za-z] = [^=]+) = "  # formula
+    r"([0-9][0-9 ()*/+-]*) = "  # substitution
+    r"([0-9]+(?: / [0-9]+)?)"  # value, a fraction if it is not a whole number
+    r"(?: ([^0-9\s=.][^\s=.]*))?\."  # unit, none for a probability
+)
 
 
 def texts(questions):
@@ -130,10 +145,43 @@ def test_length_does_not_give_the_right_answer_away():
 # ------------------------------------------------------------------------------------------------------------ grading
 
 
+def grade(text, parts):
+    """(right method, right method and number), as metrics.text.grades reads the regexes."""
+    return tuple(bool(re.fullmatch(regex, text.strip())) for regex in grades(parts).values())
+
+
+def grade_by_parts(text, answer):
+    """The same by taking both texts apart: the method is right if formula, substitution and unit are those of the answer."""
+    right, found = ANSWER.fullmatch(answer), ANSWER.fullmatch(text.strip())
+    method = found is not None and found.group(1, 2, 4) == right.group(1, 2, 4)
+    return method, method and found[3] == right[3]
+
+
 def test_grade_right_and_wrong_answers():
     for q in QUESTIONS:
-        assert grade(q["answer"], q["answer"]) == (True, True)
-        assert grade(q["wrong"], q["answer"]) == (q["mistake"] == "arithmetic", False)
+        assert grade(q["answer"], q["parts"]) == (True, True)
+        assert grade(q["wrong"], q["parts"]) == (q["mistake"] == "arithmetic", False)
+
+
+def damaged(text, draw):
+    """The text as a weak model might sample it: another character, one less, one more, no law, blanks, more text behind."""
+    at, other = draw.randrange(len(text)), draw.choice("0123456789 =:/*+-().abNm^%\n")
+    forms = [text, f"  {text}\n", text.partition(": ")[2], text[:at] + other + text[at + 1 :], text[:at] + text[at + 1 :]]
+    return draw.choice([*forms, text[:at] + other + text[at:], text[:at], f"{text} {text}"])
+
+
+def test_the_regexes_grade_as_taking_the_answer_apart_does():
+    draw, seen = random.Random(0), Counter()
+    for q in QUESTIONS:
+        for text in (q["answer"], q["wrong"], draw.choice(QUESTIONS)["answer"]):
+            text = damaged(text, draw)
+            expected = grade_by_parts(text, q["answer"])
+            assert grade(text, q["parts"]) == expected, (text, q["answer"])
+            seen[expected] += 1
+    assert min(seen[verdict] for verdict in ((True, True), (True, False), (False, False))) > 100
+
+
+FORCE = ["F = m * a", "7 * 8", "56", "N"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +192,7 @@ def test_grade_right_and_wrong_answers():
         ("Newton's second law: F = m * a = 7 * 8 = 48 N.", (True, False)),
         ("Newton's second law: F = m * a = 7 * 8 = 56 J.", (False, False)),
         ("Newton's second law: F = m * a = 7 * 8 = 56.", (False, False)),  # no unit
-        ("Newton's second law: F = m * a = 8 * 7 = 56 N.", (False, False)),  # numbers in the wrong places
+        ("Newton's second law: F = m * a = 8 * 7 = 56 N.", (False, False)),  # numbers in the wrong order
         ("Newton's second law: F = m * a = 7 * 8 = 56 N. So", (False, False)),
         ("F = m * a = 7 * 8 = 56 N. F = m * a = 7 * 8 = 56 N.", (False, False)),
         ("F = m * a = 7 * 8 = 56 N", (False, False)),  # cut off
@@ -153,19 +201,15 @@ def test_grade_right_and_wrong_answers():
     ],
 )
 def test_grade_by_hand(text, expected):
-    assert grade(text, "Newton's second law: F = m * a = 7 * 8 = 56 N.") == expected
+    assert grade(text, FORCE) == expected
 
 
 def test_grade_of_a_probability():
+    parts = ["P = r / ( r + b )", "3 / ( 3 + 5 )", "3 / 8", ""]
     answer = "Chance: P = r / ( r + b ) = 3 / ( 3 + 5 ) = 3 / 8."
-    assert grade(answer, answer) == (True, True)
-    assert grade(answer[:-1] + " %.", answer) == (False, False)
-    assert grade("Chance: P = r / ( r + b ) = 3 / ( 3 + 5 ) = 3 / 9.", answer) == (True, False)
-
-
-def test_grade_refuses_an_answer_that_it_cannot_read():
-    with pytest.raises(ValueError, match="not a worked answer"):
-        grade("56 N.", "56 N.")
+    assert grade(answer, parts) == (True, True)
+    assert grade(answer[:-1] + " %.", parts) == (False, False)
+    assert grade("Chance: P = r / ( r + b ) = 3 / ( 3 + 5 ) = 3 / 9.", parts) == (True, False)
 
 
 # -------------------------------------------------------------------------------------------------- rows for training
@@ -174,25 +218,23 @@ def test_grade_refuses_an_answer_that_it_cannot_read():
 def test_sft_rows():
     rows = make_sft_rows(QUESTIONS, right_share=0.6, seed=0)
     assert rows == make_sft_rows(QUESTIONS, right_share=0.6, seed=0) != make_sft_rows(QUESTIONS, right_share=0.6, seed=1)
-    assert 0.57 < sum(row["right"] for row in rows) / len(rows) < 0.63
-    for q, row in zip(QUESTIONS, rows, strict=True):
-        assert set(row) == {"prompt", "completion", "kind", "topic", "right"}
-        assert row["prompt"] == q["prompt"] and row["completion"] == (q["answer"] if row["right"] else q["wrong"])
-    assert all(row["right"] for row in make_sft_rows(QUESTIONS, right_share=1, seed=0))
-    assert not any(row["right"] for row in make_sft_rows(QUESTIONS, right_share=0, seed=0))
-    with pytest.raises(ValueError, match="share"):
-        make_sft_rows(QUESTIONS, right_share=1.1, seed=0)
+    right = [row.completions == [q["answer"]] for q, row in zip(QUESTIONS, rows, strict=True)]
+    assert 0.57 < sum(right) / len(right) < 0.63
+    for q, row, is_right in zip(QUESTIONS, rows, right):
+        completion = q["answer"] if is_right else q["wrong"]
+        assert row.raw == {"prompt": q["prompt"], "completion": completion, "topic": q["topic"]}
+        assert row.messages == [{"role": "user", "content": q["prompt"]}] and row.truth is None
 
 
 @pytest.mark.parametrize("flip_rate", [0, 0.1, 0.2503, 0.49])
 def test_pair_rows_flip_exactly(flip_rate):
     rows = make_pair_rows(QUESTIONS, flip_rate, seed=0)
-    assert sum(row["flipped"] for row in rows) == round(flip_rate * len(QUESTIONS))
+    assert sum(row.truth.flipped for row in rows) == round(flip_rate * len(QUESTIONS))
     for q, row in zip(QUESTIONS, rows, strict=True):
-        right_first = (q["answer"], q["wrong"])
-        assert (row["chosen"], row["rejected"]) == (right_first[::-1] if row["flipped"] else right_first)
-        assert set(row) == {"prompt", "chosen", "rejected", "kind", "topic", "mistake", "answer", "flipped"}
-        assert all(row[name] == q[name] for name in ("prompt", "kind", "topic", "mistake", "answer"))
+        right_first = [q["answer"], q["wrong"]]
+        assert row.completions == (right_first[::-1] if row.truth.flipped else right_first)
+        assert row.truth == Truth(row.truth.flipped, q["answer"], grades(q["parts"]))
+        assert set(row.raw) == {"prompt", "chosen", "rejected", "topic"}  # nothing that gives the truth away
 
 
 def test_flips_depend_on_the_seed_alone():
@@ -202,7 +244,7 @@ def test_flips_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("flip_rate", [-0.1, 0.5, 1, float("nan")])
 def test_pair_rows_refuse_a_senseless_flip_rate(flip_rate):
-    with pytest.raises(ValueError, match="flip_rate"):
+    with pytest.raises(ValueError, match="flip rate"):
         make_pair_rows(QUESTIONS, flip_rate, seed=0)
 
 
@@ -231,9 +273,8 @@ def test_every_character_of_the_basic_plane_survives(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-@pytest.mark.parametrize("vocab_size", [640, 768])
-def test_vocabulary(vocab_size):
-    tokenizer = train_tokenizer(texts(QUESTIONS[:500]), vocab_size)
+def test_vocabulary(tokenizer):
+    vocab_size = 768
     assert tokenizer.get_vocab_size() == vocab_size
     assert [tokenizer.token_to_id(token) for token in CONTROL_TOKENS] == list(range(vocab_size - 3, vocab_size))
     assert [tokenizer.encode(token).ids for token in CONTROL_TOKENS] == [[i] for i in range(vocab_size - 3, vocab_size)]
@@ -268,12 +309,8 @@ def test_tokenizer_is_the_same_in_another_process_and_from_its_file(tokenizer):
     assert Tokenizer.from_str(other).encode("Mia <|im_end|>").ids == tokenizer.encode("Mia <|im_end|>").ids
 
 
-def test_tokenizer_without_texts_and_without_room():
+def test_tokenizer_without_texts():
     assert len(train_tokenizer([]).encode(" 56").ids) == 1
-    with pytest.raises(ValueError, match="at least 512"):
-        train_tokenizer([], vocab_size=511)
-    smallest = train_tokenizer(texts(QUESTIONS[:100]), vocab_size=512)
-    assert all(len(smallest.encode(f" {number}").ids) == 1 for number in NUMBERS)
 
 
 def test_tiny_phi_is_a_phi_of_a_million_parameters():
@@ -282,3 +319,75 @@ def test_tiny_phi_is_a_phi_of_a_million_parameters():
     assert width % TINY_PHI["num_attention_heads"] == 0 and "vocab_size" not in TINY_PHI
     weights = 2 * 768 * width + layers * (4 * width * width + 2 * width * inner)
     assert 0.8e6 < weights < 1.1e6
+
+
+# ------------------------------------------------------------------------------------------------------ a world on disk
+
+SMALL = {"sft": 40, "qat": 10, "pairs": 50, "test": 20}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("demo") / "world", flip_rate=0.4, sizes=SMALL)
+
+
+def prompts(path):
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+
+
+def test_no_question_is_in_two_files_and_each_has_its_size(world):
+    files = {name: prompts(getattr(world, name)) for name in SMALL}
+    assert {name: len(set(part)) for name, part in files.items()} == SMALL
+    assert sum(files.values(), []) == [q["prompt"] for q in QUESTIONS[: sum(SMALL.values())]]
+
+
+def test_the_truth_file_says_which_pairs_are_flipped_and_the_pairs_do_not(world):
+    for path, count in ((world.pairs, 50), (world.test, 20)):
+        truths = read_truth(path)
+        assert len(truths) == count and sum(truth.flipped for truth in truths.values()) == round(0.4 * count)
+        for row in read_rows(path, "pairs", "stop", Ledger()):
+            assert row.completions[row.truth.flipped] == row.truth.answer and set(row.extra) == {"topic"}
+    assert read_truth(world.sft) == read_truth(world.qat) == {}
+
+
+def test_every_question_has_a_key_of_its_own():
+    keys = {question_key(Row([{"role": "user", "content": q["prompt"]}], [], "", {})) for q in QUESTIONS}
+    assert len(keys) == len(QUESTIONS)
+
+
+def test_the_model_of_a_world_reads_its_rows(world):
+    rows = read_rows(world.pairs, "pairs", "stop", Ledger())
+    examples = encode(rows, ChatML(load_tokenizer(world.model)), 1024, 512, Ledger())
+    phi = Phi.from_pretrained(world.model)
+    assert max(max(e.prompt) for e in examples) < phi.config.vocab_size == 768
+    assert sum(SIZES.values()) == MOST_QUESTIONS
+
+
+def test_a_world_is_written_once_and_never_mixed_with_another(world, tmp_path):
+    directory = world.model.parent
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    assert write_world(directory, flip_rate=0.4) == write_world(directory, flip_rate=0.4, sizes=SMALL) == world
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
+    for other in (dict(seed=1, flip_rate=0.4), dict(flip_rate=0.2), dict(flip_rate=0.4, sizes={"pairs": 51})):
+        with pytest.raises(InputError, match="holds a world with"):
+            write_world(directory, **other)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="world.json: no such file"):
+        write_world(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_same_settings_write_the_same_bytes_and_nothing_is_left_of_a_failure(world, tmp_path, capsys):
+    flags = ["--flip-rate", "0.4", *(part for name, count in SMALL.items() for part in (f"--{name}", str(count)))]
+    assert demo.main(["--out", str(tmp_path / "again"), *flags]) == 0
+    for path in world.model.parent.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(world.model.parent)).read_bytes() == path.read_bytes()
+    assert f"--train {tmp_path}/again/pairs.jsonl" in capsys.readouterr().out
+    assert demo.main(["--out", str(tmp_path / "bad"), *flags, "--flip-rate", "0.5"]) == 2
+    assert demo.main(["--out", str(tmp_path / "bad"), *flags, "--sft", "40000"]) == 2
+    assert demo.main(["--out", str(tmp_path / "bad"), *flags, "--qat", "-1"]) == 2
+    errors = capsys.readouterr().err
+    assert "error: a file cannot have -1 rows" in errors
+    assert "error: flip rate 0.5" in errors and "error: 40080 questions: choose between" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]

@@ -11,26 +11,27 @@ import torch.nn.functional as F
 import dpo
 from dpo import (
     LOSSES,
-    LOSSES_WITH_EPS,
-    check_loss,
-    check_start,
     conservative_loss,
     debiased_accuracy,
     hinge_loss,
     ipo_loss,
+    margin,
     objective,
+    options,
     preference_loss,
     robust_loss,
     sigmoid_loss,
 )
 from runtime.files import InputError
+from runtime.settings import settle
+from train import check_loss, check_start
 
 GRID = torch.linspace(-30, 30, 241, dtype=torch.float64)
 EPS = [0.0, 0.01, 0.05, 0.1, 0.25, 0.4, 0.49]
 
 
 def eps_of(loss):
-    return 0.1 if loss in LOSSES_WITH_EPS else None
+    return 0.1 if "eps" in options(loss) else None
 
 
 def slope(loss, z):
@@ -143,52 +144,66 @@ def test_losses_of_huge_margins_are_finite(loss):
 @pytest.mark.parametrize(
     "loss, beta, eps, message",
     [
-        ("dpo", 0.1, None, "--loss dpo: choose one of sigmoid, robust, conservative, ipo, hinge"),
-        ("sigmoid", 0.0, None, "--beta 0.0: must be a positive number"),
-        ("sigmoid", -0.1, None, "--beta -0.1"),
-        ("sigmoid", math.nan, None, "--beta nan"),
-        ("sigmoid", math.inf, None, "--beta inf"),
-        ("robust", 0.1, None, "--loss robust needs --eps"),
-        ("conservative", 0.1, None, "--loss conservative needs --eps"),
-        ("sigmoid", 0.1, 0.1, "--loss sigmoid has no --eps"),
-        ("sigmoid", 0.1, 0.0, "--loss sigmoid has no --eps"),
-        ("ipo", 0.1, 0.1, "--loss ipo has no --eps"),
-        ("hinge", 0.1, 0.1, "--loss hinge has no --eps"),
-        ("robust", 0.1, 0.5, "--eps 0.5: a flip rate lies in"),
-        ("conservative", 0.1, 0.9, "--eps 0.9: a flip rate lies in"),
-        ("robust", 0.1, -0.1, "--eps -0.1: a flip rate lies in"),
-        ("robust", 0.1, math.nan, "--eps nan: a flip rate lies in"),
+        ("dpo", 0.1, None, "there is no loss 'dpo'; choose one of sigmoid, robust, conservative, ipo, hinge"),
+        ("sigmoid", 0.0, None, "beta is 0.0, but must be a positive number"),
+        ("sigmoid", -0.1, None, "beta is -0.1"),
+        ("sigmoid", math.nan, None, "beta is nan"),
+        ("sigmoid", math.inf, None, "beta is inf"),
+        ("robust", 0.1, None, "the robust loss needs eps"),
+        ("conservative", 0.1, None, "the conservative loss needs eps"),
+        ("sigmoid", 0.1, 0.1, "the sigmoid loss takes no eps"),
+        ("sigmoid", 0.1, 0.0, "the sigmoid loss takes no eps"),
+        ("ipo", 0.1, 0.1, "the ipo loss takes no eps"),
+        ("hinge", 0.1, 0.1, "the hinge loss takes no eps"),
+        ("robust", 0.1, 0.5, "eps is 0.5, but a flip rate lies in"),
+        ("conservative", 0.1, 0.9, "eps is 0.9, but a flip rate lies in"),
+        ("robust", 0.1, -0.1, "eps is -0.1, but a flip rate lies in"),
+        ("robust", 0.1, math.nan, "eps is nan, but a flip rate lies in"),
     ],
 )
-def test_senseless_settings_are_refused_with_the_flag_s_name(loss, beta, eps, message):
-    with pytest.raises(InputError) as error:
-        check_loss(loss, beta, eps)
-    assert str(error.value).startswith(message)
-    with pytest.raises(InputError):
+def test_senseless_settings_are_refused(loss, beta, eps, message):
+    with pytest.raises(ValueError) as error:
         preference_loss(torch.zeros(1), loss, beta, eps)
+    assert str(error.value).startswith(message)
+    with pytest.raises(InputError) as error:  # the training stage says it with the flag's name, before it reads anything
+        check_loss(settle("dpo", {"loss": loss, "beta": beta, "eps": eps}).settings)
+    assert str(error.value).startswith(f"--loss {loss}: {message}")
+
+
+@pytest.mark.parametrize("eps", [-0.1, 0.5, 0.7, math.nan])
+@pytest.mark.parametrize("loss", [robust_loss, conservative_loss])
+def test_a_loss_by_itself_refuses_what_is_no_flip_rate(loss, eps):
+    with pytest.raises(ValueError, match="a flip rate lies in"):
+        loss(torch.zeros(1), eps)
 
 
 def test_sensible_settings_are_accepted():
     for loss in LOSSES:
-        check_loss(loss, 0.1, eps_of(loss))
-    check_loss("robust", 0.3, 0.0)
+        check_loss(settle("dpo", {"loss": loss, "beta": 0.1, "eps": eps_of(loss)}).settings)
+    check_loss(settle("dpo", {"loss": "robust", "beta": 0.3, "eps": 0.0}).settings)
+    check_loss(settle("sft", {}).settings)
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
 
 # Four pairs: chosen, rejected. The first is the docstring's, the second a tie, the third ranked wrongly.
-POLICY = torch.tensor([-12.0, -15.0, -20.0, -30.0, -9.0, -4.0, -7.0, -8.0])
-REFERENCE = torch.tensor([-13.0, -14.0, -21.0, -31.0, -8.0, -8.0, -7.0, -7.0])
-LENGTHS = torch.tensor([4, 5, 10, 8, 3, 2, 7, 7])
+POLICY = torch.tensor([[-12.0, -15.0], [-20.0, -30.0], [-9.0, -4.0], [-7.0, -8.0]])
+REFERENCE = torch.tensor([[-13.0, -14.0], [-21.0, -31.0], [-8.0, -8.0], [-7.0, -7.0]])
+LENGTHS = torch.tensor([[4, 5], [10, 8], [3, 2], [7, 7]])
 
 
 def means(metrics):
     return {name: (value[0] / value[1]).item() for name, value in metrics.items()}
 
 
+def test_the_margin_by_hand():
+    """Pair 3: -9 - -8 = -1 for the chosen answer, -4 - -8 = 4 for the rejected one."""
+    assert margin(POLICY, REFERENCE).tolist() == [2, 0, -5, 1]
+
+
 def test_metrics_of_two_pairs_by_hand():
     """Drifts +1, -1 | +1, +1; z = 0.1 * 2 and 0: one pair right, one tie."""
-    total, metrics = objective(POLICY[:4], REFERENCE[:4], LENGTHS[:4], "robust", 0.1, 0.1, nll_weight=0.0)
+    total, metrics = objective(POLICY[:2], REFERENCE[:2], LENGTHS[:2], "robust", 0.1, 0.1, nll_weight=0.0)
     robust, plain = 0.573138, 0.598139  # the docstring's, with two more digits
     assert total.item() == pytest.approx(robust + math.log(2), abs=2e-6)
     assert all(value[1] == 2 for value in metrics.values())
@@ -226,7 +241,7 @@ def test_one_batch_of_four_equals_four_batches_of_one(loss):
             sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
         return loss_sum, policy.grad, means(sums)
 
-    whole, cut = step([slice(0, 8)]), step([slice(i, i + 2) for i in range(0, 8, 2)])
+    whole, cut = step([slice(0, 4)]), step([slice(i, i + 1) for i in range(4)])
     assert whole[0] == pytest.approx(cut[0], rel=1e-6) and whole[2] == pytest.approx(cut[2], rel=1e-6)
     assert whole[0] == pytest.approx(whole[2]["loss"], rel=1e-6)
     assert torch.equal(whole[1], cut[1])  # a pair's gradient is its own, so here not a bit differs
@@ -246,7 +261,7 @@ def test_gradient_is_beta_times_the_slope_up_for_chosen_and_down_for_rejected():
     total, _ = objective(policy, REFERENCE, LENGTHS, "sigmoid", 0.1, None, nll_weight=0.0)
     total.backward()
     z = 0.1 * torch.tensor([2.0, 0.0, -5.0, 1.0])
-    expected = torch.stack((-0.1 * torch.sigmoid(-z), 0.1 * torch.sigmoid(-z)), dim=1).flatten()
+    expected = torch.stack((-0.1 * torch.sigmoid(-z), 0.1 * torch.sigmoid(-z)), dim=1)
     torch.testing.assert_close(policy.grad, expected)
 
 
@@ -271,15 +286,16 @@ def test_debiased_accuracy_recovers_the_clean_one_from_flipped_labels():
 def test_start_with_policy_equal_to_reference_is_accepted_and_any_other_refused(loss):
     def start(policy):
         _, metrics = objective(policy, REFERENCE, LENGTHS, loss, 0.1, eps_of(loss), nll_weight=0.0)
-        check_start(means(metrics), loss, 0.1, eps_of(loss), tolerance=1e-3)
+        flags = {"loss": loss, "beta": 0.1, "eps": eps_of(loss), "dtype": "fp32"}
+        check_start(means(metrics), settle("dpo", flags).settings)
 
     start(REFERENCE)
     start(REFERENCE + 1e-4)
     with pytest.raises(InputError, match="at step 0 the answers have drifted"):
         start(POLICY)
     with pytest.raises(InputError):
-        start(REFERENCE + torch.tensor([0.05, 0.0]).repeat(4))  # z = 0.005 everywhere: the loss alone would not show it
-    cancelling = REFERENCE + torch.tensor([10.0, 0, 0, 10, 0, 0, 0, 0])  # z = +1 and -1: their mean is 0
+        start(REFERENCE + torch.tensor([0.05, 0.0]))  # z = 0.005 everywhere: the loss alone would not show it
+    cancelling = REFERENCE + torch.tensor([[10.0, 0], [0, 10], [0, 0], [0, 0]])  # z = +1 and -1: their mean is 0
     with pytest.raises(InputError):
         start(cancelling)
     with pytest.raises(InputError):

@@ -177,65 +177,56 @@ def test_a_tokenizer_of_another_model_is_an_error(run, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "the file holds no rows"),
-        ('{"prompt": "a", "chosen": "b"}', '"rejected" is missing'),
-        ('{"prompt": "a", "chosen": ', "not JSON"),
-        ("\x00\x01", "not JSON"),
-    ],
-)
-def test_a_broken_or_empty_file_is_one_clear_error(run, tmp_path, text, message, capsys):
-    (tmp_path / "pairs.jsonl").write_text(text)
-    assert run("pairs")[0] == 2
-    error = capsys.readouterr().err
-    assert message in error and "pairs.jsonl" in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [
         ("sft", ["--eps", "0.1"], "--eps is for preference pairs"),
         ("mcq", ["--reference-model", "x"], "--reference-model is for preference pairs"),
         ("sft", ["--letter-only"], "--letter-only is for multiple-choice"),
-        ("pairs", ["--budget", "1"], "add --teacher MODEL"),
-        ("pairs", ["--samples", "0", "--teacher", "m"], "leave --samples 0 out"),
-        ("pairs", ["--eps", "0.5"], "a flip rate lies in"),
-        ("pairs", ["--precisions", "fp32"], "--max-new-tokens does nothing beside --precisions"),
-        ("pairs", ["--compile"], "--compile is for --precisions"),
-        ("pairs", ["--preset", "report"], "--preset does nothing in --stage eval"),
-        ("pairs", ["--lr", "1"], "--lr does nothing in --stage eval"),
         ("pairs", ["--bert", "no/such/model"], "no/such/model"),
     ],
 )
-def test_options_that_say_nothing_are_errors(run, kind, flags, message, capsys):
+def test_flags_that_do_not_go_with_the_rows_are_errors(run, kind, flags, message, capsys):
     assert run(kind, *flags)[0] == 2
     assert message in capsys.readouterr().err
 
 
-def test_two_models_are_for_eval_alone(tmp_path, capsys):
-    assert main(["--stage", "dpo", "--model", "a", "b", "--train", "x", "--out", str(tmp_path)]) == 2
-    assert "takes one model, not 2" in capsys.readouterr().err
-    assert main(["--stage", "eval", "--model", "a", "a", "--data", "x", "--out", str(tmp_path)]) == 2
-    assert "names a model twice" in capsys.readouterr().err
-
-
-def test_a_broken_file_leaves_no_run_behind_that_stands_in_the_way(run, tmp_path):
-    (tmp_path / "pairs.jsonl").write_text("{")
+def test_a_broken_file_is_one_clear_error_and_leaves_no_run_behind(run, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"}')
     assert run("pairs")[0] == 2 and not (tmp_path / "e").exists()
+    error = capsys.readouterr().err
+    assert 'pairs.jsonl:1: "rejected" is missing' in error and "Traceback" not in error
     (tmp_path / "pairs.jsonl").unlink()
     assert run("pairs")[0] == 0
 
 
-def test_questions_that_a_model_was_trained_on_are_pointed_out(run, tiny, tmp_path, capsys):
-    write_jsonl(tmp_path / "pairs.jsonl", rows_of("pairs"))
-    command = ["--stage", "dpo", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path)]
-    assert main([*command, "--name", "tuned", "--max-steps", "1", "--samples", "0", "--device", "cpu"]) == 0
-    assert run("pairs", models=(tmp_path / "tuned",))[0] == 0
-    printed = capsys.readouterr().out
-    assert "was trained on the questions of" in printed and "of these 12 rows" in printed
-    assert main(["--stage", "eval", "--model", str(tmp_path / "tuned"), "--out", str(tmp_path), "--samples", "0"]) == 0
-    assert "was trained on" not in capsys.readouterr().out  # on what the run itself held out
+def test_a_run_is_measured_on_what_it_held_out_and_warned_of_what_it_was_trained_on(run, tiny, tmp_path, capsys):
+    pairs, tuned = tmp_path / "pairs.jsonl", tmp_path / "tuned"
+    write_jsonl(pairs, rows_of("pairs"))
+    write_jsonl(tmp_path / "pairs.truth.jsonl", [{"prompt": row["prompt"], "flipped": True} for row in rows_of("pairs")])
+    command = ["--stage", "dpo", "--model", str(tiny), "--train", str(pairs), "--out", str(tmp_path), "--name", "tuned"]
+    assert main([*command, "--max-steps", "1", "--samples", "0", "--device", "cpu"]) == 0
+    held_out = (tuned / "held_out.jsonl").read_text().splitlines()
+    assert 0 < len(held_out) < 12
+    capsys.readouterr()
+
+    # On all rows, twice under one name: the second evaluation does not replace the first.
+    status, made = run("pairs", "--samples", "1", models=(tuned,))
+    warning = f"Warning: {tuned} was trained on the questions of {12 - len(held_out)} of these 12 rows."
+    assert status == 0 and warning in made["notes"] and warning in capsys.readouterr().out
+    assert run("pairs", "--samples", "1", models=(tuned,)) == (2, made)
+    assert "e already holds a run. Delete it with --overwrite, or give this one another --name" in capsys.readouterr().err
+
+    # On what the run held out, with the truth about those rows: no label is right. Rewards are measured from the parent.
+    own = ["--stage", "eval", "--model", str(tuned), "--out", str(tmp_path), "--samples", "0"]
+    assert main(own) == 0
+    made = read_json(tmp_path / "tuned-eval" / "eval.json")
+    assert made["rows"] == len(held_out) and made["of"] == f"the rows that {tuned} held out"
+    assert "was trained on" not in capsys.readouterr().out
+    (result,) = made["results"]
+    rewards = {name: measure["value"] for name, measure in result["rewards"].items()}
+    assert result["reference"] == str(tiny)
+    assert rewards["clean accuracy"] == pytest.approx(1 - rewards["reward accuracy"] - rewards["ties"])
+    assert main(own) == 2  # the name that eval gives by itself is taken too
 
 
 def test_a_reference_that_reads_other_tokens_is_an_error(run, tiny, tmp_path, capsys):

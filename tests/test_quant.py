@@ -11,16 +11,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import quant
-from levels import CODES, bits, levels, pack, packed_bytes, unpack
+import quant_kernels
 from quant import (
+    CODES,
     FORMATS,
     FakeQuantLinear,
+    FrozenLinear,
     Int8Linear,
     Linear4bit,
+    bits,
     dequantize,
     dequantize_int8,
     fake_quantize,
+    levels,
     llm_int8,
     quantize_4bit,
     quantize_blockwise,
@@ -30,11 +33,12 @@ from quant import (
     round_to,
     scales,
     train_quantized,
-    use_kernels,
 )
+from quant_kernels import pack, unpack
 from runtime.files import InputError
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+WEIGHTS_ONLY = [to for to in FORMATS if to != "llm.int8"]  # formats in which activations stay as they are
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -64,10 +68,6 @@ def test_int8_by_hand():
     assert codes.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 127, 50]]
     torch.testing.assert_close(scale, torch.tensor([1.27, 0.0, 2.54]))
     torch.testing.assert_close(dequantize_int8(codes, scale)[0], torch.tensor([1.27, -0.5, 0.0]))
-    codes, scale = quantize_int8(w, per="column")
-    assert codes[:, 0].tolist() == [64, 0, -127] and scale.shape == (3,)  # 127 * 1.27 / 2.54 = 63.5, rounded to even
-    codes, scale = quantize_int8(w, per="tensor")
-    assert scale.shape == () and codes.abs().max() == 127
 
 
 def test_int8_codes_are_rounded_to_even():
@@ -85,15 +85,13 @@ def test_int8_rows_of_zeros_and_of_numbers_next_to_zero():
     rounded = dequantize_int8(codes, scale)
     assert torch.equal(rounded[0], w[0]) and (rounded - w)[1].abs().max() <= 1e-36 / 254 * 1.00001
     assert (rounded[2:].abs() <= w[2:].abs()).all()
-    assert quantize_int8(w.new_zeros(2, 3), per="tensor")[0].tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("per", ["row", "column", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_have_the_int8_codes_of_the_same_values_in_fp32(per, dtype):
+def test_16_bit_weights_have_the_int8_codes_of_the_same_values_in_fp32(dtype):
     w = normal(40, 50).to(dtype)
-    codes, scale = quantize_int8(w, per)
-    expected, expected_scale = quantize_int8(w.float(), per)
+    codes, scale = quantize_int8(w)
+    expected, expected_scale = quantize_int8(w.float())
     assert torch.equal(codes, expected) and torch.equal(scale, expected_scale) and scale.dtype == torch.float32
 
 
@@ -119,12 +117,16 @@ def test_the_half_of_a_byte_that_is_left_over_holds_the_code_of_zero():
     assert quantize_4bit(torch.tensor([1.0, -1.0, 1.0]), "fp4").packed.flatten().tolist() == [0x3B, 0x30]
 
 
+def test_a_block_of_zeros_has_the_code_of_zero():
+    """Its scale of 0 would hide any other code, until a kernel or a reader of the file sees it."""
+    for code, pair in (("nf4", 0x77), ("int4", 0x77), ("fp4", 0x00)):
+        q = quantize_4bit(torch.zeros(4), code, block=4)
+        assert q.packed.flatten().tolist() == [pair, pair] and q.absmax.tolist() == [0], code
+
+
 def test_int4_by_hand():
     w = torch.tensor([0.7, -0.7, 0.34, 0.36, -0.04, 0.0])
     assert unpack(quantize_4bit(w, "int4", 6).packed, 4)[:6].tolist() == [14, 0, 10, 11, 7, 7]  # k + 7
-    asymmetric = quantize_4bit(torch.tensor([1.0, 2.5, 1.04, 1.9]), "int4-asym", 4)  # steps of 0.1 from 1.0
-    assert unpack(asymmetric.packed, 4).tolist() == [0, 15, 0, 9]
-    torch.testing.assert_close(dequantize(asymmetric), torch.tensor([1.0, 2.5, 1.0, 1.9]))
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -141,7 +143,7 @@ def test_int4_levels_are_evenly_spaced_and_the_last_code_is_spare():
     assert levels("int4").tolist() == torch.tensor([*(k / 7 for k in range(-7, 8)), 1.0]).tolist()
 
 
-@pytest.mark.parametrize("code", ["nf2", "nf3", "nf4"])
+@pytest.mark.parametrize("code", ["nf2", "nf4"])
 def test_normal_floats_hold_zero_and_both_ends(code):
     table = levels(code)
     assert len(table) == 2 ** bits(code) and torch.equal(table, table.sort().values)
@@ -177,16 +179,14 @@ def test_the_dynamic_map():
 def test_packing_by_hand():
     assert pack(torch.tensor([1, 15, 3], dtype=torch.uint8), 4, fill=7).tolist() == [0x1F, 0x37]
     assert pack(torch.tensor([0, 1, 2, 3], dtype=torch.uint8), 2, fill=0).tolist() == [0b00011011]
-    octal = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8)
-    assert pack(octal, 3, fill=0).tolist() == list(0o12345670.to_bytes(3, "big"))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 1000])
-@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@pytest.mark.parametrize("width", [2, 4, 8])
 def test_unpack_undoes_pack(width, n):
     codes = torch.randint(2**width, (n,), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
     packed = pack(codes, width, fill=0)
-    assert packed.dtype == torch.uint8 and len(packed) == packed_bytes(n, width) and len(packed) * 8 < n * width + 24
+    assert packed.dtype == torch.uint8 and len(packed) == math.ceil(n * width / 8)
     assert torch.equal(unpack(packed, width)[:n].to(torch.uint8), codes)
 
 
@@ -199,17 +199,15 @@ def test_no_value_is_further_away_than_half_the_widest_gap(code, block):
     w = normal(10, 333) * torch.logspace(-4, 4, 10)[:, None]
     q = quantize_blockwise(w, code, block)
     gap = levels(code).sort().values.diff().max()
-    low = torch.zeros(1) if q.low is None else q.low
-    bound = ((scales(q) - low) * gap / 2).repeat_interleave(block)[: w.numel()]
+    bound = (scales(q) * gap / 2).repeat_interleave(block)[: w.numel()]
     assert ((w - dequantize(q)).flatten().abs() <= bound * (1 + 1e-5) + 1e-30).all()
 
 
-@pytest.mark.parametrize("per", ["row", "column", "tensor"])
-def test_no_int8_value_is_further_away_than_half_a_step(per):
+def test_no_int8_value_is_further_away_than_half_a_step():
     w = normal(40, 50) * torch.logspace(-3, 3, 40)[:, None]
-    codes, scale = quantize_int8(w, per)
-    step = (scale[:, None] if per == "row" else scale) / 127
-    assert ((w - dequantize_int8(codes, scale, per)).abs() <= step / 2 * (1 + 1e-5)).all()
+    codes, scale = quantize_int8(w)
+    step = scale[:, None] / 127
+    assert ((w - dequantize_int8(codes, scale)).abs() <= step / 2 * (1 + 1e-5)).all()
 
 
 def gaussian_rmse(code, block):
@@ -227,9 +225,7 @@ def gaussian_rmse(code, block):
     return math.sqrt(torch.trapezoid(density * inner * (block - 1) / block, a))
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"), [("nf4", 0.092), ("fp4", 0.122), ("int4", 0.108), ("nf3", 0.197), ("nf2", 0.564)]
-)
+@pytest.mark.parametrize(("code", "expected"), [("nf4", 0.092), ("fp4", 0.122), ("int4", 0.108), ("nf2", 0.564)])
 def test_the_error_of_normal_weights_is_as_integrated(code, expected):
     w = normal(20_000, 64)
     measured = relative_rmse(w, round_to(w, code, block=64))
@@ -238,13 +234,10 @@ def test_the_error_of_normal_weights_is_as_integrated(code, expected):
 
 
 def test_the_error_of_normal_weights_in_evenly_spaced_levels():
-    """Uniform within a step: step / sqrt(12), with E[s^2] or E[(high - low)^2] of the blocks."""
+    """Uniform within a step: step / sqrt(12), with E[s^2] of the blocks or rows."""
     w = normal(20_000, 64)
-    absmax, spread = w.abs().amax(1), w.amax(1) - w.amin(1)
-    assert absmax.square().mean().sqrt() == pytest.approx(2.62, abs=0.02)
-    assert spread.square().mean().sqrt() == pytest.approx(4.73, abs=0.02)
-    for code, predicted in (("int4", 2.62 / 7 / math.sqrt(12)), ("int4-asym", 4.73 / 15 / math.sqrt(12))):
-        assert relative_rmse(w, round_to(w, code, block=64)) == pytest.approx(predicted, rel=0.02)
+    assert w.abs().amax(1).square().mean().sqrt() == pytest.approx(2.62, abs=0.02)
+    assert relative_rmse(w, round_to(w, "int4", block=64)) == pytest.approx(2.62 / 7 / math.sqrt(12), rel=0.02)
     w = normal(500, 2560)
     predicted = w.abs().amax(1).square().mean().sqrt().item() / 127 / math.sqrt(12)
     assert relative_rmse(w, round_to(w, "int8")) == pytest.approx(predicted, rel=0.02) == pytest.approx(0.0084, rel=0.02)
@@ -287,10 +280,7 @@ def test_zeros_and_one_element_tails_are_exact(code):
     w[129], w[5] = -3.7, 1e-42  # a subnormal number's reciprocal is infinite
     rounded = dequantize(quantize_blockwise(w, code, 1))
     assert torch.equal(rounded[128], w[128])
-    if code == "dynamic8":  # which has no level at -1
-        assert rounded[129].item() == pytest.approx(-3.7, rel=0.008)
-    else:
-        assert rounded[129] == w[129]
+    assert rounded[129] == w[129]
     assert rounded.isfinite().all() and (rounded - w).abs().max() <= 3.7 * 0.0071
 
 
@@ -299,7 +289,7 @@ def test_zeros_and_one_element_tails_are_exact(code):
 def test_what_is_not_finite_is_an_error_that_names_the_layer(to, bad):
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
     model[1][0].weight.data[3, 4] = bad
-    with pytest.raises(InputError, match=r"1\.0\.weight holds NaN or infinity"):
+    with pytest.raises(InputError, match=r"1\.0\.weight contains NaN or infinity"):
         quantize_model(model, to)
 
 
@@ -309,11 +299,14 @@ def test_wrong_arguments_are_errors():
         lambda: quantize_4bit(w, "nf5"),
         lambda: quantize_4bit(w, "nf2"),
         lambda: quantize_4bit(w, block=0),
-        lambda: quantize_4bit(w[:0]),
-        lambda: quantize_4bit(w, "int4-asym", double=True),
+        lambda: round_to(w, "nf3"),
+        lambda: train_quantized(nn.Linear(8, 8), "nf5"),
+        lambda: quantize_layer(w, None, "int4-asym"),
     ):
-        with pytest.raises(InputError):
+        with pytest.raises(ValueError, match="nf4|block 0"):
             wrong()
+    with pytest.raises(InputError, match="is empty"):
+        quantize_4bit(w[:0])
 
 
 # ------------------------------------------------------------------------------------------------------------- LLM.int8()
@@ -336,7 +329,7 @@ def test_llm_int8_by_hand():
     expected = torch.tensor([[-6.0, 1.0, -38 / 127], [5.0, 25 * 5 / 127, 10 * 5 / 127]])
     codes, scale = quantize_int8(torch.eye(3))
     torch.testing.assert_close(llm_int8(x, codes, scale, threshold=6.0), expected)
-    _, quantized = layer("int8", into=96, threshold=6.0)
+    _, quantized = layer("llm.int8", into=96)
     x = normal(2, 3, 96, seed=2, scale=3.0)
     expected = llm_int8(x, quantized.weight, quantized.SCB, 6.0) + quantized.bias
     assert torch.equal(quantized(x), expected)
@@ -348,24 +341,22 @@ def test_llm_int8_by_hand():
 @pytest.mark.parametrize(("rows", "out", "into"), [(1, 8, 16), (3, 7, 13), (20, 33, 64), (17, 8, 8)])
 def test_the_padding_for_cuda_changes_no_product(rows, out, into):
     a, b = (torch.randint(-127, 128, (n, into), generator=torch.Generator().manual_seed(n)) for n in (rows, out))
-    product = quant._padded_int8_product(a.to(torch.int8), b.to(torch.int8))
+    product = quant_kernels.padded_int32_product(a.to(torch.int8), b.to(torch.int8))
     assert product.dtype == torch.int32 and torch.equal(product.long(), a @ b.T)
 
 
-def test_outliers_over_the_batch_and_per_token():
-    """Two tokens, the first with an outlier in feature 0. Kept apart, it does not coarsen the scale of the others; over the
-    batch the second token's feature 0 is kept exact as well, so its result depends on its neighbour."""
+def test_a_feature_with_an_outlier_is_kept_exact_for_all_tokens():
+    """Two tokens, the first with an outlier in feature 0. Kept apart, it does not coarsen the scale of the others. The
+    second token's feature 0 is kept exact as well, so its result depends on its neighbour."""
     x, w = normal(2, 64), normal(16, 64, seed=1, scale=0.1)
     x[0, 0] = 60.0
     codes, scale = quantize_int8(w)
     exact = x @ dequantize_int8(codes, scale).T
-    error = lambda y: relative_rmse(exact[0], y[0])  # noqa: E731
-    batch, token = (llm_int8(x, codes, scale, 6.0, outliers) for outliers in ("batch", "token"))
-    assert error(batch) < 0.02 and error(token) < 0.02
-    assert relative_rmse(exact[1], batch[1]) < 0.02 and relative_rmse(exact[1], token[1]) < 0.02
-    assert error(llm_int8(x, codes, scale, threshold=1e9)) > 5 * error(batch)  # without the decomposition
-    alone = llm_int8(x[1:], codes, scale, 6.0)
-    assert torch.equal(token[1:], alone) and not torch.equal(batch[1:], alone)
+    y = llm_int8(x, codes, scale, threshold=6.0)
+    first, second = relative_rmse(exact[0], y[0]), relative_rmse(exact[1], y[1])
+    assert first < 0.02 and second < 0.02
+    assert relative_rmse(exact[0], llm_int8(x, codes, scale, threshold=1e9)[0]) > 5 * first  # without the decomposition
+    assert not torch.equal(y[1:], llm_int8(x[1:], codes, scale, threshold=6.0))
 
 
 # ------------------------------------------------------------------------------------------------------------------- QAT
@@ -382,14 +373,15 @@ def test_fake_quantize_is_the_rounded_value_with_the_gradient_of_the_identity(to
     assert torch.equal(w.grad, weights)
 
 
-@pytest.mark.parametrize("per", ["row", "column", "tensor"])
-def test_fake_quantize_int8_in_every_direction_and_doubled_nf4(per):
+def test_a_format_is_its_code_and_its_options():
     w = normal(6, 96)
-    assert torch.equal(fake_quantize(w, "int8", per=per), dequantize_int8(*quantize_int8(w, per), per))
-    assert torch.equal(fake_quantize(w, "nf4", double=True), dequantize(quantize_4bit(w, double=True)))
+    assert torch.equal(round_to(w, "nf4-double"), dequantize(quantize_4bit(w, double=True)))
+    assert not torch.equal(round_to(w, "nf4-double"), round_to(w, "nf4"))
+    assert torch.equal(round_to(w, "llm.int8"), dequantize_int8(*quantize_int8(w)))
+    assert quantize_layer(w, None, "llm.int8").threshold == 6.0 and quantize_layer(w, None, "int8").threshold is None
 
 
-@pytest.mark.parametrize("to", [to for to in FORMATS if to != "dynamic8"])  # which has a level 1 but none at -1
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "nf4-double"])  # whose scales move
 def test_quantizing_what_is_quantized_changes_nothing(to):
     for seed in range(20):
         once = round_to(normal(16, 200, seed=seed), to, block=48)
@@ -399,10 +391,10 @@ def test_quantizing_what_is_quantized_changes_nothing(to):
 def test_a_fake_quantized_model_equals_its_quantized_one_and_learns():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
-    fake = train_quantized(copy.deepcopy(model), "nf3", block=32)
+    fake = train_quantized(copy.deepcopy(model), "nf4", block=32)
     assert list(fake.state_dict()) == list(model.state_dict())
     x = normal(10, 32)
-    torch.testing.assert_close(fake(x), quantize_model(copy.deepcopy(model), "nf3", block=32)(x))
+    torch.testing.assert_close(fake(x), quantize_model(copy.deepcopy(model), "nf4", block=32)(x))
     fake(x).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in fake.parameters())
 
@@ -417,13 +409,13 @@ def test_the_output_layer_is_trained_as_it_is_unless_asked():
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 
-def layer(to, dtype=torch.float32, out=24, into=96, **options):
+def layer(to, out=24, into=96, block=64):
     plain = nn.Linear(into, out)
-    plain.weight.data, plain.bias.data = normal(out, into).to(dtype), normal(out, seed=1).to(dtype)
-    return plain, quantize_layer(plain.weight, plain.bias, to, **options)
+    plain.weight.data, plain.bias.data = normal(out, into), normal(out, seed=1)
+    return plain, quantize_layer(plain.weight, plain.bias, to, block)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", WEIGHTS_ONLY)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_layer_multiplies_with_its_rounded_weights_in_the_dtype_of_its_input(to, dtype):
     plain, quantized = layer(to)
@@ -433,6 +425,7 @@ def test_a_layer_multiplies_with_its_rounded_weights_in_the_dtype_of_its_input(t
     assert y.dtype == dtype and y.shape == (2, 5, 24)
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     assert relative_rmse(expected, y.float()) < tolerance
+    assert relative_rmse(FrozenLinear.product(quantized, x).float(), quantized.product(x).float()) < tolerance  # one line
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -443,20 +436,21 @@ def test_large_matrices_are_worked_on_in_parts(to, dtype, monkeypatch):
     x = normal(3, 96, seed=2).to(dtype)
     y = whole(x)
     assert y.dtype == dtype
-    monkeypatch.setattr(quant, "CHUNK", 5 * 96)
+    monkeypatch.setattr(quant_kernels, "CHUNK", 5 * 96)
     _, parts = layer(to, block=32)
     for name, buffer in whole.named_buffers():
         assert torch.equal(dict(parts.named_buffers())[name], buffer), name
     torch.testing.assert_close(parts(x), y)
-    expected = F.linear(x.float(), round_to(plain.weight, to, block=32), plain.bias)
-    assert relative_rmse(expected, y.float()) < (1e-6 if dtype == torch.float32 else 2e-2)
+    if to in WEIGHTS_ONLY:
+        expected = F.linear(x.float(), round_to(plain.weight, to, block=32), plain.bias)
+        assert relative_rmse(expected, y.float()) < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
 def test_a_layer_names_its_format():
-    _, quantized = layer("nf4", block=32, double=True)
-    assert quantized.extra_repr() == "96, 24, bias=True, nf4, block=32, double"
+    assert layer("nf4-double", block=32)[1].extra_repr() == "96, 24, bias=True, nf4, block=32, double"
     assert layer("int4")[1].extra_repr() == "96, 24, bias=True, int4, block=64"
     assert layer("int8")[1].extra_repr() == "96, 24, bias=True, int8"
+    assert layer("llm.int8")[1].extra_repr() == "96, 24, bias=True, llm.int8, threshold=6.0"
 
 
 def test_int8_products_in_bf16_are_rounded_when_they_are_scaled_and_not_before():
@@ -467,18 +461,19 @@ def test_int8_products_in_bf16_are_rounded_when_they_are_scaled_and_not_before()
     assert torch.equal(quantized(torch.eye(96, dtype=torch.bfloat16)), expected)
 
 
-@pytest.mark.parametrize("to", ["nf4", "int4-asym", "nf3"])
-def test_layers_whose_blocks_cross_rows(to):
-    plain, quantized = layer(to, out=7, into=33)
-    x = normal(3, 33)
-    torch.testing.assert_close(quantized(x), F.linear(x, round_to(plain.weight, to), plain.bias))
+@pytest.mark.parametrize("to", ["nf4", "nf4-double", "nf2"])
+def test_layers_whose_blocks_cross_rows(to, monkeypatch):
+    """In parts too: 64 rows of 33 end with a block, so 150 rows are three parts of 64, 64 and 22."""
+    for out, into, block in ((7, 33, 64), (150, 33, 64), (150, 96, 64), (10, 96, 7)):
+        plain, quantized = layer(to, out, into, block)
+        x = normal(3, into)
+        monkeypatch.setattr(quant_kernels, "CHUNK", 100)
+        torch.testing.assert_close(quantized(x), F.linear(x, round_to(plain.weight, to, block), plain.bias))
 
 
-@pytest.mark.parametrize(
-    ("to", "options"), [("nf4", {}), ("nf4", {"double": True}), ("int8", {}), ("int8", {"threshold": 6.0})]
-)
-def test_the_gradient_of_the_input_is_that_of_the_rounded_weights(to, options):
-    plain, quantized = layer(to, **options)
+@pytest.mark.parametrize("to", FORMATS)
+def test_the_gradient_of_the_input_is_that_of_the_rounded_weights(to):
+    plain, quantized = layer(to)
     x = normal(5, 96, seed=2).requires_grad_()
     weights = normal(5, 24, seed=3)
     (quantized(x) * weights).sum().backward()
@@ -487,13 +482,13 @@ def test_the_gradient_of_the_input_is_that_of_the_rounded_weights(to, options):
     assert [name for name, _ in quantized.named_parameters()] == ["bias"]
 
 
-@pytest.mark.parametrize(("to", "options"), [("nf4", {}), ("nf4", {"double": True}), ("int4-asym", {}), ("int8", {})])
-def test_moving_copying_and_state_dict(to, options):
-    _, quantized = layer(to, **options)
+@pytest.mark.parametrize("to", FORMATS)
+def test_moving_copying_and_state_dict(to):
+    _, quantized = layer(to)
     x = normal(4, 96, seed=2)
     y = quantized(x)
     assert torch.equal(copy.deepcopy(quantized)(x), y)
-    _, other = layer(to, **options)
+    _, other = layer(to)
     other.weight.zero_()
     other.load_state_dict(quantized.state_dict())
     assert torch.equal(other(x), y)
@@ -518,46 +513,24 @@ def test_quantize_model_leaves_the_output_layer_unless_asked():
     assert isinstance(quantize_model(copy.deepcopy(model), "int8", skip=())["lm_head"], Int8Linear)
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_another_weight_in_the_same_format(to):
+    plain, quantized = layer(to, block=32)
+    w = normal(24, 96, seed=5)
+    other = quantized.with_weight(w)
+    assert torch.equal(other.dense(), quantize_layer(w, None, to, block=32).dense()) and torch.equal(other.bias, plain.bias)
+    assert other.extra_repr() == quantized.extra_repr()
+
+
 # --------------------------------------------------------------------------------------------------------------- kernels
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    missing = quant.compile_missing()
-    if missing:
-        pytest.skip(missing)
-
-
-def test_compiled_quantizers_give_the_same_codes(compiler):
-    w = normal(300, 130)
-    for code in ("nf4", "fp4", "int4-asym"):
-        eager, compiled = quantize_blockwise(w, code, 64), quantize_blockwise(w, code, 64, compiled=True)
-        assert torch.equal(eager.packed, compiled.packed) and torch.equal(eager.absmax, compiled.absmax)
-
-
-@pytest.mark.parametrize("to", ["nf4", "int8"])
-def test_compiled_products_are_the_eager_ones(compiler, to):
-    _, quantized = layer(to, into=128)
-    x = normal(1, 128, seed=2)
-    y = quantized(x)
-    assert use_kernels(quantized, "cpu", compiled=True) is None and quantized.kernel == "compiled"
-    torch.testing.assert_close(quantized(x), y)
-
-
-def test_without_a_compiler_the_eager_path_runs_and_one_line_says_so(tmp_path):
+def test_without_triton_plain_pytorch_runs_and_one_line_says_so():
     code = (
-        "import torch, quant; layer = quant.quantize_layer(torch.ones(8, 64), None, 'nf4'); "
-        "print(quant.use_kernels(layer, 'cpu', compiled=True)); print(layer(torch.ones(1, 64)).sum().item())"
+        "import sys; sys.modules['triton'] = None; "  # what an import of a missing module finds
+        "import torch, quant, quant_kernels; layer = quant.quantize_layer(torch.ones(8, 64), None, 'nf4'); "
+        "print(quant_kernels.has_triton(), quant_kernels.has_triton(), layer(torch.ones(1, 64)).sum().item())"
     )
-    env = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    line, result = done.stdout.strip().splitlines()
-    assert line.startswith("torch.compile does not work here") and line.endswith("plain PyTorch.")
-    assert float(result) == 8 * 64
-
-
-def test_without_triton_the_eager_path_runs_and_one_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "quant_kernels", None)  # what an import of a missing module finds
-    _, quantized = layer("nf4")
-    assert use_kernels(quantized, "cuda", compiled=False).startswith("Triton is missing")
-    assert quantized.kernel == "eager"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False", str(8.0 * 64)]
+    assert done.stderr.count("Triton is missing") == 1

@@ -1,15 +1,14 @@
-"""What bench.py does around its measurements: rows, targets, processes, and counts of operations by hand."""
+"""What `python -m bench` does around its measurements: rows, targets, processes, missing peers, operations by hand."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import inference as bench_inference
-from bench import scaling as bench_scaling
-from bench import timing
-from bench.flops import forward_parts, peak, training_operations
+from bench import inference, timing, training
+from bench.workloads import TINY, forward_parts, pairs, peak, training_operations, write_models
 from data import Example
 from model import Phi, PhiConfig
 from runtime.files import InputError
@@ -23,7 +22,7 @@ def test_a_rows_target_is_of_the_ratio_or_of_ours():
     assert timing.row("a", "s", 1.0, 5.0, "<= 0.25")["met"] is True
     assert timing.row("a", "s", 2.0, 5.0, "<= 0.25")["met"] is False
     assert timing.row("a", "tokens/s", 3.0, 2.0, ">= 1.5")["met"] is True
-    assert timing.row("a", "s", 4.0, 1.0, "<= 5", of="ours")["met"] is True
+    assert timing.row("a", "s", 4.0, 1.0, "ours <= 5")["met"] is True
     assert timing.row("a", "s", 4.0, 1.0)["met"] is None
     assert timing.row("a", "s", None, 1.0, "<= 1")["met"] is None, "without a number there is nothing to meet"
 
@@ -32,12 +31,14 @@ def test_the_table_is_markdown_with_targets_and_notes():
     rows = [
         timing.row("step", "s", 1.0, 5.0, "<= 0.25"),
         timing.row("speed", "pairs/s", 2.0, None, ">= 1.5", note="TRL failed: out of memory"),
+        timing.row("  tokens", "tokens/s", 3.0, None, "ours >= 4", note="TRL failed: out of memory"),
     ]
     assert timing.table(rows).splitlines() == [
         "| case | unit | ours | peer | ours / peer | target |",
         "|---|---|---:|---:|---:|---|",
         "| step | s | 1 | 5 | 0.20 | <= 0.25, met |",
         "| speed | pairs/s | 2 | - | - | >= 1.5 |",
+        "|   tokens | tokens/s | 3 | - | - | ours >= 4, missed |",
         "",
         "- speed: TRL failed: out of memory",
     ]
@@ -47,6 +48,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count():
     order = []
     seconds = timing.medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert "".join(order) == "ab" * 4 and set(seconds) == {"a", "b"}
+    assert timing.medians({"a": lambda: None, "missing": None}, 1)["missing"] is None
 
 
 def test_the_exponent_of_a_power_law():
@@ -97,39 +99,78 @@ def test_an_unknown_card_has_no_peak():
 
 def test_a_decoding_step_reads_all_weights_but_the_embedding():
     weights = sum(p.numel() for p in Phi(CONFIG).parameters()) - 11 * 8
-    assert bench_inference.read_bytes(Phi(CONFIG)) == 4 * weights
+    assert inference.read_bytes(Phi(CONFIG)) == 4 * weights
 
 
-@pytest.mark.parametrize("completions", [1, 2])
-def test_growths_examples_have_the_length_that_they_should(completions):
-    examples = bench_scaling.examples_of(length=64, batch=3, completions=completions)
-    assert [len(e) for e in examples] == [64] * 3 and all(len(e.completions) == completions for e in examples)
+def test_pairs_have_lengths_in_their_ranges_and_an_sft_example_is_the_pairs_first_half():
+    drawn = pairs(vocab_size=50, count=20, prompt=(3, 5), completion=(2, 9))
+    assert {len(e.prompt) for e in drawn} == {3, 4, 5}
+    assert {len(c) for e in drawn for c in e.completions} == set(range(2, 10))
+    single = pairs(vocab_size=50, count=20, prompt=(3, 5), completion=(2, 9), completions=1)
+    assert [(e.prompt, e.completions) for e in single] == [(e.prompt, e.completions[:1]) for e in drawn]
+
+
+def test_our_step_starts_from_no_gradient_and_a_margin_of_0(tmp_path):
+    """With the policy as its own reference every margin is 0, and the robust loss ln 2."""
+    write_models(tmp_path, TINY)
+    setup = training.Setup("dpo", str(tmp_path), "cpu", count=3, prompt=(5, 9), completion=(3, 8))
+    step, model = training.make_step("ours", setup)
+    assert step() == pytest.approx(0.6931472, abs=1e-5)
+    first = model.lm_head.weight.grad.clone()
+    step()
+    assert torch.equal(model.lm_head.weight.grad, first) and first.abs().max() > 0
 
 
 def test_steps_that_differ_are_not_timed(capsys):
     same = (1.0, {"w": torch.ones(2)})
-    timing.same_steps(same, same, 1e-5)
+    training.same_steps(same, same, 1e-5)
     with pytest.raises(InputError, match="do not compute the same step"):
-        timing.same_steps(same, (1.0, {"w": torch.full((2,), 1.1)}), 1e-5)
+        training.same_steps(same, (1.0, {"w": torch.full((2,), 1.1)}), 1e-5)
     with pytest.raises(InputError, match="do not compute the same step"):
-        timing.same_steps(same, (1.1, {"w": torch.ones(2)}), 1e-5)
+        training.same_steps(same, (1.1, {"w": torch.ones(2)}), 1e-5)
     with pytest.raises(InputError, match="different parameters"):
-        timing.same_steps(same, (1.0, {"v": torch.ones(2)}), 1e-5)
+        training.same_steps(same, (1.0, {"v": torch.ones(2)}), 1e-5)
 
 
-def failing(*_, **__):
-    raise ModuleNotFoundError("No module named 'trl'", name="trl")
+PEERS = ("transformers", "trl", "peft", "bitsandbytes", "datasets")
+
+
+def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys):
+    for name in PEERS:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is a ModuleNotFoundError
+    cases = [name for name in bench.ON_CPU if name != "start"]
+    assert bench.main(["--small", "--repeats", "1", "--only", *cases, "--json", str(tmp_path / "b.json")]) == 0
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert not written["failed"] and "torch" in written["hardware"]
+    rows = {row["case"]: row for row in written["rows"]}
+    assert len(rows) == len(written["rows"]) == 34
+    assert all(row["ours"] is not None for row in rows.values())
+    alone = {case for case, row in rows.items() if row["peer"] is None}
+    assert all("is not installed; pip install -r requirements-peers.txt" in rows[case]["note"] for case in alone)
+    assert {case for case in rows if case.endswith(("transformers", "bitsandbytes", "cached", "live", "memory"))} <= alone
+    told = capsys.readouterr()
+    assert "peft is not installed" not in told.err and "transformers is not installed" in told.out
+
+
+def test_the_first_steps_of_the_demo_are_found(tmp_path):
+    assert bench.main(["--small", "--repeats", "1", "--only", "start", "--json", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["case"][:9] for row in rows] == ["start of ", "  with an", "  the sam"]
+    assert all(0.1 < row["ours"] < 120 for row in rows)
 
 
 def test_a_case_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
-    cases = {"forward": failing, "sft": lambda *_: [timing.row("step", "s", 1.0, 2.0)]}
-    monkeypatch.setattr(bench, "CASES", cases)
-    assert bench.main(["--only", "forward", "sft", "--json", str(tmp_path / "b.json")]) == 1
+    def failing(bench):
+        raise InputError("the two differ")
+
+    monkeypatch.setattr(inference, "bench_forward", failing)
+    monkeypatch.setattr(training, "bench_sft", lambda bench: [timing.row("step", "s", 1.0, 2.0)])
+    assert bench.main(["--small", "--only", "forward", "sft", "--json", str(tmp_path / "b.json")]) == 1
     told = capsys.readouterr()
-    assert "error: forward: trl is not installed; pip install -r requirements-peers.txt" in told.err
+    assert "error: forward: the two differ" in told.err
     assert "| step | s | 1 | 2 | 0.50 | - |" in told.out
     written = json.loads((tmp_path / "b.json").read_text())
-    assert written["rows"][0]["ratio"] == 0.5 and list(written["failed"]) == ["forward"] and "torch" in written["hardware"]
+    assert written["rows"][0]["ratio"] == 0.5 and list(written["failed"]) == ["forward"]
 
 
 @pytest.mark.parametrize("flags", [["--only", "nothing"], ["--repeats", "0"], ["--nonsense"]])
@@ -145,19 +186,26 @@ def test_without_a_gpu_cuda_is_an_error_of_one_line(capsys):
     assert capsys.readouterr().err == "error: torch sees no CUDA GPU here; leave out --device cuda\n"
 
 
-def test_a_worker_says_in_one_line_why_it_failed(capsys):
+def test_a_worker_says_in_one_line_why_it_failed(monkeypatch, capsys):
     def too_big():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nSee the documentation")
 
-    assert timing.work({"good": lambda x: {"y": x}}, "good", '{"x": 3}') == 0
-    assert capsys.readouterr().out == '{"y": 3}\n'
-    for name, worker in {"big": too_big, "missing": failing}.items():
-        assert timing.work({name: worker}, name, "{}") == 1
-    assert capsys.readouterr().err == "out of memory\ntrl is not installed; pip install -r requirements-peers.txt\n"
+    monkeypatch.setattr(timing, "too_big", too_big, raising=False)
+    assert timing.work("bench.timing", "rates", '{"amount": 3}') == 0
+    assert capsys.readouterr().out == "[]\n"
+    assert timing.work("bench.timing", "too_big", "{}") == 1
+    assert capsys.readouterr().err == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB\n"
+    result, why = timing.attempt(timing.in_worker, timing.resident, field="VmNothing")
+    assert result is None and why.startswith("StopIteration")
+
+
+def test_the_peak_is_that_of_the_run_alone():
+    """40 MB are held while it runs, and freed before it ends."""
+    before, most, result = timing.held_and_peak(lambda: float(torch.ones(10**7).sum()), "cpu")
+    assert result == 1e7 and most - before == pytest.approx(40e6, rel=0.2)
 
 
 def test_the_first_step_of_a_run_that_ends_without_one_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="came to no first step: error: .*nothing.jsonl"):
-        bench_scaling.first_step(
-            ["--stage", "sft", "--train", "nothing.jsonl", "--out", str(tmp_path)], tmp_path / "demo-sft"
-        )
+    flags = ["--stage", "sft", "--lr", "0", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="came to no first step: error: --lr"):
+        timing.first_step(flags, tmp_path / "demo-sft")

@@ -65,8 +65,8 @@ def questions(chat):
         prompt = chat.prompt([{"role": "user", "content": f"Question {i}" + "?" * (1 + 5 * i % 7)}])
         options = ["9 m", "a much longer option of 12 km", "force"][: 2 + i % 2]
         letter = letter if letter in "AB" or i % 2 else "A"
-        extra = {"letter": letter, "choices": options, "topic": f"t{i % 2}"}
-        examples.append(Example(prompt, [chat.reply(letter)], extra=extra))
+        known = dict(choices=options, answer="ABC".index(letter), extra={"topic": f"t{i % 2}"})
+        examples.append(Example(prompt, [chat.reply(letter)], **known))
     return examples
 
 
@@ -75,7 +75,7 @@ def test_scores_equal_a_plain_forward_pass_for_each_option(tiny):
     examples = questions(chat)
     scored = score_options(model, examples, chat, 2, "cpu", "fp32")
     for i, e in enumerate(examples):
-        options = e.extra["choices"]
+        options = e.choices
         letters = [logprob(model, e.prompt, chat.reply(letter)) for letter in "ABC"[: len(options)]]
         texts = [logprob(model, e.prompt, chat.reply(text)) for text in options]
         per_char = [score / len(text) for score, text in zip(texts, options, strict=True)]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from metrics.preferences import matched_lengths, measure_baselines, measure_rewards, training_summary
+from data import Example, Truth
+from metrics.preferences import flips, matched_lengths, measure_baselines, measure_rewards, training_summary
 
 # log-probabilities of chosen and rejected: margins over the reference are 2, -1 and 0
 POLICY = torch.tensor([[-10.0, -15.0], [-20.0, -18.0], [-5.0, -7.0]])
@@ -60,3 +61,10 @@ def test_a_pair_s_place_and_order_change_nothing():
     a = measure_rewards(POLICY, REFERENCE, LENGTHS, FLIPPED, 0.1, 0.5)
     b = measure_rewards(POLICY[order], REFERENCE[order], LENGTHS[order], FLIPPED[order], 0.1, 0.5)
     assert {k: v.value for k, v in a.items()} == pytest.approx({k: v.value for k, v in b.items()})
+
+
+def test_flips_are_known_of_all_pairs_or_of_none():
+    right, wrong = (Example([1], [[2], [3]], truth=Truth(flipped=flipped)) for flipped in (False, True))
+    assert flips([right, wrong]).tolist() == [False, True]
+    assert flips([right, Example([1], [[2], [3]], truth=Truth(answer="2"))]) is None
+    assert flips([right, Example([1], [[2], [3]])]) is None

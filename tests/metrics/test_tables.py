@@ -3,7 +3,8 @@
 import pytest
 
 from metrics.intervals import Estimate
-from metrics.tables import decimal, markdown, percent, picture
+from metrics.tables import decimal, markdown, percent
+from runtime.files import picture
 
 
 def test_a_table():

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from plain import unsorted_examples
 
-from data import ChatML, Example, load_tokenizer
-from metrics.text import answer_summary, bleu, likelihood, rouge, similarity
+from data import ChatML, Example, Truth, load_tokenizer
+from metrics.text import answer_summary, bleu, divergence, grades, likelihood, rouge, similarity
+from model import Phi
+from quant import quantize_model
 
 
 def test_perplexity_is_by_tokens_not_a_mean_of_means():
@@ -64,10 +67,38 @@ def test_the_interval_of_bleu_is_around_it_and_within_0_and_100():
 
 def test_the_table_of_a_training_run_counts_answers(tiny):
     chat = ChatML(load_tokenizer(tiny))
-    extras = [{"letter": letter, "choices": ["x", "y", "z"]} for letter in "ABC"]
-    examples = [Example([1], [[2]], extra=extra) for extra in extras]
+    examples = [Example([1], [[2]], choices=["x", "y", "z"], answer=right) for right in range(3)]
     answers = ["A", "Answer: C", "Answer: C"]
     made = answer_summary(answers, [True, False, False], examples, chat)
     assert made["tokens per answer"] == sum(len(chat.encode_text(answer)) for answer in answers) / 3
     assert made["answers that end"] == pytest.approx(1 / 3) and made["sampled: right letter"] == pytest.approx(2 / 3)
     assert "sampled: right letter" not in answer_summary(answers, [True] * 3, [Example([1], [[2]])] * 3, chat)
+
+
+def test_a_grade_is_a_regex_that_matches_the_whole_answer():
+    truth = Truth(grades={"method": r"F = m \* a = \d+ N\.", "method and number": r"F = m \* a = 56 N\."})
+    examples = [Example([1], [[2]], truth=truth)] * 4
+    answers = [" F = m * a = 56 N.\n", "F = m * a = 57 N.", "F = m + a = 56 N.", "F = m * a = 56 N. Or not."]
+    assert grades(answers, examples) == {
+        "method": [True, True, False, False],
+        "method and number": [True, False, False, False],
+    }
+    assert grades(answers, [*examples[:3], Example([1], [[2]])]) == {}  # not known of all
+
+
+def test_divergence_is_a_mean_over_tokens_of_short_and_long_answers(tiny):
+    """From the logits of a plain forward pass for each completion."""
+    full, other = Phi.from_pretrained(tiny), quantize_model(Phi.from_pretrained(tiny), "nf2")
+    examples = unsorted_examples(2)
+    kl, agree, loss = [], [], []
+    for e in examples:
+        for completion in e.completions:
+            with torch.no_grad():
+                p, q = (model(torch.tensor([e.prompt + completion])).log_softmax(-1)[0] for model in (full, other))
+            p, q = p[len(e.prompt) - 1 : -1], q[len(e.prompt) - 1 : -1]
+            kl += (p.exp() * (p - q)).sum(-1).tolist()
+            agree += (p.argmax(-1) == q.argmax(-1)).tolist()
+            loss += (-q[range(len(completion)), completion]).tolist()
+    mean = {name: sum(values) / len(values) for name, values in (("kl", kl), ("top 1", agree), ("loss", loss))}
+    assert divergence(full, other, examples, batch_size=3, device="cpu") == pytest.approx(mean, rel=1e-4)
+    assert 0 < mean["top 1"] < 1

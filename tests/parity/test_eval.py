@@ -13,12 +13,12 @@ from rouge_score.scoring import BootstrapAggregator
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import demo
-from data import LETTERS, ChatML, Ledger, Row, encode, load_tokenizer, parse_mcq, parse_pair
+from data import LETTERS, ChatML, Ledger, encode, lengths_of, load_tokenizer
 from metrics.multiple_choice import accuracies, score_options
 from metrics.preferences import measure_rewards
 from metrics.text import likelihood, similarity
-from model import Phi
-from passes import all_logprobs, completion_lengths
+from model import Phi, all_logprobs
+from prepare.rows import parse_mcq
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def models(tiny, tmp_path_factory):
     return policy, reference, Phi.from_pretrained(directory), Phi.from_pretrained(tiny), ChatML(load_tokenizer(tiny))
 
 
-def examples_of(parse, rows, chat):
-    return encode([Row(*parse(row)[:2], "", parse(row)[2]) for row in rows], chat, 1024, 512, Ledger())
+def examples_of(rows, chat):
+    return encode(rows, chat, 1024, 512, Ledger())
 
 
 @torch.no_grad()
@@ -49,14 +49,14 @@ def their_logprob(model, prompt, completion) -> float:
 def test_reward_accuracy_and_margin_are_trl_s(models, tmp_path):
     their_policy, their_reference, policy, reference, chat = models
     rows = demo.make_pair_rows(demo.make_questions(40, 0), 0.2, 0)
-    examples, beta = examples_of(parse_pair, rows, chat), 0.3
+    examples, beta = examples_of(rows, chat), 0.3
     trainer = trl_trainer(tmp_path, copy.deepcopy(their_policy), copy.deepcopy(their_reference), beta=beta)
     trainer.model.train()  # where it keeps its metrics; TRL has no dropout
     loss = trainer.compute_loss(trainer.model, trl_batch(examples)).item()
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
     tables = [all_logprobs(model, examples, 7, "cpu", "fp32", "") for model in (policy, reference)]
-    ours = measure_rewards(*tables, completion_lengths(examples).view(-1, 2), None, 0.2, beta)
+    ours = measure_rewards(*tables, lengths_of(examples), None, 0.2, beta)
     assert 0 < theirs["rewards/accuracies"] < 1
     assert ours["reward accuracy"].value == pytest.approx(theirs["rewards/accuracies"], abs=1e-6)
     assert beta * ours["margin"].value == pytest.approx(theirs["rewards/margins"], rel=1e-4)
@@ -69,11 +69,11 @@ def test_choices_are_those_of_transformers_log_probabilities(models):
     rows = [
         {"question": f"What is {i} * {i + 1}?", "choices": options[: 2 + i % 4], "answer": LETTERS[i % 2]} for i in range(24)
     ]
-    examples = examples_of(parse_mcq, rows, chat)
+    examples = examples_of([parse_mcq(row) for row in rows], chat)
     scored = score_options(policy, examples, chat, 5, "cpu", "fp32")
     right = dict.fromkeys(scored.picks, 0)
     for i, example in enumerate(examples):
-        texts = example.extra["choices"]
+        texts = example.choices
         scores = [their_logprob(their_policy, example.prompt, chat.reply(text)) for text in texts]
         letters = [their_logprob(their_policy, example.prompt, chat.reply(letter)) for letter in LETTERS[: len(texts)]]
         per_char = [score / len(text) for score, text in zip(scores, texts, strict=True)]  # as the harness's acc_norm
@@ -86,10 +86,10 @@ def test_choices_are_those_of_transformers_log_probabilities(models):
 def test_perplexity_is_transformers(models):
     their_policy, _, policy, _, chat = models
     rows = demo.make_pair_rows(demo.make_questions(12, 1), 0.0, 0)
-    examples = examples_of(parse_pair, rows, chat)
+    examples = examples_of(rows, chat)
     nats = -sum(their_logprob(their_policy, e.prompt, e.completions[0]) for e in examples)
     tokens = sum(len(e.completions[0]) for e in examples)
-    logprobs, lengths = all_logprobs(policy, examples, 5, "cpu", "fp32", "")[:, 0], completion_lengths(examples)[::2]
+    logprobs, lengths = all_logprobs(policy, examples, 5, "cpu", "fp32", "")[:, 0], lengths_of(examples)[:, 0]
     ours = likelihood(logprobs, lengths)
     assert ours["loss"].value == pytest.approx(nats / tokens, rel=1e-5)
     assert ours["perplexity"].value == pytest.approx(math.exp(nats / tokens), rel=1e-4)

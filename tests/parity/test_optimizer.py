@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from levels import dynamic_map
+from quant import dynamic_map
 from runtime.optimizer import AdamW8bit
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-import quant_kernels
-from levels import levels
-from quant import dequantize, dequantize_int8, quantize_4bit, quantize_int8, quantize_layer, scales, use_kernels
+from quant import dequantize, dequantize_int8, levels, quantize_4bit, quantize_int8, quantize_layer, scales
+from quant_kernels import triton_4bit, triton_int8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter, which is NumPy, has no bf16 products.
@@ -22,16 +21,14 @@ def error(y, expected):
 
 
 def product(q, x):
-    return quant_kernels.blockwise_product(x, q.packed, levels(q.code, x.device), scales(q), q.low, q.block)
+    return triton_4bit(x, q.packed, levels(q.code, x.device), scales(q), q.block)
 
 
-@pytest.mark.parametrize("code", ["nf4", "fp4", "int4", "int4-asym"])
+@pytest.mark.parametrize("code", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("double", [False, True], ids=["", "double"])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("shape", [(70, 96), (33, 640)], ids=str)  # not whole tiles
 def test_4bit_products(code, double, rows, shape):
-    if double and code == "int4-asym":
-        pytest.skip("int4-asym has no double quantization")
     q = quantize_4bit(normal(*shape), code, block=32, double=double)
     x = normal(rows, shape[1], seed=1)
     assert error(product(q, x), x @ dequantize(q).T) < 1e-6
@@ -44,7 +41,7 @@ def test_products_in_the_dtype_of_their_input(rows, dtype):
     q, (codes, scale) = quantize_4bit(w), quantize_int8(w)
     for y, rounded in (
         (product(q, x), dequantize(q)),
-        (quant_kernels.int8_product(x, codes, scale), dequantize_int8(codes, scale)),
+        (triton_int8(x, codes, scale), dequantize_int8(codes, scale)),
     ):
         assert y.dtype == dtype and error(y, x.float() @ rounded.T) < TOLERANCE[dtype]
 
@@ -54,17 +51,16 @@ def test_products_in_the_dtype_of_their_input(rows, dtype):
 def test_int8_products(rows, shape):
     codes, scale = quantize_int8(normal(*shape))
     x = normal(rows, shape[1], seed=1)
-    assert error(quant_kernels.int8_product(x, codes, scale), x @ dequantize_int8(codes, scale).T) < 1e-6
+    assert error(triton_int8(x, codes, scale), x @ dequantize_int8(codes, scale).T) < 1e-6
 
 
-@pytest.mark.parametrize("to", ["nf4", "int4-asym", "int8", "nf3"])
-def test_layers_with_triton_equal_plain_ones(to):
-    """nf3 has no kernel: the layer computes it in plain PyTorch."""
-    w, bias, x = normal(48, 128), normal(48, seed=1), normal(2, 5, 128, seed=2).requires_grad_()
-    layer = quantize_layer(w, bias, to)
-    expected = layer(x)
-    assert use_kernels(layer, "cuda", compiled=False) is None and layer.kernel == "triton"
-    y = layer(x)
+@pytest.mark.skipif(DEVICE == "cpu", reason="a layer takes the kernels on CUDA")
+@pytest.mark.parametrize("to", ["nf4", "nf4-double", "int8", "nf2"])
+def test_layers_on_cuda_equal_plain_products(to):
+    """nf2 has no kernel: the layer computes it in plain PyTorch."""
+    layer = quantize_layer(normal(48, 128), normal(48, seed=1), to)
+    x = normal(2, 5, 128, seed=2).requires_grad_()
+    y, expected = layer(x), x @ layer.dense().T + layer.bias
     torch.testing.assert_close(y, expected)
     weights = normal(2, 5, 48, seed=3)
     torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)))

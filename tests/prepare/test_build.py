@@ -1,7 +1,8 @@
-"""--stage data from the command line: a teacher that misbehaves, a kill, a review of topics, flags that make no sense."""
+"""--stage data: a teacher that misbehaves, a kill, a review of topics, flags that make no sense."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from hub_server import SHA, hub, hub_environment
 from openai_server import Server
 
 from data import load_tokenizer
-from prepare import teacher
-from prepare.build import check_output, filled_in, mixed, multiple_choice, open_teacher, token_length
-from prepare.mixture import row_key
+from prepare import build, teacher
+from prepare.build import check_output, multiple_choice, reviewed_topics, sizes_and_shares, token_length
+from prepare.mixture import mixtures, row_key
 from prepare.sources import Item
+from prepare.teacher import open_teacher
+from runtime import flags
 from runtime.files import InputError, read_json, write_jsonl
-from runtime.settings import Config
+from runtime.settings import Data, default_name, from_stored
 from train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,8 +72,19 @@ def serve(monkeypatch):
     server.server_close()
 
 
-def run(*flags):
-    return main(["--stage", "data", *map(str, flags)])
+def run(*words):
+    settings = flags.parse(["--stage", "data", *map(str, words)]).settings
+    settings.name = settings.name or default_name(settings)
+    return build.run(settings)
+
+
+# The same in a process of its own.
+RUN = """
+import sys
+from prepare import build
+from runtime import flags
+sys.exit(build.run(flags.parse(["--stage", "data", "--name", "data", *sys.argv[1:]]).settings))
+"""
 
 
 def lines(path):
@@ -78,12 +92,12 @@ def lines(path):
 
 
 def test_from_sources_to_mixtures(files, serve, tmp_path, capsys):
-    flags = ("--sources", files, "--out", tmp_path, "--teacher", "m", "--price", "1,2", "--sizes", "20,60")
-    assert run(*flags, "--dry-run") == 0
+    words = ("--sources", files, "--out", tmp_path, "--teacher", "m", "--price", "1,2", "--sizes", "20,60")
+    assert run(*words, "--dry-run") == 0
     assert "220 calls of m" in capsys.readouterr().out  # 60 explanations, 100 rejected answers, 60 topics
     assert not serve.answered and not (tmp_path / "data").exists()
 
-    assert run(*flags) == 0
+    assert run(*words) == 0
     out, data = capsys.readouterr().out, tmp_path / "data"
     assert "the longer answer is the chosen one" in out and "by topic: " in out
     small, large, test = (lines(data / f"{name}.jsonl") for name in ("train-20", "train-60", "test"))
@@ -93,7 +107,8 @@ def test_from_sources_to_mixtures(files, serve, tmp_path, capsys):
     ledger = read_json(data / "ledger.json")
     assert ledger["items"] == 100 == ledger["pairs"] + sum(ledger["left out"].values())
     card = (data / "README.md").read_text()
-    assert "| mmlu_stem | MIT |" in card and "Teacher: m" in card and str(tmp_path) in card
+    assert re.search(r"^\| mmlu_stem +\| +MIT \|$", card, re.MULTILINE)
+    assert "rejected answers and topics: m." in card and str(tmp_path) in card
     assert (data / "figures" / "dataset.png").stat().st_size > 5000
     assert max(serve.answered.values()) == 1
 
@@ -109,24 +124,28 @@ def test_from_sources_to_mixtures(files, serve, tmp_path, capsys):
             right = r["choices"]["ABCD".index(r["answer"])]
             assert f"\n{r['answer']}. {right}" in shown[r["question"]]
 
+    # run.json says how it was built.
+    stored = read_json(data / "run.json")
+    assert stored["stage"] == "data" and from_stored(stored, "run.json").sizes == "20,60"
+
     # A finished folder is not written over; with --overwrite nothing is asked again.
-    assert run(*flags) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--overwrite"):
+        run(*words)
     before = sum(serve.answered.values())
-    assert run(*flags, "--overwrite") == 0 and sum(serve.answered.values()) == before
+    assert run(*words, "--overwrite") == 0 and sum(serve.answered.values()) == before
     assert lines(data / "train-60.jsonl") == large
 
     # A filled-in review is read back.
     review = lines(data / "topics_to_review.jsonl")
     assert {r["topic"] for r in review} == {""} and len(review) == sum("3 + 1" in r["prompt"] for r in review)
     write_jsonl(tmp_path / "filled.jsonl", [r | {"topic": "drop" if i else "Physics"} for i, r in enumerate(review)])
-    assert run(*flags, "--overwrite", "--topics", tmp_path / "filled.jsonl") == 0
+    assert run(*words, "--overwrite", "--topics", tmp_path / "filled.jsonl") == 0
     assert not lines(data / "topics_to_review.jsonl")
     assert read_json(data / "ledger.json")["left out"]["dropped in the review of topics"] == len(review) - 1
 
 
 def test_a_killed_build_goes_on_and_pays_for_nothing_twice(files, serve, tmp_path):
-    command = [sys.executable, "train.py", "--stage", "data", "--sources", files, "--out", str(tmp_path), "--teacher", "m"]
+    command = [sys.executable, "-c", RUN, "--sources", files, "--out", str(tmp_path), "--teacher", "m"]
     process = subprocess.Popen([*command, "--concurrency", "4"], cwd=ROOT, env=os.environ, stderr=subprocess.DEVNULL)
     while process.poll() is None and sum(serve.answered.values()) < 60:
         time.sleep(0.01)
@@ -141,17 +160,7 @@ def test_hub_sources_are_pinned_at_the_first_build(tmp_path):
     published = tmp_path / "physics"
     published.mkdir()
     write_jsonl(published / "arxiv_physics_instruct_30k.jsonl", physics(5))
-    command = [
-        sys.executable,
-        "train.py",
-        "--stage",
-        "data",
-        "--sources",
-        "arxiv_physics",
-        "--out",
-        str(tmp_path),
-        "--dry-run",
-    ]
+    command = [sys.executable, "-c", RUN, "--sources", "arxiv_physics", "--out", str(tmp_path), "--dry-run"]
     with hub({"ArtifactAI/arxiv-physics-instruct-tune-30k": published}) as (endpoint, _):
         environment = hub_environment(endpoint, tmp_path / "home", offline=False)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -162,10 +171,11 @@ def test_hub_sources_are_pinned_at_the_first_build(tmp_path):
     assert "5 records" in subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
 
 
-def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path, capsys):
+def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path):
     physics_only = files.partition(",")[2]
-    assert run("--sources", physics_only, "--out", tmp_path) == 2
-    assert "no pairs are left: 40 no rejected answer" in capsys.readouterr().err and not (tmp_path / "data").exists()
+    with pytest.raises(InputError, match="no pairs are left: 40 no rejected answer"):
+        run("--sources", physics_only, "--out", tmp_path)
+    assert not (tmp_path / "data").exists()
     assert run("--sources", files, "--out", tmp_path, "--name", "choices") == 0  # multiple choice needs no teacher
     assert not (tmp_path / "choices" / "test.jsonl").exists() and lines(tmp_path / "choices" / "mcq-test.jsonl")
     pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
@@ -175,7 +185,7 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("words", "message"),
     [
         ((), "--sources is missing"),
         (("--sources", "theorem"), "no source 'theorem'"),
@@ -189,42 +199,56 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path, c
         (("--sources", "OWN", "--teacher", "m", "--budget", 1), "--budget needs --price"),
         (("--sources", "OWN", "--topics", "none.jsonl"), "none.jsonl"),
         (("--sources", "OWN,OWN"), "twice"),
-        (("--sources", "OWN", "--lr", 1), "--lr does nothing in --stage data"),
+        (("--sources", "OWN", "--lr", 1), "--lr belongs to --stage"),
     ],
 )
-def test_flags_that_make_no_sense_are_errors(flags, message, tmp_path, capsys):
+def test_flags_that_make_no_sense_are_errors(words, message, tmp_path):
     pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
     write_jsonl(tmp_path / "own.jsonl", pairs)
-    flags = [str(flag).replace("OWN", f"pairs={tmp_path}/own.jsonl") for flag in flags]
-    assert run(*flags, "--out", tmp_path) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    words = [str(word).replace("OWN", f"pairs={tmp_path}/own.jsonl") for word in words]
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        run(*words, "--out", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line(tmp_path, capsys):
+    """A build ends with status 0, bad input with 2 and one line; a flag of another stage ends the program."""
+    pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
+    write_jsonl(tmp_path / "own.jsonl", pairs)
+    command = ["--stage", "data", "--sources", f"pairs={tmp_path}/own.jsonl", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert len(lines(tmp_path / "data" / "train.jsonl")) + len(lines(tmp_path / "data" / "test.jsonl")) == 30
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/data already holds data sets.")
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--lr", "1"])
+    assert stopped.value.code == 2 and "--lr belongs to --stage" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- parts, without a build
 
 
 def test_a_folder_that_this_program_did_not_make_is_not_replaced(tmp_path):
-    config = Config(out=str(tmp_path), name="data", overwrite=True)
-    check_output(tmp_path / "data", config)  # nothing is there
+    settings = Data(out=str(tmp_path), name="data", overwrite=True)
+    check_output(tmp_path / "data", settings)  # nothing is there
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="has no ledger.json, so this program did not make it"):
-        check_output(tmp_path / "data", config)
+        check_output(tmp_path / "data", settings)
     (tmp_path / "data" / "ledger.json").write_text("{}")
-    check_output(tmp_path / "data", config)
+    check_output(tmp_path / "data", settings)
     with pytest.raises(InputError, match="--overwrite"):
-        check_output(tmp_path / "data", Config(out=str(tmp_path), name="data"))
+        check_output(tmp_path / "data", Data(out=str(tmp_path), name="data"))
 
 
 def test_the_price_is_in_then_out(tmp_path):
-    flags = dict(out=str(tmp_path), teacher="m", budget=2.0, concurrency=3)
-    asker, journal = open_teacher(Config(price="0.5,1.5", **flags))
+    asking = dict(out=str(tmp_path), teacher="m", budget=2.0, concurrency=3)
+    asker, journal = open_teacher(Data(price="0.5,1.5", **asking))
     assert (asker.price, asker.budget, asker.concurrency, asker.model) == ((0.5, 1.5), 2.0, 3, "m")
     assert journal.path == tmp_path / "teacher" / "journal.jsonl"
-    for price in ("-1,2", "1,-2", "1", "1,2,3", "a,b"):
+    for price in ("-1,2", "1,-2", "1", "1,2,3", "a,b", "nan,1", "1,inf"):
         with pytest.raises(InputError, match=f"--price {price}: two numbers"):
-            open_teacher(Config(price=price, **flags))
+            open_teacher(Data(price=price, **asking))
 
 
 def test_shares_and_sizes():
@@ -234,47 +258,48 @@ def test_shares_and_sizes():
         for i in range(40)
     ]
 
-    def counts(by="source", **flags):
-        made = mixed(Config(shares_by=by, seed=0, **flags), rows)
+    def counts(by="source", **given):
+        made = mixtures(rows, *sizes_and_shares(Data(**given)), by, seed=0)
         return {name: (len(part), sum(r["source"] == "a" for r in part)) for name, part in made.items()}
 
     assert counts() == {"train": (80, 40)}
     assert counts(sizes="8,40", shares="a=3,b=1") == {"train-8": (8, 6), "train-40": (40, 30)}
     assert counts(by="topic", sizes="8", shares="Biology=3,Physics=1") == {"train-8": (8, 2)}
-    for flags in ({"sizes": "0"}, {"shares": "a=-1"}, {"shares": "a"}, {"sizes": "8.5"}):
+    for given in ({"sizes": "0"}, {"shares": "a=-1"}, {"shares": "a"}, {"sizes": "8.5"}, {"shares": "a=nan"}):
         with pytest.raises(InputError, match="take positive numbers"):
-            counts(**flags)
+            counts(**given)
 
 
 def test_a_filled_in_review_names_known_topics_by_question(tmp_path):
     path = tmp_path / "filled.jsonl"
     rows = [{"prompt": "Why?", "topic": "Physics"}, {"prompt": "How?", "topic": "drop"}, {"prompt": "Who?", "topic": ""}]
     path.write_text("\n\n".join(json.dumps(row) for row in rows))
-    told = filled_in(Config(topics=str(path)))
-    assert told == {row_key({"prompt": row["prompt"], "question_id": ""}): row["topic"] for row in rows}
-    assert filled_in(Config()) == {}
+    expected = {row_key(row): row["topic"] for row in rows}
+    assert reviewed_topics(str(path)) == expected
+    assert reviewed_topics(None) == {}
     for bad, message in (
         ({"prompt": "a", "topic": "Astrology"}, "'Astrology' is none of Math"),
         ({"topic": ""}, "not a row"),
+        ({"prompt": "a", "topic": 3}, "not a row"),
     ):
-        path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad))
-        with pytest.raises(InputError, match=rf"filled\.jsonl:2: {message}"):
-            filled_in(Config(topics=str(path)))
+        path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(bad))
+        with pytest.raises(InputError, match=rf"filled\.jsonl:3: {message}"):
+            reviewed_topics(str(path))
 
 
 def test_multiple_choice_keeps_the_explanation_and_each_question_once():
     items = [Item(f"{i % 20}?", "b", ["a", "b", "c"], "It is so.", source="s", question_id=f"s-{i}") for i in range(30)]
-    made = multiple_choice([*items, Item("An essay?", "Long.")], Config(eval_share=0.25, seed=0))
+    made = multiple_choice([*items, Item("An essay?", "Long.")], Data(eval_share=0.25, seed=0))
     rows = made["mcq-train"] + made["mcq-test"]
     assert sorted(row["question"] for row in rows) == sorted(f"{i}?" for i in range(20))
     assert all(row["answer"] == "B" and row["explanation"] == "It is so." and row["topic"] == "Unknown" for row in rows)
     assert 0 < len(made["mcq-test"]) < 10 and "prompt" not in rows[0]
-    assert multiple_choice([Item("An essay?", "Long.")], Config(eval_share=0.25, seed=0)) == {}
+    assert multiple_choice([Item("An essay?", "Long.")], Data(eval_share=0.25, seed=0)) == {}
 
 
 def test_lengths_are_in_tokens_of_the_model_if_there_is_one(tiny):
-    length, unit = token_length(Config(model=str(tiny)))
+    length, unit = token_length(Data(model=str(tiny)))
     text = "Nine tokens, or so?"
     assert unit == "tokens" and length(text) == len(load_tokenizer(tiny).encode(text, add_special_tokens=False).ids)
-    length, unit = token_length(Config(model="demo"))
+    length, unit = token_length(Data())
     assert unit == "words and signs" and length("Two words") == 2

@@ -5,20 +5,18 @@ from collections import Counter
 import pytest
 
 from prepare.mixture import (
-    chosen_requests,
     clean,
+    jobs,
     make_pairs,
     match_lengths,
     mix,
     mixtures,
     prompt_text,
-    requests,
     review_topics,
     row_key,
     shuffled_choices,
     split,
     statistics,
-    teach,
     words,
     wrong_option,
 )
@@ -43,20 +41,24 @@ def test_what_is_asked_of_the_teacher():
     option = Item("Which?", "blue", ["red", "blue"], topic="Physics")
     essay = Item("Why?", "Because of a long chain of reasons, one after the other.")
     pair = Item("How?", "So.", chosen="So it goes.", rejected="Otherwise.", topic="Physics")
-    asked = [r.messages for r in requests([option, essay, pair], seed=0)]
+    explanations, rejections, topics = jobs([option, essay, pair], seed=0)
+    asked = [r.messages for job in (explanations, rejections, topics) for r in job.requests]
     assert [m[-1][1] for m in asked] == [
         "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue",
         "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: red",
         "Why?",
         "Why?",
     ]
-    assert "topic" in asked[-1][0][1] and option.explanation == ""  # the items stay as they were
+    assert "topic" in asked[-1][0][1]
 
-    teach([option, essay, pair], lambda batch, label: [f"{label} {i}" for i in range(len(batch))], 0)
+    explanations.fill(["It is blue."])
+    rejections.fill(["It is red.", "For no reason."])
+    topics.fill(["Biology"])
+    assert (option.topic, essay.topic, pair.topic) == ("Physics", "Biology", "Physics")
     rows = make_pairs([option, essay, pair])
     assert [(r["chosen"], r["rejected"]) for r in rows] == [
-        ("explanations 0", "rejected answers 0"),
-        (essay.answer, "rejected answers 1"),
+        ("It is blue.", "It is red."),
+        (essay.answer, "For no reason."),
         ("So it goes.", "Otherwise."),
     ]
     assert rows[0]["prompt"] == "Which?\n\nA. red\nB. blue" == prompt_text(option)
@@ -64,15 +66,19 @@ def test_what_is_asked_of_the_teacher():
 
 def test_answers_that_the_teacher_refused_leave_the_pair_incomplete_and_counted():
     item = Item("Which?", "blue", ["red", "blue"])
-    teach([item], lambda batch, label: [None] * len(batch), 0)
+    for job in jobs([item], seed=0):
+        job.fill([None] * len(job.requests))
+    assert make_pairs([item])[0]["topic"] == "Unknown"
     counts = Counter()
     assert clean(make_pairs([item]), counts) == [] and counts == {"no rejected answer": 1}
 
 
 def test_bare_answers_are_those_under_40_characters_and_options():
-    asked = chosen_requests([Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])])
-    assert [item.question for item in asked] == ["a?", "c?"]
-    assert not chosen_requests([Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")])
+    def bare(*items):
+        return [item.question for item in jobs(list(items), seed=0)[0].items]
+
+    assert bare(Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])) == ["a?", "c?"]
+    assert bare(Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")) == []
 
 
 def test_what_is_preferred_is_the_pairs_own_answer_then_the_explanation_then_the_bare_answer():
@@ -88,8 +94,8 @@ def test_wrong_options_and_orders_follow_from_the_seed():
     assert {wrong_option(item, 0) for item in items} == {"a", "b", "c"}
     for draw in (wrong_option, shuffled_choices):
         assert [draw(item, 0) for item in items] == [draw(item, 0) for item in items] != [draw(item, 1) for item in items]
-    places = Counter(shuffled_choices(Item(f"{i}?", "d", item.choices), 0).index("d") for i in range(400))
-    assert min(places.values()) > 70  # SciQ's right answer is always published last
+    indices = Counter(shuffled_choices(Item(f"{i}?", "d", item.choices), 0).index("d") for i in range(400))
+    assert min(indices.values()) > 70  # SciQ's right answer is always published last
 
 
 @pytest.mark.parametrize(
@@ -201,16 +207,16 @@ def test_every_beginning_of_a_mixture_has_its_shares():
     assert {r["source"] for r in mix(rows, {"a": 1}, "source", "0")} == {"a"}
 
 
-def test_mixtures_are_nested_unless_independent():
+def test_mixtures_are_nested():
     rows = many(500, "a", "Physics") + many(500, "b", "Biology")
-    nested = mixtures(rows, [100, 300, 900], {}, "topic", 0, independent=False)
-    assert nested[100] == nested[300][:100] and nested[300] == nested[900][:300]
-    assert Counter(r["topic"] for r in nested[100]) == {"Physics": 50, "Biology": 50}
-    apart = mixtures(rows, [100, 300], {}, "topic", 0, independent=True)
-    inside = {r["prompt"] for r in apart[300]}
-    assert 10 < sum(r["prompt"] in inside for r in apart[100]) < 60  # 30 by chance
+    nested = mixtures(rows, [100, 300, 900], {}, "topic", 0)
+    small, middle, large = nested["train-100"], nested["train-300"], nested["train-900"]
+    assert (len(small), len(middle), len(large)) == (100, 300, 900)
+    assert small == middle[:100] and middle == large[:300]
+    assert Counter(r["topic"] for r in small) == {"Physics": 50, "Biology": 50}
+    assert mixtures(rows, [], {}, "topic", 0) == {"train": mix(rows, {}, "topic", "0")}
     with pytest.raises(InputError, match="--sizes 1001: the mixture has 1,000 training rows"):
-        mixtures(rows, [1001], {}, "source", 0, False)
+        mixtures(rows, [1001], {}, "source", 0)
     with pytest.raises(InputError, match="no rows of z; there are a, b"):
         mix(rows, {"z": 1}, "source", "0")
 

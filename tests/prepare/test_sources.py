@@ -109,16 +109,15 @@ def write(path, records):
 @pytest.mark.parametrize("form", ["parquet", "json", "jsonl"])
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_source_from_every_form(name, form, tmp_path):
-    counts = {}
-    items, origin = read_source(name, write(tmp_path / f"x.{form}", [RECORDS[name]]), counts)
-    item = items[0]
+    source = read_source(name, write(tmp_path / f"x.{form}", [RECORDS[name]]))
+    item = source.items[0]
     assert (item.question, item.answer, item.choices, item.explanation, item.topic) == EXPECTED[name]
     assert item.licence and item.question_id and item.source == ("x" if name == "pairs" else name)
-    assert counts == {"records": 1} and origin.endswith(form)
+    assert source.counts == {"records": 1} and source.origin.endswith(form)
 
 
 def test_a_vote_becomes_a_pair_with_the_winner_chosen(tmp_path):
-    items, _ = read_source("epfl", write(tmp_path / "x.json", [RECORDS["epfl"]]), {})
+    items = read_source("epfl", write(tmp_path / "x.json", [RECORDS["epfl"]])).items
     assert [(i.chosen, i.rejected, i.question_id) for i in items] == [
         ("Rayleigh.", "The sea.", "7"),
         ("Scattering.", "Paint.", "7"),
@@ -131,7 +130,7 @@ def test_mmlu_as_csv_files_named_by_subject(tmp_path):
         writer.writerows(
             [["question", "choice0", "choice1", "choice2", "choice3", "answer"], ["a, b?", "1", "2", "3", "4", "2"]]
         )
-    items, _ = read_source("mmlu_stem", str(tmp_path), {})
+    items = read_source("mmlu_stem", str(tmp_path)).items
     assert (items[0].question, items[0].answer, items[0].topic) == ("a, b?", "3", "Physics")
 
 
@@ -139,18 +138,18 @@ def test_theoremqa_keeps_every_type_of_answer_and_leaves_out_pictures(tmp_path):
     answers = [11760, 0.5, True, [1, 2], "(b)"]
     records = [RECORDS["theoremqa"] | {"Answer": a, "field": "Math", "id": "x.json"} for a in answers]
     records.append(RECORDS["theoremqa"] | {"Picture": "images/basic.jpg"})
-    counts = {}
-    items, _ = read_source("theoremqa", write(tmp_path / "t.json", records), counts)
-    assert [i.answer for i in items] == ["11760", "0.5", "True", "[1, 2]", "(b)"] and items[0].topic == "Mathematics"
-    assert counts == {"records": 6, "needs its picture": 1}
+    source = read_source("theoremqa", write(tmp_path / "t.json", records))
+    assert [i.answer for i in source.items] == ["11760", "0.5", "True", "[1, 2]", "(b)"]
+    assert source.items[0].topic == "Mathematics"
+    assert source.counts == {"records": 6, "needs its picture": 1}
 
 
 def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
     records = [RECORDS["open_platypus"], RECORDS["open_platypus"] | {"data_source": "reclor"}]
-    counts = {}
-    items, _ = read_source("open_platypus", write(tmp_path / "p.parquet", records), counts)
-    assert len(items) == 1 and counts["not a STEM source"] == 1
-    assert items[0].licence == "mixed, as of MATH/PRM-800K" and make_pairs(items)[0]["data_source"] == "MATH/PRM-800K"
+    source = read_source("open_platypus", write(tmp_path / "p.parquet", records))
+    assert len(source.items) == 1 and source.counts["not a STEM source"] == 1
+    assert source.items[0].licence == "mixed, as of MATH/PRM-800K"
+    assert make_pairs(source.items)[0]["data_source"] == "MATH/PRM-800K"
 
 
 @pytest.mark.parametrize(
@@ -167,13 +166,13 @@ def test_what_does_not_fit_names_file_record_and_columns(name, change, message, 
     record = RECORDS[name] | change
     record.pop(change.get("drop", ""), None)
     with pytest.raises(InputError, match=message):
-        read_source(name, write(tmp_path / "x.json", [record]), {})
+        read_source(name, write(tmp_path / "x.json", [record]))
 
 
 def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
-    records, counts = [RECORDS["aqua_rat"], RECORDS["aqua_rat"] | {"correct": "F"}], {}
-    items, _ = read_source("aqua_rat", write(tmp_path / "x.json", records), counts, on_bad_row="skip")
-    assert len(items) == 1 and counts == {"records": 2, "not usable": 1}
+    records = [RECORDS["aqua_rat"], RECORDS["aqua_rat"] | {"correct": "F"}]
+    source = read_source("aqua_rat", write(tmp_path / "x.json", records), on_bad_row="skip")
+    assert len(source.items) == 1 and source.counts == {"records": 2, "not usable": 1}
 
 
 @pytest.mark.parametrize(
@@ -182,14 +181,16 @@ def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
         ("x.json", b"[1, 2]", "a JSON int, not an object"),
         ("x.json", b"[{", "cannot be read as json"),
         ("x.parquet", b"PAR1 no", "cannot be read as parquet"),
-        ("x.json", b"[]", "holds no row"),
+        ("x.jsonl", json.dumps(RECORDS["sciq"]).encode() + b"\n\n{", r"x\.jsonl:3: not JSON"),
+        ("x.jsonl", b"[1]\n", r"x\.jsonl:1: a JSON int"),
+        ("x.json", b"[]", "has no row"),
         ("x.txt", b"", "no such file or directory of"),
     ],
 )
 def test_broken_files_are_named(file, content, message, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_source("sciq", str(tmp_path / file), {})
+        read_source("sciq", str(tmp_path / file))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_the_right_option_by_its_letter():
 
 
 def read(name, tmp_path, *changes):
-    return read_source(name, write(tmp_path / "x.json", [RECORDS[name] | change for change in changes]), {})[0]
+    return read_source(name, write(tmp_path / "x.json", [RECORDS[name] | change for change in changes])).items
 
 
 def test_topics_by_field_subject_course_and_origin(tmp_path):
@@ -242,7 +243,7 @@ def test_own_pairs_may_bring_their_source_id_and_licence(tmp_path):
 
 def test_mmlu_csv_answers_may_be_letters(tmp_path):
     (tmp_path / "college_physics_dev.csv").write_text("question,choice0,choice1,choice2,choice3,answer\nq?,1,2,3,4,C\n")
-    (item,) = read_source("mmlu_stem", str(tmp_path), {})[0]
+    (item,) = read_source("mmlu_stem", str(tmp_path)).items
     assert (item.answer, item.topic) == ("3", "Physics")
 
 
@@ -250,16 +251,22 @@ def test_a_directory_is_read_in_order_and_json_lines_may_be_called_json(tmp_path
     write(tmp_path / "b.json", [RECORDS["sciq"] | {"question": "second"}])
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(RECORDS["sciq"] | {"question": "first"}) + "\n\n", "utf-8")
     (tmp_path / "notes.txt").write_text("not a record")
-    items, _ = read_source("sciq", str(tmp_path), {})
+    items = read_source("sciq", str(tmp_path)).items
     assert [item.question for item in items] == ["first", "second"]
-    assert items[1].where.endswith("b.json:1") and items[0].explanation == RECORDS["sciq"]["support"]
+    assert items[0].explanation == RECORDS["sciq"]["support"]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(RECORDS["sciq"] | {"question": "one\u2028two"}, ensure_ascii=False) + "\n", "utf-8")
+    assert [item.question for item in read_source("sciq", str(path)).items] == ["one\u2028two"]
 
 
 def test_unknown_and_private_sources():
     with pytest.raises(InputError, match="no source 'scic'; there are mmlu_stem"):
-        read_source("scic", None, {})
+        read_source("scic")
     with pytest.raises(InputError, match="give your copy as epfl=PATH"):
-        read_source("epfl", None, {})
+        read_source("epfl")
 
 
 def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tmp_path):
@@ -269,8 +276,8 @@ def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tm
     write(published / "data" / "test-00000-of-00001.parquet", [RECORDS["sciq"]])
     (published / "sciq.py").write_text("a loading script, which is never run")
     code = (
-        "import sys; from sources import *\n"
-        "try: items, origin = read_source(sys.argv[1], None, {}, sys.argv[2] or None); print(len(items), origin)\n"
+        "import sys; from prepare.sources import *\n"
+        "try: source = read_source(sys.argv[1], None, sys.argv[2] or None); print(len(source.items), source.origin)\n"
         "except InputError as error: print('error:', error)"
     )
 

@@ -102,8 +102,8 @@ def test_refusals_are_written_down_and_not_asked_again(serve, tmp_path):
 
 
 def test_newer_models_and_questions_that_are_too_long(serve, tmp_path):
-    told = {"3 + 3": "context_length_exceeded", "4 + 4": "content_filter"}
-    server = serve(fault=lambda body, attempt: next((told[sum] for sum in told if sum in str(body)), "newer model"))
+    faults = {"3 + 3": "context_length_exceeded", "4 + 4": "content_filter"}
+    server = serve(fault=lambda body, attempt: next((faults[sum] for sum in faults if sum in str(body)), "newer model"))
     for _ in range(2):
         answers = ask_all(questions(5), Journal.open(tmp_path / "j.jsonl"), Teacher("m"), "x")
         assert [answer is None for answer in answers] == [False, False, False, True, True]
@@ -135,6 +135,19 @@ def test_tokens_of_all_attempts_are_counted(serve, tmp_path):
     journal = Journal.open(tmp_path / "j.jsonl")
     ask_all(questions(1), journal, Teacher("m"), "x")
     assert journal.tokens == [3 * 5, 3 * 10]
+    written = [json.loads(line) for line in journal.path.read_text().splitlines()]  # at once, or a kill would lose them
+    assert [entry["key"] for entry in written] == ["", "", questions(1)[0].key("m")]
+    assert [entry["tokens"] for entry in written] == [[5, 10]] * 3
+
+
+def test_the_budget_counts_every_attempt(serve, tmp_path):
+    """There is room for one attempt, which turns out useless; what is left is less than another one may cost."""
+    server = serve(fault=lambda body, attempt: "too many words")
+    asker = Teacher("m", price=(1e4, 1e4))
+    asker.budget = asker.cost(asker.at_most(questions(1)[0])) + 0.1  # an attempt costs 0.15
+    with pytest.raises(InputError, match="is used up: 0.1500 is spent"):
+        ask_all(questions(1), Journal.open(tmp_path / "j.jsonl"), asker, "x")
+    assert list(server.attempts.values()) == [1]
 
 
 @pytest.fixture
@@ -160,7 +173,7 @@ def test_each_wait_is_about_twice_the_one_before_and_at_most_a_minute(serve, tmp
     assert len({w / e for w, e in zip(waited, expected)}) > 1  # not all clients at once
 
 
-def test_a_server_that_says_when_to_come_back_is_heeded(serve, tmp_path, waits):
+def test_a_server_that_says_when_to_come_back_is_believed(serve, tmp_path, waits):
     serve(fault=lambda body, attempt: "429" if attempt <= 2 else None)  # Retry-After: 0.01, longer than our own first waits
     ask_all(questions(1), Journal.open(tmp_path / "j.jsonl"), Teacher("m"), "x")
     assert [seconds for seconds in waits if seconds > 0.0001] == [0.01, 0.01]
@@ -233,10 +246,10 @@ def test_prompts():
     assert rejected("Which?", [], None).messages == (("user", "Which?"),)
 
 
-def test_the_budget_is_not_passed(serve, tmp_path):
+def test_the_budget_is_never_exceeded(serve, tmp_path):
     server = serve()
     cheap = Teacher("m", concurrency=3, price=(1e4, 1e4), budget=30.0)  # a call is bounded by some 10.4 and costs 0.15
-    with pytest.raises(InputError, match="the budget of 30.0 would be passed"):
+    with pytest.raises(InputError, match="the budget of 30.0 is used up"):
         ask_all(questions(200), Journal.open(tmp_path / "j.jsonl"), cheap, "x")
     journal = Journal.open(tmp_path / "j.jsonl")
     assert 15 < cheap.cost(journal.tokens) <= 30 and len(journal.answers) == sum(server.answered.values())
@@ -267,18 +280,18 @@ def test_an_estimate_counts_each_missing_answer_once(tmp_path):
     shown = estimate([*asked, asked[1]], journal, Teacher("m", price=(0.0, 1e6)))
     assert shown.startswith("5 requests, 2 answered in the journal or asked twice; 3 calls of m:")
     assert shown.endswith(f"and {3 * 1024:,} out, {3 * 1024:,.2f}")
+    assert estimate(asked, journal, Teacher("another model")).startswith("4 requests, 0 answered")
 
 
 def test_a_choice_is_read_from_json_and_from_words_in_any_case():
     request = judgement("Q?", "a", "b")
     for answer in ('{"answer": "tie"}', "TIE", ' "Tie". ', '"tie"'):
         assert request.parse(answer) == "tie"
+    assert request.parse("a") == request.parse('{"answer": "A"}') == "A"
     for answer in ("", " ", "A or B", '{"verdict": "A"}', "[1]", '{"answer": "C"}'):
-        with pytest.raises(ValueError):
-            request.parse(answer)
+        assert request.parse(answer) is None
     assert rejected("Q?", [], None).parse("  any text ") == "any text"
-    with pytest.raises(ValueError, match="empty"):
-        rejected("Q?", [], None).parse(" ")
+    assert rejected("Q?", [], None).parse(" ") is None
 
 
 def test_a_torn_last_line_is_removed_and_other_damage_is_named(tmp_path):
@@ -293,13 +306,14 @@ def test_a_torn_last_line_is_removed_and_other_damage_is_named(tmp_path):
         Journal.open(path)
 
 
-def test_a_thousand_rows_with_faults_on_a_third_and_a_kill_in_the_middle(serve, tmp_path):
+def test_a_thousand_rows_with_faults_on_a_third_and_a_kill_in_the_middle(serve, tmp_path, monkeypatch):
     """No row is lost and none is paid for twice, but for the calls in flight when the process was killed."""
     draw = random.Random(0)
     faulty = {f"What is {i} + {i}?": draw.choice(("429", "500", "cut", "not json")) for i in range(0, 1000, 3)}
     server = serve(fault=lambda body, attempt: faulty.get(body["messages"][-1]["content"]) if attempt == 1 else None)
+    monkeypatch.setattr(teacher, "TIMEOUT", 20.0)  # a busy machine may be slow; none of these faults is
     code = (
-        "import sys; from pathlib import Path; import teacher; from teacher import *; teacher.FIRST_WAIT = 0.001; "
+        "from pathlib import Path; from prepare import teacher; from prepare.teacher import *; teacher.FIRST_WAIT = 0.001; "
         f"j = Journal.open(Path({str(tmp_path / 'j.jsonl')!r})); "
         "ask_all([rejected(f'What is {i} + {i}?', [], None) for i in range(1000)], j, Teacher('m', concurrency=16), 'x')"
     )

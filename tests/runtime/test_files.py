@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_and_die(script, path):
     """Runs `script` in another process, which kills itself without any chance to clean up (kill -9)."""
-    script = f"import os, signal, sys; from files import *; {script}"
+    script = f"import os, signal, sys; from runtime.files import *; {script}"
     process = subprocess.run([sys.executable, "-B", "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
 
@@ -156,8 +156,8 @@ def test_json_comes_back_as_it_went(tmp_path):
         (b"", "not readable as JSON"),
         (b'{"half": ', "not readable as JSON"),
         (b'{"latin-1": "\xe9"}', "not readable as JSON"),
-        (b"[1, 2]", "holds list, not one JSON object"),
-        (b"7", "holds int, not one JSON object"),
+        (b"[1, 2]", "not readable as JSON (a JSON list, not an object)"),
+        (b"7", "not readable as JSON (a JSON int, not an object)"),
     ],
 )
 def test_json_that_cannot_be_used_is_an_error_that_names_the_file(tmp_path, content, reason):

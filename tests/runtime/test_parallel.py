@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from runtime import parallel
-from runtime.files import read_json
+from runtime.files import InputError, read_json
+from runtime.settings import settle
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "ranks.py"
 CHECKS = re.findall(r"^def (check_\w+)", WORKER.read_text(), re.MULTILINE)
@@ -39,8 +40,8 @@ def test_the_end_of_one_rank_ends_the_job_with_one_line(launched):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if ENDINGS[size] == "killed":
         expected = (
-            "error: another process of this job ended (torchrun says below which), so rank 0 cannot go on in step 3. "
-            "Nothing half-written is left; the same command with --resume goes on from the last checkpoint."
+            "error: another process of this job ended (torchrun names it below), so rank 0 stopped in step 3. "
+            "No file is half-written; the same command with --resume continues from the last checkpoint."
         )
     else:
         expected = "error: a mistake that one rank alone noticed"
@@ -53,16 +54,29 @@ def test_a_single_process_shares_with_nobody():
     x, p = torch.arange(6.0).view(3, 2), torch.nn.Parameter(torch.zeros(3, 2))
     with parallel.job():
         assert (parallel.rank(), parallel.size(), parallel.is_main()) == (0, 1, True)
-        assert parallel.own_device("cuda:1") == "cuda:1" and parallel.own_device(None) is None
+        assert parallel.own_device("cpu") == "cpu"
         assert parallel.deal([3, 4]) == [3, 4] == parallel.collect([3, 4]) and parallel.rounds(5, 2) == 3
         assert parallel.sum_over_ranks(x) is x and parallel.largest(2) == 2 and parallel.gather("a") == ["a"]
-        parallel.fill(p, torch.cat((x[:1], x)), first=1)
-        assert torch.equal(p, x) and parallel.own_rows(p) == (0, 3) and parallel.whole(x, beside=p) is x
-        assert torch.equal(parallel.gathered({"p": p}.items())["p"], x)
+        parallel.copy_own_rows(p, torch.cat((x[:1], x)), first=1)
+        assert torch.equal(p, x) and parallel.own_rows(p) == (0, 3) and parallel.whole(x) is x
+        assert torch.equal(parallel.whole_on_main({"p": p}.items())["p"], x)
         parallel.sum_gradients([p])
-        parallel.barrier()
         with parallel.main_first():
             pass
     assert parallel.first_to_report()
     with pytest.raises(RuntimeError, match="own"), parallel.watching("in step 1"):
         raise RuntimeError("an error of its own")
+
+
+def test_device_and_number_type_are_chosen_for_the_machine():
+    settings = settle("dpo", {}).settings
+    assert (settings.device, settings.dtype) == (None, None)
+    here = parallel.on_this_machine(settings)
+    assert (here.device, here.dtype) == (("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32"))
+    assert parallel.on_this_machine(settle("dpo", {"device": "cpu", "dtype": "bf16"}).settings).dtype == "bf16"
+    data = settle("data", {}).settings  # has no device
+    assert parallel.on_this_machine(data) == data
+    with pytest.raises(InputError, match="--device gpu: give cpu, cuda"):
+        parallel.own_device("gpu")
+    with pytest.raises(InputError, match="--device cuda:99: PyTorch sees"):
+        parallel.own_device("cuda:99")

@@ -1,9 +1,12 @@
 """What a run leaves on disk: which checkpoints stay, what a kill in the middle of writing leaves, and what is refused."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,27 +14,37 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
+import train
 from data import ChatML, load_tokenizer
 from lora import add_lora, lora_layers
 from model import Phi
-from runtime.files import InputError, read_json
-from runtime.optimizer import make_optimizer
+from runtime.files import InputError, read_json, write_json
+from runtime.flags import parse
+from runtime.optimizer import load_optimizer, make_optimizer
 from runtime.runs import (
-    cached_logprobs,
-    fingerprint,
-    load_optimizer,
+    checkpoint_directory,
+    load_chat,
     open_run,
     prune,
     publish,
+    questions_seen,
     read_metrics,
-    save_checkpoint,
+    read_state,
+    read_table,
+    resume_command,
+    resumed_settings,
     steps_saved,
+    stop_requests,
     truncate_metrics,
+    tuned_from,
+    write_questions,
+    write_table,
 )
-from runtime.settings import Config
+from runtime.settings import settle
+from runtime.weights import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = dict(lr=1e-3, adam_beta2=0.99, weight_decay=0.1)
+SETTINGS = settle("sft", dict(model="x", train="y", lr=1e-3, adam_beta2=0.99, weight_decay=0.1, keep=9)).settings
 
 
 def checkpoints(run, *steps):
@@ -40,9 +53,12 @@ def checkpoints(run, *steps):
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
 
 
-def save(run, step, model, **state):
-    chat = ChatML(load_tokenizer(Path(model.origin[0])))
-    return save_checkpoint(run, step, model, chat, make_optimizer(model, Config(**SETTINGS)), state)
+def save(run, step, model, optimizer=None, **state):
+    """The checkpoint of a model, as the loop writes it."""
+    chat = ChatML(load_tokenizer(Path(model.origin.name)))
+    optimizer = optimizer or make_optimizer(model, SETTINGS)
+    train.save(SETTINGS, run, model, chat, optimizer, {"step": step, "best_step": None, **state})
+    return checkpoint_directory(run, step)
 
 
 def tree(directory):
@@ -84,36 +100,150 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path, keep, best, left):
 # ------------------------------------------------------------------------------------------------------------------ one run
 
 
-def test_a_new_run_starts_at_step_0(tmp_path):
-    assert open_run(tmp_path / "a" / "b", overwrite=False, resume=False) == 0
-    assert (tmp_path / "a" / "b").is_dir()
-    assert open_run(tmp_path / "a" / "b", overwrite=False, resume=False) == 0  # an empty directory holds no run
+def settings_in(directory, **changes):
+    return settle("dpo", dict(model="x", train="y", out=str(directory), name="run", device="cpu") | changes).settings
+
+
+def test_a_new_run_starts_at_step_0_and_notes_its_settings(tmp_path):
+    settings = settings_in(tmp_path / "deep")
+    (tmp_path / "deep" / "run").mkdir(parents=True)  # an empty directory holds no run
+    assert open_run(settings) == 0
+    stored = read_json(tmp_path / "deep" / "run" / "run.json")
+    assert (stored["stage"], stored["settings"]) == ("dpo", asdict(settings))
+    assert stored["versions"]["torch"] == torch.__version__ and stored["versions"]["ranks"] == 1
 
 
 def test_a_resumed_run_goes_on_from_its_last_checkpoint(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    assert open_run(tmp_path, overwrite=False, resume=True) == 0  # it was killed before its first checkpoint
-    checkpoints(tmp_path, 9, 10)
-    assert open_run(tmp_path, overwrite=False, resume=True) == 10
-    assert steps_saved(tmp_path) == [9, 10]
+    run = tmp_path / "run"
+    open_run(settings_in(tmp_path))
+    first = tree(run)
+    assert open_run(settings_in(tmp_path, resume=True)) == 0  # it was killed before its first checkpoint
+    checkpoints(run, 9, 10)
+    assert open_run(settings_in(tmp_path, resume=True)) == 10
+    assert steps_saved(run) == [9, 10] and tree(run) == first
 
 
 def test_what_is_not_a_run_is_neither_resumed_nor_deleted(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="no run to resume"):
-        open_run(tmp_path, overwrite=False, resume=True)
-    with pytest.raises(InputError, match="is not deleted"):
-        open_run(tmp_path, overwrite=True, resume=False)
-    with pytest.raises(InputError, match="already holds a run"):
-        open_run(tmp_path, overwrite=False, resume=False)
-    assert tree(tmp_path) == {"thesis.txt": b"years of work"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    for changes, message in (
+        ({"resume": True}, "no run to resume"),
+        ({"overwrite": True}, "is not deleted"),
+        ({}, "already holds a run. Continue it with --resume, delete it with --overwrite, or give this one another --name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_run(settings_in(tmp_path, **changes))
+    assert tree(tmp_path) == {"run/thesis.txt": b"years of work"}
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
-    checkpoints(tmp_path, 3)
-    assert open_run(tmp_path, overwrite=True, resume=False) == 0
-    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+    open_run(settings_in(tmp_path))
+    checkpoints(tmp_path / "run", 3)
+    (tmp_path / "run" / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        open_run(settings_in(tmp_path, lr=0.5))
+    assert open_run(settings_in(tmp_path, lr=0.5, overwrite=True)) == 0
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert read_json(tmp_path / "run" / "run.json")["settings"]["lr"] == 0.5
+
+
+# ----------------------------------------------------------------------------------------------------- resumed settings
+
+
+def resumed(directory, *flags):
+    return resumed_settings(parse(["--stage", "dpo", "--out", str(directory), "--name", "run", "--resume", *flags]))
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    open_run(settings_in(tmp_path, beta=0.7, lora=8, overwrite=True))
+    got = resumed(tmp_path)
+    assert got == settings_in(tmp_path, beta=0.7, lora=8, resume=True)
+    assert resumed(tmp_path, "--beta", "0.7") == got  # said again
+    assert resumed(tmp_path, "--device", "cuda").device == "cuda"  # it may move to another machine
+    shutil.move(tmp_path / "run", tmp_path / "moved" / "run")
+    assert resumed(tmp_path / "moved").out == str(tmp_path / "moved")
+
+
+def test_a_resumed_run_takes_no_other_settings(tmp_path):
+    open_run(settings_in(tmp_path))
+    with pytest.raises(InputError, match="run was started with beta = 0.3, now --beta 0.7: a resumed run keeps"):
+        resumed(tmp_path, "--beta", "0.7")
+    with pytest.raises(InputError, match="is a run of --stage dpo; give that stage to resume it"):
+        resumed_settings(parse(["--stage", "sft", "--out", str(tmp_path), "--name", "run", "--resume"]))
+    with pytest.raises(InputError, match="nothing: there is no run to resume"):
+        resumed(tmp_path, "--name", "nothing")
+
+
+def edit_run_json(directory, edit):
+    stored = read_json(directory / "run" / "run.json")
+    write_json(directory / "run" / "run.json", edit(stored))
+
+
+def old_form(stored):
+    """run.json of earlier versions: the settings of all stages in one, under "config"."""
+    return {"config": stored["settings"] | {"stage": "dpo", "objective": "dpo", "reference": "cached", "top_p": 0.95}}
+
+
+def test_a_run_of_an_earlier_version_resumes_where_its_settings_still_mean_something(tmp_path):
+    open_run(settings_in(tmp_path, beta=0.7))
+    edit_run_json(tmp_path, old_form)
+    assert resumed(tmp_path) == settings_in(tmp_path, beta=0.7, resume=True)
+    edit_run_json(tmp_path, lambda old: {"config": old["config"] | {"reference": "live"}})
+    with pytest.raises(InputError, match="run.json: the run was started with reference = 'live', a setting that"):
+        resumed(tmp_path)
+
+
+def test_a_setting_that_is_unknown_or_missing_is_named_in_one_line(tmp_path, capsys):
+    command = ["--stage", "dpo", "--out", str(tmp_path), "--name", "run", "--resume"]
+    for change, message in (
+        (lambda settings: settings | {"sparkle": 3}, "the run was started with sparkle = 3, a setting that this version"),
+        (lambda settings: {k: v for k, v in settings.items() if k != "beta"}, "the setting beta is missing"),
+    ):
+        open_run(settings_in(tmp_path, overwrite=True))
+        edit_run_json(tmp_path, lambda stored, change=change: stored | {"settings": change(stored["settings"])})
+        assert train.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path}/run/run.json: ") and message in error and error.count("\n") == 1
+
+
+def test_the_command_that_resumes_names_what_is_not_the_default(tmp_path):
+    settings = settings_in("out", name="two words")
+    assert resume_command(settings) == "python train.py --stage dpo --name 'two words' --resume"
+    assert resume_command(settings_in(tmp_path)).endswith(f"--name run --out {tmp_path} --resume")
+
+
+# -------------------------------------------------------------------------------------------- what a model was made from
+
+
+def test_a_model_knows_its_run_through_the_stages_that_did_not_tune_it(tiny, tmp_path):
+    """tiny -> dpo -> quantize: what was trained on and tuned from is that of the DPO run."""
+    dpo, coded = tmp_path / "run", tmp_path / "coded"
+    open_run(settings_in(tmp_path, system_prompt="Be brief."))
+    write_json(dpo / "results.json", {"parent": str(tiny)})
+    write_questions(dpo, ["what is 2 2", "what is 3 3"])
+    open_run(settle("quantize", {"model": str(dpo), "to": "nf4", "out": str(tmp_path), "name": "coded"}).settings)
+    write_json(coded / "results.json", {"parent": str(dpo)})
+    for directory in (dpo, coded):
+        assert tuned_from(directory) == tiny
+        assert questions_seen(directory, ["what is 3 3", "what is 4 4"]) == 1
+        for name in ("config.json", "tokenizer.json"):
+            shutil.copy(tiny / name, directory)
+        assert load_chat(directory).system_prompt == "Be brief."
+        assert load_chat(directory, "").system_prompt != "Be brief."
+    assert tuned_from(tiny) is None and questions_seen(tiny, ["what is 3 3"]) == 0
+    text = (dpo / "questions.json").read_text()
+    assert "what" not in text  # hashes, not the questions themselves
+
+
+def test_a_tokenizer_needs_an_embedding_for_its_last_id(tiny, tmp_path):
+    shutil.copy(tiny / "tokenizer.json", tmp_path)
+    config = read_json(tiny / "config.json")
+    for rows in (768, 767):
+        write_json(tmp_path / "config.json", {**config, "vocab_size": rows})
+        if rows == 768:
+            assert max(load_chat(tmp_path).tokenizer.get_vocab().values()) == 767
+    with pytest.raises(InputError, match="its ids reach 767, the model's embedding has 767 rows"):
+        load_chat(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ metrics
@@ -136,6 +266,20 @@ def test_steps_that_run_again_are_dropped_from_the_metrics(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:  # as the loop goes on logging
         file.write('{"step": 3}\n')
     assert read_metrics(tmp_path) == [*rows[:3], {"step": 3}]
+
+
+# ------------------------------------------------------------------------------------------------------------------ Ctrl-C
+
+
+def test_the_first_signal_is_kept_and_the_second_acts():
+    usual = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_requests() as stop_requested:
+        assert stop_requested() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_requested() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == usual
 
 
 # ------------------------------------------------------------------------------------------------------- whole or not at all
@@ -165,11 +309,11 @@ DIE = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from runtime.runs import save_checkpoint
-from runtime.settings import Config
+import train
 from data import ChatML, load_tokenizer
 from model import Phi
 from runtime.optimizer import make_optimizer
+from runtime.settings import settle
 
 class Deadly(dict):
     def items(self):
@@ -178,9 +322,10 @@ class Deadly(dict):
 source, run, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model = Phi.from_pretrained(source)
 model.lm_head.bias.data += 1
-optimizer = make_optimizer(model, Config(lr=1e-3, adam_beta2=0.99, weight_decay=0.1))
+settings = settle("sft", {"model": "x", "train": "y"}).settings
+optimizer = make_optimizer(model, settings)
 optimizer.state[model.lm_head.bias] = Deadly()
-save_checkpoint(run, step, model, ChatML(load_tokenizer(source)), optimizer, {})
+train.save(settings, run, model, ChatML(load_tokenizer(source)), optimizer, {"step": step, "best_step": None})
 """
 
 
@@ -256,9 +401,9 @@ def test_all_files_of_a_model_in_shards_are_published(tmp_path):
 # -------------------------------------------------------------------------------------------------------- moments come back
 
 
-def stepped(model, config):
+def stepped(model, settings):
     """An optimizer after one step with gradients that differ from value to value."""
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, settings)
     draw = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=draw)
@@ -268,26 +413,30 @@ def stepped(model, config):
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_every_moment_comes_back_in_its_own_place(tiny, tmp_path, kind):
-    model, config = Phi.from_pretrained(tiny), Config(optimizer=kind, **SETTINGS)
-    first = stepped(model, config)
-    path = save_checkpoint(tmp_path, 1, model, ChatML(load_tokenizer(tiny)), first, {"best_step": 1})
-    second = make_optimizer(model, config)
+    model, settings = Phi.from_pretrained(tiny), replace(SETTINGS, optimizer=kind)
+    first = stepped(model, settings)
+    path = save(tmp_path, 1, model, first, best_step=1)
+    second = make_optimizer(model, settings)
     own = {(p, key): value for p in model.parameters() for key, value in second.state[p].items()}
-    assert load_optimizer(path, model, second) == {"step": 1, "best_step": 1}
+    load_optimizer(path, model, second)
+    assert read_state(path) == {"step": 1, "best_step": 1}
     for p in model.parameters():
         assert first.state[p].keys() == second.state[p].keys()
         for key, value in first.state[p].items():
             assert value.any() and torch.equal(value, second.state[p][key])
-            assert second.state[p][key] is own[p, key]  # in place: an optimizer on the CPU has pinned its memory
+            assert second.state[p][key] is own[p, key]  # in place
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"exp_avg.lm_head.bias": torch.ones(1)}), r"holds a float32 \[1\] as exp_avg of lm_head\.bias"),
-        (lambda t: t.update({"step.lm_head.bias": torch.ones(2)}), r"holds a float32 \[2\] as step of lm_head\.bias"),
-        (lambda t: t.pop("exp_avg_sq.lm_head.bias"), r"holds no exp_avg_sq of lm_head\.bias"),
-        (lambda t: t.update({"step.lm_head.bias": torch.ones((), dtype=torch.float64)}), r"as step of lm_head\.bias"),
+        (lambda t: t.update({"exp_avg.lm_head.bias": torch.ones(1)}), r"has exp_avg as F32 \[1\] for lm_head\.bias"),
+        (lambda t: t.update({"step.lm_head.bias": torch.ones(2)}), r"has step as F32 \[2\] for lm_head\.bias"),
+        (lambda t: t.pop("exp_avg_sq.lm_head.bias"), r"has no exp_avg_sq for lm_head\.bias"),
+        (
+            lambda t: t.update({"step.lm_head.bias": torch.ones((), dtype=torch.float64)}),
+            r"has step as F64 \[\] for lm_head\.bias",
+        ),
     ],
     ids=["a shape that would be spread", "a vector for a number", "none", "another dtype"],
 )
@@ -298,7 +447,7 @@ def test_moments_of_another_form_are_refused(tiny, tmp_path, change, message):
     change(tensors)
     save_file(tensors, path / "optimizer.safetensors")
     with pytest.raises(InputError, match=message):
-        load_optimizer(path, model, make_optimizer(model, Config(**SETTINGS)))
+        load_optimizer(path, model, make_optimizer(model, SETTINGS))
 
 
 # -------------------------------------------------------------------------------------------------------------- fingerprints
@@ -329,21 +478,9 @@ def test_codes_count_in_a_fingerprint(tiny):
 # ------------------------------------------------------------------------------------------------------------- one reference
 
 
-def test_a_table_is_computed_once(tmp_path):
-    path, calls = tmp_path / "reference" / "table.safetensors", []
-
-    def compute():
-        calls.append(1)
-        return torch.tensor([[-1.5, -2.5]])
-
-    for expected in (False, True, True):
-        table, found = cached_logprobs(path, compute)
-        assert table.tolist() == [[-1.5, -2.5]] and found == expected
-    assert len(calls) == 1
-
-
-def test_a_table_that_could_not_be_computed_leaves_no_file(tmp_path):
-    path = tmp_path / "table.safetensors"
-    with pytest.raises(ZeroDivisionError):
-        cached_logprobs(path, lambda: 1 / 0)
-    assert not list(tmp_path.iterdir())
+def test_a_table_comes_back_and_one_that_is_not_there_is_none(tmp_path):
+    path = tmp_path / "reference" / "table.safetensors"
+    assert read_table(path) is None and not path.parent.exists()
+    write_table(path, torch.tensor([[-1.5, -2.5]]))
+    assert read_table(path).tolist() == [[-1.5, -2.5]]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -60,12 +60,12 @@ def assert_same_curve(run, other):
 def alone(tiny, out):
     """Runs by one process, in full and with adapters."""
     assert main(command(tiny, out, "alone")) == 0
-    assert main(command(tiny, out, "alone-lora", "--lora", "4", "--reference", "live")) == 0
+    assert main(command(tiny, out, "alone-lora", "--lora", "4")) == 0
     return out
 
 
 def test_two_ranks_sharded_have_the_curve_of_one_process(tiny, alone):
-    printed = finished(torchrun(2, *command(tiny, alone, "two", "--reference", "live", "--optimizer", "adamw")))
+    printed = finished(torchrun(2, *command(tiny, alone, "two", "--optimizer", "adamw")))
     assert_same_curve(alone / "two", alone / "alone")
     ours, theirs = (read_json(alone / name / "results.json") for name in ("two", "alone"))
     assert ours["after"]["metrics"] == pytest.approx(theirs["after"]["metrics"], rel=1e-4, abs=1e-4)
@@ -74,7 +74,7 @@ def test_two_ranks_sharded_have_the_curve_of_one_process(tiny, alone):
 
 
 def test_two_ranks_with_adapters_have_the_curve_of_one_process(tiny, alone):
-    finished(torchrun(2, *command(tiny, alone, "two-lora", "--lora", "4", "--reference", "live")))
+    finished(torchrun(2, *command(tiny, alone, "two-lora", "--lora", "4")))
     assert_same_curve(alone / "two-lora", alone / "alone-lora")
 
 
@@ -89,7 +89,7 @@ def test_a_killed_rank_ends_the_job_and_four_ranks_go_on(tiny, alone):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert "another process of this job ended" in line and "--resume goes on from the last checkpoint" in line
+    assert "another process of this job ended" in line and "--resume continues from the last checkpoint" in line
     assert not (run / "results.json").exists()
     finished(torchrun(4, "--stage", "dpo", "--out", str(alone), "--name", "killed", "--resume"))
     assert_same_curve(run, alone / "alone")

@@ -1,0 +1,1 @@
+"""Short programs that use the project from Python."""

@@ -1,0 +1,117 @@
+"""The command line: what is understood, what the help shows, and that every mistake is one line that says what to type."""
+
+import resource
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from runtime.files import InputError
+from runtime.flags import overview, parse, stage_help
+from runtime.settings import STAGES, TRAINING, flag_name
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_flags_of_every_kind():
+    got = parse("--stage eval --model a b --data x.jsonl --eps 0.1 --samples 0 --letter-only".split())
+    assert got.settings.model == ["a", "b"] and got.settings.eps == 0.1 and got.settings.samples == 0
+    assert got.settings.letter_only and got.given("eps") and not got.given("beta")
+    grid = parse("--stage sweep --grid beta=0.1,0.3 --grid eps=0,0.1".split())
+    assert grid.settings.grid == ["beta=0.1,0.3", "eps=0,0.1"]
+    assert parse(["--stage=sft", "--model=x", "--train=y"]).settings.stage == "sft"
+    assert parse([]).settings.stage == "dpo" and parse([]).settings.model == "demo"
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_stage_and_a_name_are_enough_to_resume(stage):
+    """All else is in the run's run.json."""
+    assert parse(["--stage", stage, "--name", "run", "--resume"]).settings.resume
+
+
+MISTAKES = {
+    "dpo --lr 3": "write --stage dpo: python train.py --stage dpo --lr 3",
+    "--stage dop": "--stage dop: no such stage; did you mean dpo?",
+    "--stage": "no such stage; there are data, sft",
+    "--temperature 1": "--temperature belongs to --stage eval, chat; --stage dpo does not have it",
+    "--dry_run": "there is no flag --dry_run; did you mean --dry-run?",
+    "--lrr 3": "there is no flag --lrr; did you mean --lr?",
+    "--xyzzy": "there is no flag --xyzzy; python train.py --stage dpo --help lists the flags",
+    "--lr x": "--lr: 'x' is not a number",
+    "--epochs 1.5": "--epochs: '1.5' is not a whole number",
+    "--lr": "--lr: expected one argument",
+    "--dtype fp16": "--dtype: invalid choice: 'fp16'",
+    "--epochs 2 3": "'3' is not a flag, and the flag before it takes no such value",
+    "--lr 0": "--lr 0.0: must be positive",
+    "--lr nan": "--lr nan: must be positive",
+    "--eps 0.5": "--eps 0.5: is a flip rate, in [0, 0.5); at 0.5 the labels say nothing",
+    "--eval-share 1": "--eval-share 1.0: must lie between 0 and 1",
+    "--resume --overwrite": "--resume continues a run: it goes with neither --overwrite nor --dry-run",
+    "--revision x": "--revision is for hub models; the demo has none",
+    "--model x": "--train FILE.jsonl is missing: the rows to tune x on",
+    "--eval x": "--eval needs --train",
+    "--train x --eval y --eval-share 0.1": "--eval-share has no effect beside --eval",
+    "--max-length 512": "--max-prompt-length 512 leaves no room for an answer in --max-length 512",
+    "--metric loss": "--metric loss: choose one of debiased_accuracy",
+    "--lora-alpha 8": "--lora-alpha is for adapters; add --lora RANK",
+    "--lora 8 --base bf16 --dtype fp32": "--base bf16 needs --dtype bf16",
+    "--lora 8 --base nf4 --compile": "--compile would keep the decoded weights of --base nf4",
+    "--stage mcq": "--stage mcq needs --model DIR and --train FILE.jsonl",
+    "--stage sft --preset report": "--preset report is for --stage dpo and sweep",
+    "--stage qat --to nf4 --preset 8gb": "--preset 8gb trains adapters, --stage qat all weights",
+    "--stage qat": "--to FORMAT is missing; choose one of int8",
+    "--stage qat --to nf4 --beta 1": "--beta has no effect in --stage qat --objective sft",
+    "--stage quantize --to nf4": "--model is missing: --stage quantize needs a model",
+    "--stage quantize --model x --to int8 --block 32": "--to int8 has one scale a row; --block is for the other formats",
+    "--stage chat": "--model is missing: --stage chat needs a model, such as --model out/demo-dpo",
+    "--stage chat --model x --top-p 1.5": "--top-p 1.5: is a probability: above 0, at most 1",
+    "--stage sweep": "--stage sweep takes either --grid FLAG=VALUES",
+    "--stage sweep --grid beta=1 --preset report": "--stage sweep takes either",
+    "--stage sweep --preset 8gb": "--preset 8gb is for the training stages",
+    "--stage sweep --preset report --loss sigmoid": "--preset report is about the robust loss",
+    "--stage eval --model x --precisions nf5": "--precisions: no 'nf5'; choose from fp32",
+    "--stage eval --model x --precisions nf4 --samples 3": "--samples has no effect beside --precisions",
+    "--stage eval --model x x": "--model names a model twice",
+    "--stage eval --model x --letter-only": "--letter-only and --on-bad-row are for --data",
+    "--stage eval --model x --samples 0 --bert y": "need answers; leave --samples 0 out",
+    "--stage eval --model x --budget 3": "--price, --budget and --concurrency are for a teacher",
+    "--stage data": "--sources is missing",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_type(line):
+    with pytest.raises(InputError) as error:
+        parse(line.split())
+    assert MISTAKES[line] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_overview_fits_on_a_screen_and_names_every_stage():
+    lines = overview().splitlines()
+    assert len(lines) <= 24 and all(any(line.strip().startswith(f"{stage} ") for line in lines) for stage in STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_of_a_stage_has_a_line_for_each_of_its_flags_and_no_other(stage):
+    lines = stage_help(stage).splitlines()
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert sorted(flags) == sorted(flag_name(f.name) for f in fields(STAGES[stage]))
+    assert stage == "sweep" or len(lines) < 60
+
+
+def test_help_comes_within_half_a_second_and_without_torch():
+    code = "import sys; from runtime import flags; flags.stage_help('dpo'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "train.py", "--stage", "dpo", "--help"], cwd=ROOT, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and b"--beta X" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # of CPU: the machine may be busy
+
+
+@pytest.mark.parametrize("words, status, told", [("--lrr 3", 2, "error: there is no flag --lrr; did you mean --lr?\n")])
+def test_an_error_from_the_shell_is_one_line(words, status, told):
+    done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", told)

@@ -1,0 +1,100 @@
+"""Where a value comes from, what an earlier run's settings mean, and what a stage may set."""
+
+from dataclasses import asdict, fields
+
+import pytest
+
+import dpo
+import quant
+from runtime.files import InputError
+from runtime.settings import DEMO, FORMATS, PRESETS, STAGES, TRAINING, default_name, from_stored, settle
+
+
+def names(stages):
+    return {f.name for stage in stages for f in fields(STAGES[stage])}
+
+
+def test_the_number_of_settings():
+    assert len(names(TRAINING)) <= 60 and len(names(STAGES)) <= 100
+
+
+def test_formats_are_those_of_quant_and_the_losses_in_the_help_those_of_dpo():
+    assert FORMATS == tuple(quant.FORMATS)
+    help = next(f.metadata["help"] for f in fields(STAGES["dpo"]) if f.name == "loss")
+    assert all(loss in help for loss in dpo.LOSSES)
+
+
+def test_a_flag_beats_the_preset_which_beats_the_demo_which_beats_the_default():
+    command = settle("dpo", {"preset": "8gb", "lora": 4})
+    got = {name: (getattr(command.settings, name), command.origins[name]) for name in ("lora", "max_length", "lr", "clip")}
+    assert got == {"lora": (4, "flag"), "max_length": (1024, "preset"), "lr": (2e-3, "demo"), "clip": (1.0, "default")}
+
+
+def test_without_the_demo_the_values_are_those_for_phi_2():
+    assert settle("dpo", {"model": "x", "train": "y"}).settings.lr == 1e-5
+    sft, report = settle("sft", {"model": "x"}).settings, settle("dpo", {"preset": "report", "train": "y"})
+    assert (sft.epochs, sft.warmup_steps, sft.eval_every) == (1, 20, 200)
+    assert report.settings.model == "rhysjones/phi-2-orange-v2" and report.origins["model"] == "preset"
+    assert "demo" not in report.origins.values()
+
+
+def test_every_layer_names_settings_that_exist():
+    for stage, layer in DEMO.items():
+        assert layer.keys() <= names([stage])
+    for preset in PRESETS.values():
+        assert preset.keys() <= names(["dpo"])
+
+
+def test_another_loss_drops_the_eps_that_belongs_to_the_robust_one():
+    assert settle("dpo", {"loss": "sigmoid"}).settings.eps is None
+    assert settle("dpo", {"loss": "robust"}).settings.eps == 0.2
+    assert settle("dpo", {"loss": "conservative", "eps": 0.3}).settings.eps == 0.3
+
+
+def test_default_names():
+    assert default_name(settle("dpo", {"model": "a/b/", "lora": 8, "base": "nf4"}).settings) == "b-dpo-lora-nf4"
+    assert default_name(settle("quantize", {"model": "out/x", "to": "nf4-double"}).settings) == "x-nf4-double"
+    assert default_name(settle("eval", {"model": ["out/x", "y"]}).settings) == "x-eval"
+    assert default_name(settle("sweep", {"preset": "report"}).settings) == "demo-report"
+    assert default_name(settle("qat", {"to": "nf2"}).settings) == "demo-qat-nf2"
+
+
+def stored(**changes):
+    return {"stage": "dpo", "settings": asdict(settle("dpo", {"model": "x", "train": "y"}).settings) | changes}
+
+
+def test_stored_settings_come_back():
+    assert from_stored(stored(lr=3e-4), "run.json") == settle("dpo", {"model": "x", "train": "y", "lr": 3e-4}).settings
+
+
+def test_a_run_of_an_earlier_version_is_understood_where_its_settings_mean_the_same():
+    """Before, run.json held the settings of all stages under "config"."""
+    old = stored()["settings"] | {
+        "stage": "dpo",
+        "objective": "dpo",
+        "reference": "cached",
+        "demo_rows": 7000,
+        "top_p": 0.95,
+    }
+    assert from_stored({"config": old}, "run.json").lr == 1e-5
+    with pytest.raises(
+        InputError, match="run.json: the run was started with reference = .live., a setting that"
+    ):
+        from_stored({"config": old | {"reference": "live"}}, "run.json")
+
+
+def test_a_setting_that_is_unknown_or_missing_is_named():
+    with pytest.raises(InputError, match="with sparkle = 3, a setting that this version does not have"):
+        from_stored(stored(sparkle=3), "run.json")
+    cut = stored()
+    del cut["settings"]["beta"]
+    with pytest.raises(InputError, match="run.json: the setting beta is missing"):
+        from_stored(cut, "run.json")
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"stage": "dpo"}, {"stage": "dance", "settings": {}}, {"settings": [1]}, {"config": 7}]
+)
+def test_a_foreign_run_json_is_refused_in_one_line(broken):
+    with pytest.raises(InputError, match="x/run.json: this is no run.json of this program"):
+        from_stored(broken, "x/run.json")
