@@ -59,7 +59,8 @@ def our_step(policy, reference, examples, loss, beta, eps):
     policy.zero_grad()
     with torch.no_grad():
         expected = completion_logprobs(reference, batch)
-    total, sums = objective(completion_logprobs(policy, batch), expected, batch.lengths, loss, beta, eps, nll_weight=0.0)
+    tables = (x.view(-1, 2) for x in (completion_logprobs(policy, batch), expected, batch.lengths))
+    total, sums = objective(*tables, loss, beta, eps)
     (total / len(examples)).backward()
     metrics = {name: (value[0] / value[1]).item() for name, value in sums.items()}
     return total.item() / len(examples), metrics, {name: p.grad.clone() for name, p in policy.named_parameters()}
