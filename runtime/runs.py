@@ -281,8 +281,9 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
     """
     own = (directory / "tokenizer.json").exists() or not is_adapter(directory)
     run = training_run(directory)
-    if system_prompt is None and run:
-        system_prompt = stored_settings(run).system_prompt
+    if system_prompt is None and run:  # an earlier version's model is used even where its run could not be resumed
+        raw = read_json(run / "run.json")
+        system_prompt = raw.get("settings", raw.get("config", {})).get("system_prompt")
     chat = ChatML(load_tokenizer(directory if own else base_directory(directory)), system_prompt)
     rows = read_json(base_directory(directory) / "config.json").get("vocab_size", 0)
     largest = max(chat.tokenizer.get_vocab().values())

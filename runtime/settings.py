@@ -490,6 +490,7 @@ RETIRED = {
     "offload_optimizer": (False,),
     "demo_rows": (None, 26_000, 7_000, 4_000),
     "flip_rate": (None, 0.2),
+    "independent": (False,),
     "other_models": ([],),
     "double": (False,),
     "threshold": (None,),
@@ -522,4 +523,6 @@ def from_stored(stored: dict, where: str) -> Any:
     missing = sorted(own - values.keys())
     if missing:
         raise InputError(f"{where}: the setting {missing[0]} is missing; start another run, with another --name")
+    if "config" in stored:  # there, None stood for the default
+        values = {name: defaults(stage)[name] if values[name] is None else values[name] for name in own}
     return STAGES[stage](**{name: values[name] for name in own})

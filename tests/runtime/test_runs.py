@@ -35,6 +35,7 @@ from runtime.runs import (
     resumed_settings,
     steps_saved,
     stop_requests,
+    stored_settings,
     truncate_metrics,
     tuned_from,
     write_questions,
@@ -484,3 +485,12 @@ def test_a_table_comes_back_and_one_that_is_not_there_is_none(tmp_path):
     write_table(path, torch.tensor([[-1.5, -2.5]]))
     assert read_table(path).tolist() == [[-1.5, -2.5]]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_model_of_an_earlier_version_brings_its_system_prompt_even_where_its_run_cannot_go_on(tiny, tmp_path):
+    run = shutil.copytree(tiny, tmp_path / "run")
+    write_json(run / "run.json", {"config": {"stage": "sft", "sparkle": 3, "system_prompt": "Be brief."}})
+    assert load_chat(run).system_prompt == "Be brief."
+    assert load_chat(run, "Be loud.").system_prompt == "Be loud."
+    with pytest.raises(InputError, match="sparkle = 3"):
+        stored_settings(run)
