@@ -37,7 +37,7 @@ from runtime.settings import Tuning, flag_name
 
 # Bits of a weight and its share of the scales: 32 for 64 weights, in nf4-double 8, and 32 for 64 x 256.
 BITS = {"int8": 8, "llm.int8": 8, "nf4": 4.5, "nf4-double": 4.127, "fp4": 4.5, "int4": 4.5, "nf2": 2.5}
-LIBRARIES = 160_000_000  # of a CPU process: what it loads between the estimate and its first steps
+LIBRARIES = 100_000_000  # of a CPU process: what it loads between the estimate and its first steps
 ROOM = 1.1  # flags are suggested if the run would fit with a tenth to spare
 ADVICE = "A smaller --micro-batch-size or --max-length or --gradient-checkpointing needs less; --dry-run estimates how much."
 
