@@ -34,15 +34,16 @@ def run(settings: Quantize | Merge) -> int:
     target = Path(settings.out) / settings.name
     if settings.stage == "quantize":
         refuse_adapters(source)
-        open_run(settings)
-        did = quantize_checkpoint(source, target, settings.to, settings.block, settings.device)
-        print(quantized_summary(target, settings.to, did))
     else:
         examples = rows_to_compare(source, settings.data)
-        open_run(settings)
-        did = {"change": merge_checkpoint(source, target, settings.device, examples)}
-        print(merged_summary(source, target, did["change"], len(examples)))
-    write_json(target / "results.json", {"parent": str(source), **did})
+    with open_run(settings):
+        if settings.stage == "quantize":
+            did = quantize_checkpoint(source, target, settings.to, settings.block, settings.device)
+            print(quantized_summary(target, settings.to, did))
+        else:
+            did = {"change": merge_checkpoint(source, target, settings.device, examples)}
+            print(merged_summary(source, target, did["change"], len(examples)))
+        write_json(target / "results.json", {"parent": str(source), **did})
     return 0
 
 

@@ -24,6 +24,7 @@ grade a sampled answer: its method is right if formula, substitution and unit ar
 """
 
 import argparse
+import contextlib
 import itertools
 import random
 import re
@@ -38,8 +39,8 @@ from data import Row, Truth, write_truth
 from model import Phi, PhiConfig
 from runtime import parallel
 from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl
-from runtime.runs import stored_settings
-from runtime.settings import settle
+from runtime.flags import settle
+from runtime.runs import locked, stored_settings
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Kind:
     wordings: tuple[str, ...]   # {who} is one of NAMES
 
 
+STAGES = ("sft", "dpo", "qat", "sweep")  # those that --model demo has rows for
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max", "Ida", "Sam", "Ada", "Jan",
          "Lea", "Kai", "Nora", "Finn", "Rosa", "Paul", "Lina", "Omar", "Yuki", "Amir", "Clara", "Hugo")
 CARTS = ("cart", "sledge", "crate", "barrow", "box", "boat")
@@ -332,12 +334,18 @@ def write_world(directory: str | Path, seed: int = 0, flip_rate: float = 0.2, si
     return world
 
 
+def lock(settings: Any) -> contextlib.AbstractContextManager:
+    """Held while the demo's files and its SFT model are made: another process that wants the same ones waits for them."""
+    if settings.stage not in STAGES or settings.model != "demo" or not parallel.is_main():
+        return contextlib.nullcontext()
+    return locked(Path(settings.out) / f"demo-seed{settings.seed}", wait=True)
+
+
 def stages(settings: Any) -> list[Any]:
     """The stages to run for a command: its own and, on the demo, before it the SFT stage whose model it starts from."""
-    if settings.stage not in ("sft", "dpo", "qat", "sweep") or settings.model != "demo":
+    if settings.stage not in STAGES or settings.model != "demo":
         return [settings]
-    with parallel.main_first():
-        world = write_world(Path(settings.out) / f"demo-seed{settings.seed}", settings.seed)
+    world = write_world(Path(settings.out) / f"demo-seed{settings.seed}", settings.seed)
     if settings.stage == "sft":
         return [replace(settings, model=str(world.model), train=settings.train or str(world.sft))]
     first = Path(settings.out) / f"demo-sft-seed{settings.seed}"
@@ -345,12 +353,12 @@ def stages(settings: Any) -> list[Any]:
     asked = replace(settings, model=str(first), train=settings.train or str(rows))
     if settings.stage == "sweep":
         asked = replace(asked, data=settings.data or str(world.test))
-    finished, begun = parallel.gather([(first / file).exists() for file in ("results.json", "run.json")])[0]
-    if finished:
+    if (first / "results.json").exists():
         return [asked]
     if settings.dry_run:
         print("The demo's SFT model is not there yet; a real run makes it first. Shown here: its untrained model.")
         return [replace(asked, model=str(world.model))]
+    begun = (first / "run.json").exists()
     print(f"The demo's SFT model comes first: {'resuming' if begun else 'running'} --stage sft in {first}/")
     if begun:
         before = replace(stored_settings(first), resume=True, out=settings.out, device=settings.device)

@@ -37,7 +37,8 @@ from prepare.rows import Measured, encode_for, rows_to_measure
 from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
 from runtime.files import InputError, first_line
-from runtime.settings import Eval, flag_name
+from runtime.flags import flag_name
+from runtime.settings import Eval
 from runtime.weights import resolve
 
 
@@ -67,8 +68,8 @@ def run(settings: Eval) -> int:
     """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
     contest = gather_contest(settings)
     teacher, journal = open_teacher(settings)
-    runs.open_run(settings)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(runs.open_run(settings))
         if not parallel.is_main():  # all ranks find the same numbers; those of the others are thrown away
             settings = replace(settings, out=stack.enter_context(tempfile.TemporaryDirectory()))
         directory, failures = Path(settings.out) / settings.name, contest.failures

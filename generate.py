@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data import ChatML
 from model import Phi
@@ -131,9 +132,11 @@ def sample_answers(
     stops = tuple(chat.control_ids)
     made = []
     # Ranks share whole batches: what is drawn depends on the batch and its seed, not on who draws it.
-    starts = parallel.deal(range(0, len(prompts), batch_size))
-    for start in parallel.progress(starts, desc="sampling", unit="batch", leave=False, disable=None):
+    starts = range(0, len(prompts), batch_size)[parallel.rank() :: parallel.size()]
+    for start in tqdm(starts, desc="sampling", unit="batch", leave=False, disable=None if parallel.is_main() else True):
         batch = prompts[start : start + batch_size]
         made.append(generate(model, batch, max_new_tokens, temperature, seed=seed + start, stop_tokens=stops))
-    answers = [ids for batch in parallel.collect(made) for ids in batch]
+    if parallel.size() > 1:
+        made = parallel.collect(made)
+    answers = [ids for batch in made for ids in batch]
     return [chat.decode(ids) for ids in answers], [len(ids) < max_new_tokens for ids in answers]

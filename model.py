@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from data import Batch, Example, by_length, collate
 from runtime import parallel
@@ -343,14 +344,12 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 def all_logprobs(model: Phi, examples: Sequence[Example], batch_size: int, device: str, dtype: str, label: str) -> Tensor:
     """`completion_logprobs` of a whole data set: [E, completions per example] in the examples' order, fp32, on the CPU.
     Several ranks share the work, and each gets the whole table."""
-    order = by_length(examples)  # similar lengths together: little padding
-    own = parallel.deal(order)
+    rounds = parallel.deal(by_length(examples), batch_size)  # similar lengths together: little padding
     table = torch.zeros(len(examples), len(examples[0].completions))
-    for i in parallel.progress(range(parallel.rounds(len(order), batch_size)), desc=label, leave=False, disable=None):
-        part = own[i * batch_size : (i + 1) * batch_size]
-        batch = collate([examples[k] for k in part or order[:1]]).to(device)  # a rank with none left repeats the first
+    for part in tqdm(rounds, desc=label, unit="batch", leave=False, disable=None if parallel.is_main() else True):
+        batch = collate([examples[k] for k in part or [0]]).to(device)  # a rank with none left joins in with the first
         with autocast(device, dtype):
             logprobs = completion_logprobs(model, batch)
         if part:
             table[part] = logprobs.view(len(part), -1).cpu()
-    return parallel.sum_over_ranks(table)
+    return parallel.sum_over_ranks(table) if parallel.size() > 1 else table

@@ -29,9 +29,9 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +39,19 @@ from torch import Tensor
 import demo
 import dpo
 import sft
-from data import Batch, ChatML, Example, by_length, collate, collate_rows, epoch_order, lengths_of, pack_rows
+from data import ChatML, Example, by_length, collate, epoch_order, lengths_of
 from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics.preferences import flips, training_summary
 from metrics.text import answer_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs
-from prepare.rows import Inputs, load_inputs, write_inputs
+from prepare.rows import Inputs, load_inputs
 from quant import FORMATS, SKIP, FrozenLinear, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
 from runtime.files import InputError, first_line, write_json
+from runtime.flags import Command
 from runtime.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
-from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Command, Tuning, default_name
+from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Tuning
 
 # -------------------------------------------------------------------------------------------------------------- the loop
 
@@ -114,29 +115,33 @@ def step_gradients(
     """Adds the gradient of one optimizer step's mean loss, in micro-batches; returns the step's metrics.
 
     The mean is over the whole step: of tokens in SFT, of pairs in DPO. Each micro-batch adds its *sum* divided by the
-    step's total, so 1 x 8 and 8 x 1 examples, packed or not, on one rank or eight, give the same gradient. `reference`:
-    this step's log-probabilities [examples, 2] (DPO). InputError names the rows whose loss is not finite.
+    step's total, so 1 x 8 and 8 x 1 examples, on one rank or eight, give the same gradient. `reference`: this step's
+    log-probabilities [examples, 2] (DPO). InputError names the rows whose loss is not finite.
     """
     model.train()
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + parallel.rank())  # of dropout, the same after a resume
-    units = sum(len(c) for e in examples for c in e.completions) if settings.objective == "sft" else len(examples)
+    parts = parallel.deal(by_length(examples), settings.micro_batch_size)  # of similar length: little padding
+    units = lengths_of(examples).sum().item() if settings.objective == "sft" else len(examples)
     sums: dict[str, Tensor] = {}
     not_finite: list[str] = []
-    for part in micro_batches(examples, settings):
-        expected = None if reference is None else reference[part.indices].to(settings.device)  # [pairs, 2]
-        batch = part.batch.to(settings.device)
+    for part in parts:
+        weight, indices = (1, part) if part else (0, [0])  # a rank with none left joins in with the first, weight 0
+        expected = None if reference is None else reference[indices].to(settings.device)  # [pairs, 2]
+        batch = collate([examples[k] for k in indices]).to(settings.device)
         with parallel.watching(f"in step {step}"), autocast(settings.device, settings.dtype):
             logprobs = completion_logprobs(model, batch)  # [N]
         loss, metrics = objective(logprobs, batch.lengths, expected, settings)
-        if part.weight and not math.isfinite(loss.item()):
-            not_finite += [examples[i].where for i in part.indices]
+        if weight and not math.isfinite(loss.item()):
+            not_finite += [examples[k].where for k in indices]
         with parallel.watching(f"in step {step}"):
-            (part.weight * loss / units).backward()
-        sums = {name: part.weight * value + sums.get(name, 0) for name, value in metrics.items()}
+            (weight * loss / units).backward()
+        sums = {name: weight * value + sums.get(name, 0) for name, value in metrics.items()}
     model.eval()
-    parallel.sum_gradients(model.parameters())
-    totals = parallel.sum_over_ranks(torch.stack(list(sums.values()))).cpu()  # [metrics, 2]: sum and count
-    numbers = {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True)}
+    totals = torch.stack(list(sums.values()))  # [metrics, 2]: sum and count
+    if parallel.size() > 1:
+        parallel.sum_gradients(model.parameters())
+        totals = parallel.sum_over_ranks(totals)
+    numbers = {name: (total / count).item() for name, (total, count) in zip(sums, totals.cpu(), strict=True)}
     check_finite("loss", numbers["loss"], not_finite)
     return numbers
 
@@ -152,36 +157,10 @@ def objective(logprobs: Tensor, lengths: Tensor, reference: Tensor | None, setti
     return dpo.objective(policy, reference, lengths, settings.loss, settings.beta, settings.eps, settings.nll_weight)
 
 
-@dataclass
-class MicroBatch:
-    """The examples of one forward pass. Weight 0: a pass that a rank runs only because another one still has work."""
-
-    indices: list[int]
-    batch: Batch
-    weight: int
-
-
-def micro_batches(examples: list[Example], settings: Tuning) -> Iterator[MicroBatch]:
-    """This rank's forward passes of a step: rows of similar length or, with --pack, one row of several examples.
-
-    Every rank must run the same number of forward passes. One that runs out repeats the first example with weight 0.
-    """
-    if settings.pack:
-        rows = pack_rows([len(e) for e in examples], settings.pack)
-        parts, passes = parallel.deal(rows), parallel.rounds(len(rows), 1)
-    else:
-        size, own = settings.micro_batch_size, parallel.deal(by_length(examples))
-        parts = [own[i : i + size] for i in range(0, len(own), size)]
-        passes = parallel.rounds(len(examples), size)
-    for i in range(passes):
-        indices = parts[i] if i < len(parts) else [0]
-        chosen = [examples[k] for k in indices]
-        yield MicroBatch(indices, collate_rows([chosen]) if settings.pack else collate(chosen), int(i < len(parts)))
-
-
 def clip_gradients(model: Phi, largest: float) -> float:
     """Scales the gradient down to the norm `largest`, if it is longer; returns its norm before."""
-    return parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return (parallel.whole(norm) if parallel.size() > 1 else norm).item()
 
 
 def evaluate(model: Phi, examples: list[Example], reference: Tensor | None, settings: Tuning) -> dict[str, float]:
@@ -206,9 +185,8 @@ def note_best(state: dict, value: float, metric: str) -> bool:
 
 def save(settings: Tuning, run: Path, model: Phi, chat: ChatML, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Writes a checkpoint, complete or not at all, and deletes old ones."""
-    with runs.checkpoint(run, state) as directory:
+    with runs.checkpoint(run, state, chat) as directory:
         model.save_pretrained(directory)
-        runs.save_chat(directory, chat)
         save_optimizer(directory, model, optimizer)
     if parallel.is_main():
         runs.prune(run, settings.keep, state["best_step"])
@@ -265,35 +243,37 @@ def run(settings: Tuning) -> int:
     if settings.resume and parallel.gather((run / "results.json").exists())[0]:
         print(f"{run} is finished; nothing to resume.")
         return 0
-    start = runs.open_run(settings)
-    inputs = load_inputs(settings, parent)
-    write_inputs(run, inputs)
+    if parallel.is_main():
+        runs.check_name(settings)
+    inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
     print(runs.describe_ledgers(inputs.ledgers))
     print(f"{len(inputs.train):,} to train on, {len(inputs.held_out):,} to evaluate on, no question on both sides")
-
-    need = memory.check_fits(parent, settings, inputs.train)
     peak = memory.watch_peak(settings.device)
+    need = memory.check_fits(parent, settings, inputs.train)
     model = load_to_tune(parent, settings)
-    reference = reference_logprobs(settings, model, inputs) if settings.objective == "dpo" else Reference()
-    model, optimizer, state = prepare(settings, run, model, parent, start)
-    stopped = train(settings, run, model, optimizer, inputs, reference, state)
-    used = peak()
-    if stopped:
-        print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {runs.resume_command(settings)}")
-        return 128 + stopped
-    with parallel.main_first():
-        if parallel.is_main():
-            runs.publish(run, state["best_step"])
-    del model, optimizer
-    gc.collect()  # a sharded model holds on to itself
+    with runs.open_run(settings, inputs) as start:
+        reference = Reference()
+        if settings.objective == "dpo":
+            reference = reference_logprobs(settings, model, weights.fingerprint(model), inputs)
+        model, optimizer, state = prepare(settings, run, model, parent, start)
+        stopped = train(settings, run, model, optimizer, inputs, reference, state)
+        if stopped:
+            print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on:\n  {runs.resume_command(settings)}")
+            return 128 + stopped
+        with parallel.main_first():
+            if parallel.is_main():
+                runs.publish(run, state["best_step"])
+        used = peak()
+        del model, optimizer
+        gc.collect()  # a sharded model holds on to itself
 
-    results = measure_all(settings, run, parent, inputs, reference.held_out)
-    results |= {name: state[name] for name in ("best_step", "best_value", "evaluations_since_best")}
-    results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
-    if parallel.is_main():
-        runs.training_figure(run, settings.objective)
-        write_json(run / "results.json", results)
-    print(runs.summary(settings, run, inputs.held_out, results))
+        results = measure_all(settings, run, parent, inputs, reference.held_out)
+        results |= {name: state[name] for name in ("best_step", "best_value", "evaluations_since_best")}
+        results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
+        if parallel.is_main():
+            print(runs.summary(settings, run, inputs.held_out, results))
+            runs.training_figure(run, settings.objective)
+            write_json(run / "results.json", results)
     return 0
 
 
@@ -370,21 +350,23 @@ def prepare(settings: Tuning, run: Path, model: Phi, parent: Path, start: int) -
         add_lora(model, settings.lora, settings.lora_alpha, targets, seed=settings.seed)
     for layer in lora_layers(model).values():
         layer.dropout = settings.lora_dropout
-    if parallel.is_sharded(model) and (settings.compile or settings.stage == "qat"):  # changed before they are split
+    sharded = parallel.size() > 1 and not settings.lora
+    if sharded and (settings.compile or settings.stage == "qat"):  # layers are changed before they are split
         model = Phi.sharded(parent, settings.device, change_layers)
     else:
         change_layers(model)
     model.gradient_checkpointing = settings.gradient_checkpointing
+    if not start:
+        state = {"step": 0, "best_step": None, "best_value": None, "evaluations_since_best": 0}
+        return model, make_optimizer(model, settings), state
     checkpoint = runs.checkpoint_directory(run, start)
-    if start and settings.lora:
+    if settings.lora:
         load_lora(model, checkpoint)
-    elif start:
+    else:
         weights.load_weights(model, checkpoint)
     optimizer = make_optimizer(model, settings)
-    if start:
-        load_optimizer(checkpoint, model, optimizer)
-        return model, optimizer, runs.read_state(checkpoint)
-    return model, optimizer, {"step": 0, "best_step": None, "best_value": None, "evaluations_since_best": 0}
+    load_optimizer(checkpoint, model, optimizer)
+    return model, optimizer, runs.read_state(checkpoint)
 
 
 # --------------------------------------------------------------------------------------------------------- the reference
@@ -398,11 +380,10 @@ class Reference:
     held_out: Tensor | None = None
 
 
-def reference_logprobs(settings: Tuning, model: Phi, inputs: Inputs) -> Reference:
+def reference_logprobs(settings: Tuning, model: Phi, fingerprint: str, inputs: Inputs) -> Reference:
     """Runs the starting model once over all pairs, not once a step, since it never changes."""
     with_adapters = " with its adapters, not without them" if lora_layers(model) else ""
     print(f"Reference: {settings.model}{with_adapters}, run once before training")
-    fingerprint = weights.fingerprint(model)
     train = reference_table(settings, model, fingerprint, inputs.train, "train")
     return Reference(train, reference_table(settings, model, fingerprint, inputs.held_out, "held out"))
 
@@ -471,14 +452,14 @@ def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | No
 
 def dry_run(settings: Tuning, parent: Path) -> None:
     """Prints what a run would do: settings, rows, two examples, batches, memory, steps and time. Trains nothing."""
-    inputs = load_inputs(settings, parent)
+    inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
     print(f"Data\n{runs.describe_ledgers(inputs.ledgers)}")
     for example in inputs.train[:2]:
-        print("\n" + runs.coloured(example, inputs.chat, colour=sys.stdout.isatty()))
+        print("\n" + coloured(example, inputs.chat, colour=sys.stdout.isatty()))
     batches = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch=0)
     steps = settings.max_steps or settings.epochs * len(batches)
-    cut = f"rows of {settings.pack} tokens" if settings.pack else f"micro-batches of {settings.micro_batch_size}"
-    print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {settings.batch_size} examples a step, in {cut}")
+    size = f"{settings.batch_size} examples a step, in micro-batches of {settings.micro_batch_size}"
+    print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {size}")
     need = memory.find_need(parent, settings, inputs.train)
     print(f"\nMemory\n  {need}")
     if need.total > need.free:
@@ -488,6 +469,36 @@ def dry_run(settings: Tuning, parent: Path) -> None:
         minutes = seconds * steps / 60
         print(f"\nTime\n  {seconds:.2f} s for a step's gradients, about {minutes:,.1f} minutes for {steps:,} steps")
     print("Nothing was trained.")
+
+
+ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
+
+
+def coloured(example: Example, chat: ChatML, colour: bool) -> str:
+    """An example token by token: the prompt coloured by role, supervised tokens underlined in green and red, control tokens
+    inverse. Without colour, every token stands in brackets."""
+
+    def paint(ids: list[int], code: str) -> str:
+        if not colour:
+            return "".join(f"[{chat.decode([i])}]" for i in ids)
+        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
+
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
+    starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
+    for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
+        turn = example.prompt[start:end]
+        role = chat.decode(turn[1:]).partition("\n")[0]
+        lines[-1] += paint(turn, ROLE_COLOURS.get(role, "90"))
+    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
+    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
+        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
+    return "\n".join(lines)
+
+
+def describe_settings(settings: Any, origins: dict[str, str]) -> str:
+    """A line a setting, with the layer that it comes from: flag, preset, demo or default."""
+    values = asdict(settings)
+    return "\n".join(f"  {name:24} {value!s:40} {origins.get(name, '')}".rstrip() for name, value in values.items())
 
 
 def time_step(settings: Tuning, parent: Path, examples: list[Example]) -> float:
@@ -515,18 +526,20 @@ def run_command(command: Command) -> int:
     try:
         with parallel.job():
             settings = command.settings
-            if hasattr(settings, "name"):
-                settings.name = settings.name or default_name(settings)
             if getattr(settings, "resume", False):
                 settings = runs.resumed_settings(command)
             settings = parallel.on_this_machine(settings)
-            for stage in demo.stages(settings):  # on the demo two: the SFT model that tuning starts from may come first
-                if getattr(stage, "dry_run", False):
-                    print(f"Settings\n{runs.describe_settings(stage, command.origins)}\n")
-                status = run_stage(stage)
-                if status:
-                    return status
-            return 0
+            with demo.lock(settings):
+                with parallel.main_first():  # the demo's files are written once
+                    *before, last = demo.stages(settings)  # on the demo the SFT stage may come first
+                if parallel.size() > 1:
+                    parallel.gather(None)  # no rank starts a stage while another looks for its files
+                for stage in before:
+                    if status := run_stage(stage):
+                        return status
+            if getattr(last, "dry_run", False):
+                print(f"Settings\n{describe_settings(last, command.origins)}\n")
+            return run_stage(last)
     except (InputError, OSError) as error:
         message, status = f"error: {error}", 2
     except torch.OutOfMemoryError as error:

@@ -24,7 +24,8 @@ from data import Example
 from lora import add_lora
 from model import Phi, PhiConfig, all_logprobs, read_config
 from runtime.files import InputError
-from runtime.settings import Tuning, settle
+from runtime.flags import settle
+from runtime.settings import Tuning
 
 LOSS = dict(loss="robust", beta=peers.BETA, eps=peers.EPS, nll_weight=0.0)
 # How much two steps may differ. bitsandbytes' kernel for CPUs with AVX512-BF16 multiplies in bf16.

@@ -35,8 +35,8 @@ from model import Phi, all_logprobs
 from prepare.rows import read_rows
 from runtime import runs as runs_on_disk
 from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, whole_file, write_json, write_jsonl
-from runtime.flags import check_limits, parser_of
-from runtime.settings import Dpo, Sweep, flag_name
+from runtime.flags import check_limits, flag_name, parser_of
+from runtime.settings import Dpo, Sweep
 from runtime.weights import fingerprint, resolve
 
 # With other rows, or the same rows cut differently, runs could not be compared pair by pair. To compare two models, use

@@ -11,14 +11,14 @@ rows (`data.read_truth`).
 
 import functools
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
 from data import LETTERS, ChatML, Example, Ledger, Row, question_key
 from lora import base_directory
-from runtime import parallel, runs
-from runtime.files import InputError, json_object, numbered_lines, read_json, write_json, write_jsonl
+from runtime import runs
+from runtime.files import InputError, json_object, numbered_lines, read_json
 from runtime.settings import Tuning
 
 SHOWN = 20  # bad rows that an error message lists
@@ -190,10 +190,9 @@ class Inputs:
     ledgers: dict[str, Ledger]  # by file
 
 
-def load_inputs(settings: Tuning, parent: Path) -> Inputs:
-    """Reads and checks the rows, splits them by question, and turns them into tokens with the tokenizer of `parent`.
-    InputError if rows are bad, a question is on both sides, or no example is left on one."""
-    chat = runs.load_chat(parent, settings.system_prompt or "")
+def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
+    """Reads and checks the rows, splits them by question, and turns them into tokens. InputError if rows are bad, a question
+    is on both sides, or no example is left on one."""
     files = [settings.train, settings.eval] if settings.eval else [settings.train]
     ledgers = {file: Ledger() for file in files}
     parts = [read_rows(file, row_kind(settings), settings.on_bad_row, ledgers[file]) for file in files]
@@ -221,17 +220,6 @@ def row_kind(settings: Tuning) -> str:
     if settings.stage == "mcq":
         return "mcq letter" if settings.letter_only else "mcq"
     return "pairs" if settings.objective == "dpo" else "sft"
-
-
-def write_inputs(run: Path, inputs: Inputs) -> None:
-    """Notes in a run's directory what became of the rows: ledger.json, held_out.jsonl with its truth, questions.json."""
-    if parallel.is_main():
-        by_place = {row.where: row for row in inputs.rows}
-        held_out = [by_place[e.where] for e in inputs.held_out]
-        write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
-        write_jsonl(run / "held_out.jsonl", [row.raw for row in held_out])
-        data.write_truth(run / "held_out.jsonl", held_out)
-        runs.write_questions(run, (question_key(by_place[e.where]) for e in inputs.train))
 
 
 @dataclass

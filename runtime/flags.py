@@ -12,22 +12,21 @@ import os
 import shlex
 import sys
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from runtime.files import InputError
 from runtime.settings import (
+    DEFAULTS,
     DEMO,
+    DEMO_DPO,
+    DEMO_LORA_LR,
     FORMATS,
     METRICS,
     PRECISIONS,
     PRESETS,
     STAGES,
     TRAINING,
-    Command,
-    defaults,
-    flag_name,
-    settle,
 )
 
 OVERVIEW = """\
@@ -41,6 +40,15 @@ The three commands that are typed most:
   python train.py --stage chat --model out/demo-dpo                    talk to what came out
 
 python train.py --stage dpo --help lists the flags of a stage. README.md and docs/ explain them."""
+
+
+@dataclass
+class Command:
+    """The settings of a command line; for each its layer, "default", "demo", "preset" or "flag"; and those in the last."""
+
+    settings: Any
+    origins: dict[str, str]
+    typed: set[str]
 
 
 def parse(argv: list[str]) -> Command:
@@ -161,6 +169,92 @@ def _not_a_flag(word: str, stage: str) -> str:
     return f"there is no flag {flag}; {hint}"
 
 
+# --------------------------------------------------------------------------------------------------- the layers of values
+
+
+def flag_name(name: str) -> str:
+    """ "max_length" -> "--max-length" """
+    return "--" + name.replace("_", "-")
+
+
+def defaults(stage: str) -> dict[str, Any]:
+    """The lowest layer: every field of a stage with its default."""
+    own = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(STAGES[stage])}
+    return own | DEFAULTS.get(stage, {})
+
+
+def settle(stage: str, flags: dict[str, Any]) -> Command:
+    """The settings of a stage from the flags that were typed, not checked yet (`flags.check`)."""
+    layers = {"default": defaults(stage)}
+    preset = PRESETS[flags["preset"]] if flags.get("preset") else {}
+    if stage == "sweep":  # --preset report is a plan of runs, with the report's objective
+        preset = {name: preset[name] for name in ("loss", "beta", "eps") if name in preset}
+    model = flags.get("model", preset.get("model", layers["default"].get("model")))
+    if model == "demo" and stage in DEMO:
+        layers["demo"] = _demo_layer(stage, flags)
+    if preset:
+        layers["preset"] = {name: value for name, value in preset.items() if name in layers["default"]}
+    layers["flag"] = flags
+
+    values, origins = {}, {}
+    for layer, its in layers.items():
+        values |= its
+        origins |= dict.fromkeys(its, layer)
+    if flags.get("loss", "robust") != "robust" and "eps" not in flags:
+        values["eps"] = None  # that of the lower layers belongs to the robust loss
+    settings = STAGES[stage](**values)
+    if "name" in values and settings.name is None:
+        settings.name = default_name(settings)
+    return Command(settings, origins, set(flags))
+
+
+def _demo_layer(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
+    objective = flags.get("objective", "sft") if stage == "qat" else stage
+    values = DEMO_DPO if stage == "qat" and objective == "dpo" else DEMO[stage]
+    if flags.get("lora") and stage in ("dpo", "sweep"):
+        values = values | {"lr": DEMO_LORA_LR}
+    return values
+
+
+def default_name(settings: Any) -> str:
+    """The name of a run that was given none: model, stage, and what changes the model's form."""
+    if settings.stage == "data":
+        return "data"
+    first = (settings.model or [""])[0] if isinstance(settings.model, list) else settings.model or ""
+    model = first.rstrip("/").rpartition("/")[2] or "model"
+    if settings.stage == "merge":
+        return f"{model}-merged"
+    if settings.stage == "quantize":
+        return f"{model}-{settings.to}"
+    if settings.stage == "sweep" and settings.preset:
+        return f"{model}-{settings.preset}"
+    base = getattr(settings, "base", None)
+    parts = [
+        model,
+        settings.stage,
+        getattr(settings, "to", None),
+        "lora" if getattr(settings, "lora", None) else None,
+        base if base in FORMATS else None,
+    ]
+    return "-".join(part for part in parts if part)
+
+
+def from_stored(stored: dict, where: str) -> Any:
+    """The settings in a run.json, {"stage", "settings"}; `where` names the file.
+
+    InputError, which names the setting, for one that this version does not know or that is missing.
+    """
+    stage, values = stored.get("stage"), stored.get("settings")
+    if stage not in STAGES or not isinstance(values, dict):
+        raise InputError(f"{where}: names no stage and settings, so it is another program's or an earlier version's")
+    own = {f.name for f in fields(STAGES[stage])}
+    odd = sorted(own ^ values.keys())
+    if odd:
+        what = "is missing" if odd[0] in own else f"= {values[odd[0]]!r} is none that this version has"
+        raise InputError(f"{where}: the setting {odd[0]} {what}. Go on with the version that wrote it, or start another run")
+    return STAGES[stage](**values)
+
+
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
@@ -239,7 +333,9 @@ def check_limits(settings: Any) -> None:
     """InputError for a value out of range."""
     for f in fields(settings):
         value, limit = getattr(settings, f.name), f.metadata["limit"]
-        if limit and value is not None and not limit.holds(value):
+        if limit is None or value is None or limit.low < value < limit.high:
+            continue
+        if (value, True) not in zip((limit.low, limit.high), limit.ends):
             raise InputError(f"{flag_name(f.name)} {value}: {limit.words}")
 
 
@@ -257,7 +353,7 @@ def _check_training(command: Command) -> None:
         raise InputError(f"--train FILE.jsonl is missing: the rows to tune {settings.model} on")
     if settings.eval and not settings.train:
         raise InputError("--eval needs --train: the demo's own questions are split by --eval-share")
-    if settings.eval and command.given("eval_share"):
+    if settings.eval and "eval_share" in command.typed:
         raise InputError("--eval-share has no effect beside --eval; leave one of them out")
     if settings.max_prompt_length >= settings.max_length:
         raise InputError(
@@ -285,7 +381,7 @@ def _check_objective(command: Command) -> None:
     settings = command.settings
     if settings.objective == "sft":
         for name in ("loss", "beta", "eps", "nll_weight"):
-            if command.given(name):
+            if name in command.typed:
                 raise InputError(f"{flag_name(name)} has no effect in --stage qat --objective sft; leave it out")
 
 
@@ -293,7 +389,7 @@ def _check_adapters(command: Command) -> None:
     settings = command.settings
     if settings.lora is None:
         for name in ("lora_alpha", "lora_dropout", "lora_targets", "base"):
-            if command.given(name):
+            if name in command.typed:
                 raise InputError(f"{flag_name(name)} is for adapters; add --lora RANK (such as 16) or leave it out")
         return
     if settings.base == "bf16" and settings.dtype == "fp32":
@@ -306,7 +402,7 @@ def _check_format(command: Command) -> None:
     settings = command.settings
     if settings.to is None and not getattr(settings, "resume", False):
         raise InputError(f"--to FORMAT is missing; choose one of {', '.join(FORMATS)}")
-    if settings.to in ("int8", "llm.int8") and command.given("block"):
+    if settings.to in ("int8", "llm.int8") and "block" in command.typed:
         raise InputError(f"--to {settings.to} has one scale a row; --block is for the other formats, leave it out")
 
 
@@ -341,19 +437,19 @@ def _check_eval(command: Command) -> None:
         if len(settings.model) > 1:
             raise InputError("--precisions compares the formats of one model; give one --model")
         for name in NOT_ON_CARD:
-            if command.given(name):
+            if name in command.typed:
                 raise InputError(f"{flag_name(name)} has no effect beside --precisions; leave one of them out")
     if len(set(settings.model)) < len(settings.model):
         raise InputError("--model names a model twice")
-    if not settings.data and command.given("letter_only", "on_bad_row"):
+    if not settings.data and command.typed & {"letter_only", "on_bad_row"}:
         raise InputError("--letter-only and --on-bad-row are for --data; held-out rows are read as their run read them")
-    if settings.samples == 0 and command.given("bert", "teacher", "max_new_tokens", "temperature"):
+    if settings.samples == 0 and command.typed & {"bert", "teacher", "max_new_tokens", "temperature"}:
         raise InputError("--bert, --teacher, --max-new-tokens and --temperature need answers; leave --samples 0 out")
     _check_teacher(command)
 
 
 def _check_teacher(command: Command) -> None:
-    if not command.settings.teacher and command.given("price", "budget", "concurrency"):
+    if not command.settings.teacher and command.typed & {"price", "budget", "concurrency"}:
         raise InputError("--price, --budget and --concurrency are for a teacher; add --teacher MODEL or leave them out")
 
 

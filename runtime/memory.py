@@ -24,6 +24,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ from lora import find_origin
 from model import LOGIT_CHUNK, PhiConfig, read_config
 from runtime import parallel
 from runtime.files import InputError
-from runtime.settings import Tuning, flag_name
+from runtime.flags import flag_name
+from runtime.settings import Tuning
 
 # Bits of a weight and its share of the scales: 32 for 64 weights, in nf4-double 8, and 32 for 64 x 256.
 BITS = {"int8": 8, "llm.int8": 8, "nf4": 4.5, "nf4-double": 4.127, "fp4": 4.5, "int4": 4.5, "nf2": 2.5}
@@ -52,7 +54,7 @@ def largest_micro_batch(settings: Tuning, examples: Sequence[Example]) -> int:
     """Its tokens, padding included. Batches are sorted by length, so all of its rows may be as long as the longest."""
     longest = min(max(map(len, examples)), settings.max_length * (2 if settings.objective == "dpo" else 1))
     rows = min(settings.micro_batch_size, settings.batch_size, len(examples))
-    return max(settings.pack, longest) if settings.pack else rows * longest
+    return rows * longest
 
 
 def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
@@ -88,7 +90,7 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     output = head + V * D * (c * (c != s) + 4 * (bf16 and (full or not cuda)))  # bf16 copy, fp32 product
     output += 8 * V * min(tokens, max(1, LOGIT_CHUNK // V))  # logits of some tokens, and their exponentials
     work = tokens * (3 * c * inner + 16 * D) + 8 * D * inner * (settings.base in BITS or (full and bf16))
-    several = bool(settings.pack) or settings.batch_size > settings.micro_batch_size * parallel.size()
+    several = settings.batch_size > settings.micro_batch_size * parallel.size()
     output_layer = (gradients * several, kept, L * copies, output)
     last_block = (gradients if several else head, kept + checkpointing * block, copies * (1 if checkpointing else L), work)
     first_block = (gradients, block, copies, max(work, head))
@@ -117,12 +119,12 @@ def watch_peak(device: str) -> Callable[[], int | None]:
     """Starts to watch; the result tells the peak since then: of tensors on CUDA, else of the process; None if unknown."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-        return lambda: torch.cuda.max_memory_allocated(device)
+        return partial(torch.cuda.max_memory_allocated, device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, back to the present
     except OSError:
         return lambda: None
-    return lambda: read_proc("self/status", "VmHWM")
+    return partial(read_proc, "self/status", "VmHWM")
 
 
 @dataclass
@@ -152,7 +154,7 @@ def find_need(directory: Path, settings: Tuning, examples: Sequence[Example]) ->
 def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
     """What the run needs. InputError if less is free, with the flags that would help."""
     need = find_need(directory, settings, examples)
-    if parallel.largest(need.total > need.free):
+    if need.total > need.free:
         raise InputError(f"{need} on {settings.device}.\n{way_out(directory, settings, examples)}")
     if not settings.device.startswith("cuda") and need.total > 10**9:
         # glibc keeps freed blocks of up to 32 MB for later, and a step took twice its tensors. Now it returns those of 1 MB.
@@ -163,8 +165,7 @@ def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -
 
 def mildest_first(settings: Tuning, examples: Sequence[Example]) -> list[dict]:
     """Flags that save memory: those that cost only time, then adapters and fewer bits, then shorter examples."""
-    fewer_rows = {"pack": max(map(len, examples))} if settings.pack else {"micro_batch_size": 1}
-    steps = [{"gradient_checkpointing": True}, fewer_rows, {"optimizer": "adamw8bit"}]
+    steps = [{"gradient_checkpointing": True}, {"micro_batch_size": 1}, {"optimizer": "adamw8bit"}]
     if settings.stage != "qat":
         lora = {"lora": settings.lora or 16}
         steps.append(lora)

@@ -182,7 +182,9 @@ def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
 
 def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Writes the optimizer's whole state, which any number of ranks can resume from. Of several ranks all must call this."""
-    state = parallel.whole_on_main(_named_state(model, optimizer))
+    state = dict(_named_state(model, optimizer))
+    if parallel.size() > 1:
+        state = parallel.whole_on_main(state.items())
     if parallel.is_main():
         save_file(state, directory / FILE)
 

@@ -12,7 +12,7 @@ the ranks' gradients and leaves each rank the sum for its own rows.
 **Collectives.** A function that combines results waits until all ranks have called it, and so does the forward pass of a
 sharded model. So every rank must make the same calls in the same order:
 
-    every rank runs the same number of forward passes: one that runs out of examples repeats one with weight 0 (`rounds`)
+    every rank runs the same number of forward passes: one that runs out of examples repeats one with weight 0 (`deal`)
     a branch is taken by all ranks or by none: they agree on the condition first (`largest`)
 """
 
@@ -31,10 +31,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
 from runtime.files import InputError
-from runtime.settings import TRAINING, flag_name
+from runtime.flags import flag_name
+from runtime.settings import TRAINING
 
 # For a process that hangs; one that ends is noticed at once. It must exceed anything that one rank does while the others
 # wait, such as writing Phi-2 and its moments, 33 GB, to a disk.
@@ -119,11 +119,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def progress(*args, **kwargs) -> tqdm:
-    """A tqdm progress bar, shown by the main process only."""
-    return tqdm(*args, **kwargs if is_main() else kwargs | {"disable": True})
-
-
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The main process runs the block alone, then the others run it together and find the files that it made: a download in
@@ -179,14 +174,11 @@ def own_device(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------- dividing the work
 
 
-def deal(items: Sequence) -> Sequence:
-    """This rank's items: r, r + n, r + 2n, ... So from a list sorted by length every rank gets short and long items."""
-    return items[rank() :: size()]
-
-
-def rounds(items: int, per_round: int) -> int:
-    """The number of forward passes that every rank must run when `items` are dealt and a pass takes `per_round` of them."""
-    return math.ceil(math.ceil(items / size()) / per_round)
+def deal(items: Sequence, per_round: int) -> list[Sequence]:
+    """This rank's items in rounds of at most `per_round`: r, r + n, r + 2n, ..., so from a list sorted by length every rank
+    gets short and long items. All ranks get the same number of rounds, if need be empty ones."""
+    own = items[rank() :: size()]
+    return [own[i * per_round : (i + 1) * per_round] for i in range(math.ceil(len(items) / (size() * per_round)))]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -260,10 +252,6 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], forward: str, device: s
 def is_dtensor(x: Tensor) -> bool:
     """Whether x is split over the ranks, without the slow import of the class."""
     return hasattr(x, "device_mesh")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(is_dtensor(p) for p in model.parameters())
 
 
 def own(x: Tensor) -> Tensor:

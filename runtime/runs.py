@@ -10,9 +10,11 @@ moments and the step number are the whole state, and a resumed run repeats the u
 Nothing here knows the network: a model is its files.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -25,58 +27,139 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from data import ChatML, Example, Ledger, load_tokenizer
+from data import ChatML, Example, Ledger, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
 from runtime.files import InputError, picture, read_json, whole_directory, whole_file, write_json, write_jsonl
-from runtime.settings import METRICS, TRAINING, Command, flag_name, from_stored
+from runtime.flags import Command, flag_name, from_stored
+from runtime.settings import METRICS, TRAINING
 
 MODEL_FILES = (
     "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json tokenizer*.json "
     "special_tokens_map.json"
 ).split()
+FIRST_FILES = ("questions.json", "ledger.json", "held_out.jsonl", "held_out.truth.jsonl")  # written before run.json
 
 
 # -------------------------------------------------------------------------------------------------- opening and resuming
 
 
-def open_run(settings: Any) -> int:
-    """Makes the directory of a run, with its run.json; returns the step to go on from. Ranks decide together.
+@contextlib.contextmanager
+def open_run(settings: Any, inputs: Any = None) -> Iterator[int]:
+    """A run's directory while a stage writes to it: locked, with its run.json; yields the step to go on from.
 
-    InputError rather than losing earlier work.
+    With --overwrite the earlier run is set aside, and deleted when the block ends. If the block fails before it has saved
+    anything, the earlier run is back. run.json is written last: a directory without it is what a failed start left, and
+    nobody's run. `inputs`: the rows of a training stage (`write_inputs`). InputError rather than losing earlier work.
     """
     run, start = Path(settings.out) / settings.name, None
-    if parallel.is_main():
-        resume = getattr(settings, "resume", False)
-        way_out = "Continue it with --resume, delete" if settings.stage in TRAINING else "Delete"
-        start = _make_directory(run, settings.overwrite, resume, way_out)
-        if not resume:
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
-            stored = asdict(settings)
-            if parallel.size() > 1:
-                stored["device"] = torch.device(settings.device).type  # each rank has its own
-            write_json(run / "run.json", {"stage": settings.stage, "settings": stored, "versions": versions})
-    return parallel.gather(start)[0]
+    with locked(run) if parallel.is_main() else contextlib.nullcontext():
+        if parallel.is_main():
+            _end_overwrite(run, _worth_keeping(run))  # of a process that was killed
+            check_name(settings)
+            resume = getattr(settings, "resume", False)
+            start = max(steps_saved(run), default=0) if resume else 0
+            if (run / "run.json").exists() and not resume:
+                os.replace(run, _set_aside(run))
+            run.mkdir(parents=True, exist_ok=True)
+            if inputs is not None:
+                write_inputs(run, inputs)
+            if not resume:
+                versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
+                stored = asdict(settings)
+                if parallel.size() > 1:
+                    stored["device"] = torch.device(settings.device).type  # each rank has its own
+                write_json(run / "run.json", {"stage": settings.stage, "settings": stored, "versions": versions})
+        if parallel.size() > 1:
+            start = parallel.gather(start)[0]
+        try:
+            yield start
+        except BaseException:
+            if parallel.is_main():
+                _end_overwrite(run, _worth_keeping(run))
+            raise
+        if parallel.is_main():
+            _end_overwrite(run, keep=True)
 
 
-def _make_directory(run: Path, overwrite: bool, resume: bool, way_out: str) -> int:
-    exists = run.exists() and any(run.iterdir())
-    if resume:
-        if not (run / "run.json").exists():
-            raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
-        saved = steps_saved(run)
-        return saved[-1] if saved else 0
-    if exists and overwrite:
-        if not (run / "run.json").exists():
-            raise InputError(f"{run}: has no run.json, so it is not a run of this program and is not deleted")
-        shutil.rmtree(run)
-    elif exists:
-        raise InputError(f"{run} already holds a run. {way_out} it with --overwrite, or give this one another --name.")
-    run.mkdir(parents=True, exist_ok=True)
-    return 0
+def check_name(settings: Any) -> None:
+    """InputError if the run's directory may not be made, since it holds another run or other files."""
+    run = Path(settings.out) / settings.name
+    if getattr(settings, "resume", False):
+        return
+    if (run / "run.json").exists():
+        if not settings.overwrite:
+            way_out = "Continue it with --resume, delete" if settings.stage in TRAINING else "Delete"
+            raise InputError(f"{run} already holds a run. {way_out} it with --overwrite, or give this one another --name.")
+        for path in _files_read(settings):
+            if run.resolve() in (path.resolve(), *path.resolve().parents):
+                raise InputError(f"--overwrite would delete {path}, which this run reads; give it another --name")
+    elif run.exists() and not all(path.name in FIRST_FILES or path.name.startswith(".") for path in run.iterdir()):
+        raise InputError(f"{run} has no run.json, so it is not a run of this program; give this one another --name")
+
+
+def _files_read(settings: Any) -> list[Path]:
+    """The files and directories that a stage's settings name and that exist."""
+    values = [getattr(settings, name, None) for name in ("model", "train", "eval", "data", "reference_model", "bert")]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    return [Path(name) for name in names if Path(name).exists()]
+
+
+def _set_aside(run: Path) -> Path:
+    return run.with_name(f".{run.name}.old")
+
+
+def _worth_keeping(run: Path) -> bool:
+    """Whether a run that did not end well left something to go on with: a checkpoint, a sweep's runs, or results."""
+    return bool(steps_saved(run)) or any(next(run.glob(name), None) for name in ("*/run.json", "results.json", "eval.json"))
+
+
+def _end_overwrite(run: Path, keep: bool) -> None:
+    """Deletes the run that --overwrite has set aside or, unless the new one is to be kept, puts it back."""
+    old = _set_aside(run)
+    if old.exists() and keep:
+        shutil.rmtree(old)
+    elif old.exists():
+        shutil.rmtree(run, ignore_errors=True)
+        os.replace(old, run)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Lets one process at a time work on `path`. With `wait` the next one waits for it, else it is an InputError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, note = FileLock(path.with_name(f".{path.name}.lock")), path.with_name(f".{path.name}.lock.json")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = read_json(note) if note.exists() else {}
+        who = "process {process} on {host}, since {since}".format_map(collections.defaultdict(lambda: "?", holder))
+        if not wait:
+            raise InputError(f"{path} is in use by {who}. Wait until it ends, stop it, or give another --name.") from None
+        print(f"Waiting for {path}, in use by {who}")
+        lock.acquire()
+    try:
+        write_json(note, {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def write_inputs(run: Path, inputs: Any) -> None:
+    """Notes what became of a training stage's rows: questions.json, ledger.json, held_out.jsonl with its truth."""
+    by_place = {row.where: row for row in inputs.rows}
+    seen = {_short(question_key(by_place[example.where])) for example in inputs.train}
+    held_out = [by_place[example.where] for example in inputs.held_out]
+    write_json(run / "questions.json", {"trained on": sorted(seen)})
+    write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
+    write_jsonl(run / "held_out.jsonl", [row.raw for row in held_out])
+    write_truth(run / "held_out.jsonl", held_out)
 
 
 def resume_command(settings: Any) -> str:
@@ -115,11 +198,12 @@ def resumed_settings(command: Command) -> Any:
 
 
 @contextlib.contextmanager
-def checkpoint(run: Path, state: dict) -> Iterator[Path]:
+def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
     """Yields a directory for model and optimizer, which becomes checkpoints/step-N, complete or not at all. `state`: the
     loop's counters, of which "step" is N. All ranks enter; the main one writes."""
     path = checkpoint_directory(run, state["step"])
     with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as directory:
+        save_chat(directory, chat)
         yield directory
         if parallel.is_main():
             write_json(directory / "state.json", state)
@@ -198,7 +282,8 @@ def recording(run: Path, what: str, start: int, total: int) -> Iterator[Record]:
         truncate_metrics(run, start)
         board = SummaryWriter(str(run / "tb"), purge_step=start + 1)
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: in a file each is a line
-    bar = parallel.progress(total=total, initial=start, desc=what, unit="step", mininterval=pause)
+    shown = dict(desc=what, unit="step", mininterval=pause, disable=not parallel.is_main())
+    bar = tqdm(total=total, initial=start, **shown)
     with board as writer, bar:
         yield Record(run, writer, bar)
 
@@ -302,11 +387,6 @@ def save_chat(directory: Path, chat: ChatML) -> None:
             chat.tokenizer.save(str(temporary))
 
 
-def write_questions(run: Path, keys: Iterable[str]) -> None:
-    """Notes which questions a run trains on, as the first 16 hex digits of each key's SHA-256."""
-    write_json(run / "questions.json", {"trained on": sorted({_short(key) for key in keys})})
-
-
 def questions_seen(directory: Path, keys: Iterable[str]) -> int:
     """How many of these questions the run of a model trained on; 0 if that is not recorded."""
     run = training_run(directory)
@@ -316,7 +396,7 @@ def questions_seen(directory: Path, keys: Iterable[str]) -> int:
     return sum(_short(key) in seen for key in keys)
 
 
-def _short(key: str) -> str:
+def _short(key: str) -> str:  # 16 hex digits are enough to tell questions apart
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -336,36 +416,6 @@ def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
         if len(ledger.bad_rows) > 5:
             lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
     return "\n".join(lines)
-
-
-ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
-
-
-def coloured(example: Example, chat: ChatML, colour: bool) -> str:
-    """An example token by token: the prompt coloured by role, supervised tokens underlined in green and red, control tokens
-    inverse. Without colour, every token stands in brackets."""
-
-    def paint(ids: list[int], code: str) -> str:
-        if not colour:
-            return "".join(f"[{chat.decode([i])}]" for i in ids)
-        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
-
-    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
-    starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
-    for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
-        turn = example.prompt[start:end]
-        role = chat.decode(turn[1:]).partition("\n")[0]
-        lines[-1] += paint(turn, ROLE_COLOURS.get(role, "90"))
-    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
-    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
-        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
-    return "\n".join(lines)
-
-
-def describe_settings(settings: Any, origins: dict[str, str]) -> str:
-    """A line a setting, with the layer that it comes from: flag, preset, demo or default."""
-    values = asdict(settings)
-    return "\n".join(f"  {name:24} {value!s:40} {origins.get(name, '')}".rstrip() for name, value in values.items())
 
 
 def metrics_table(measured: dict[str, dict[str, float]]) -> str:
@@ -453,45 +503,40 @@ def _marked(example: Example, answer: str) -> str:
     return f"{marks} {_one_line(answer)[:300]}".strip()
 
 
+PANELS = {  # of figures/training.png: axis label -> metric -> its name and colour
+    "sft": {"loss (nats per token)": {"loss": ("loss", "C0")}},
+    "dpo": {
+        "loss (nats per pair)": {"loss": ("loss", "C0"), "dpo_loss": ("DPO loss (eps = 0)", "C2")},
+        "reward accuracy": {"rewards/accuracies": ("raw", "C0"), "debiased_accuracy": ("debiased", "C2")},
+        "reward: beta * log-ratio to the reference (nats)": {
+            "rewards/chosen": ("chosen", "C2"),
+            "rewards/rejected": ("rejected", "C3"),
+        },
+    },
+}
+
+
 def training_figure(run: Path, objective: str) -> None:
-    """figures/training.png: loss, accuracy and rewards over the steps, from metrics.jsonl."""
-    rows = read_metrics(run)
-    columns, size = (3, (14, 3.8)) if objective == "dpo" else (1, (5, 3.8))
-    with picture(run / "figures" / "training.png", columns, size) as axes:
-        loss, *others = axes
-        _plot_training(loss, rows, "loss", "loss", "C0")
-        _plot_held_out(loss, rows, "loss", "loss", "C0")
-        loss.set(ylabel="nats per pair" if others else "nats per token")
-        if others:
-            accuracy, rewards = others
-            _plot_held_out(loss, rows, "dpo_loss", "DPO loss (eps = 0)", "C2")
-            _plot_training(accuracy, rows, "rewards/accuracies", "raw", "C0")
-            _plot_held_out(accuracy, rows, "rewards/accuracies", "raw", "C0")
-            _plot_held_out(accuracy, rows, "debiased_accuracy", "debiased", "C2")
-            accuracy.set(ylabel="reward accuracy", ylim=(0, 1.05))
-            for name, colour in (("chosen", "C2"), ("rejected", "C3")):
-                _plot_training(rewards, rows, f"rewards/{name}", name, colour)
-                _plot_held_out(rewards, rows, f"rewards/{name}", name, colour)
-            rewards.set(ylabel="reward: beta * log-ratio to the reference (nats)")
-        for axis in axes:
-            axis.set(xlabel="optimizer step")
+    """figures/training.png: the metrics of every step, faint, their means over 20 steps, and dots for the held-out rows."""
+    rows, panels = read_metrics(run), PANELS[objective]
+    shown = [name for metrics in panels.values() for name in metrics]
+    curves = {name: _curve(rows, name) for metric in shown for name in (metric, f"eval_{metric}")}
+    means = {
+        name: [sum(y[max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(len(y))] for name, (_, y) in curves.items()
+    }
+    with picture(run / "figures" / "training.png", len(panels), (5 * len(panels), 3.8)) as axes:
+        for axis, (axis_label, metrics) in zip(axes, panels.items()):
+            for name, (label, colour) in metrics.items():
+                steps, values = curves[name]
+                if steps:
+                    axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+                    axis.plot(steps, means[name], color=colour, alpha=0.8, label=f"{label}, training (mean of 20 steps)")
+                dots = dict(color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
+                axis.plot(*curves[f"eval_{name}"], **dots)
+            axis.set(xlabel="optimizer step", ylabel=axis_label)
             axis.legend(fontsize=7)
 
 
-def _plot_training(axis: Any, rows: list[dict], name: str, label: str, colour: str) -> None:
-    """A metric of every step, faint, and its mean over 20 steps."""
-    steps = [row["step"] for row in rows if name in row]
-    values = [row[name] for row in rows if name in row]
-    means = []
-    for i in range(len(values)):
-        last = values[max(0, i - 19) : i + 1]
-        means.append(sum(last) / len(last))
-    axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
-    axis.plot(steps, means, color=colour, alpha=0.8, linewidth=1.2, label=f"{label}, training (mean of 20 steps)")
-
-
-def _plot_held_out(axis: Any, rows: list[dict], name: str, label: str, colour: str) -> None:
-    measured = [row for row in rows if f"eval_{name}" in row]
-    steps = [row["step"] for row in measured]
-    values = [row[f"eval_{name}"] for row in measured]
-    axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
+def _curve(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """The steps that logged a metric, and its values."""
+    return [row["step"] for row in rows if name in row], [row[name] for row in rows if name in row]

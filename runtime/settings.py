@@ -8,16 +8,13 @@ A value comes from the highest layer that has one:
     demo       DEMO, if --model is the demo: a model of a million parameters wants other rates than Phi-2
     default    DEFAULTS for the stage, else the field's own default below: values for Phi-2
 
-`settle` puts the layers together; `runtime/flags.py` makes flags and help of the fields and checks the values. Neither
-imports torch, so a command line is understood in a fraction of a second.
+`runtime/flags.py` makes flags and help of the fields, puts the layers together and checks the values. Neither file imports
+torch, so a command line is understood in a fraction of a second.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
-
-from runtime.files import InputError
 
 # The names in quant.FORMATS, which needs torch; tests/runtime/test_settings.py compares the two.
 FORMATS = ("int8", "llm.int8", "nf4", "nf4-double", "fp4", "int4", "nf2")
@@ -29,18 +26,20 @@ LOWER_IS_BETTER = ("loss", "dpo_loss")
 
 @dataclass(frozen=True)
 class Limit:
-    """What a value must satisfy, and the words that say so."""
+    """The words for a range, its ends, and whether these are allowed values."""
 
     words: str
-    holds: Callable[[float], bool]
+    low: float
+    high: float
+    ends: tuple[bool, bool]
 
 
-POSITIVE = Limit("must be positive", lambda x: 0 < x < math.inf)
-NOT_NEGATIVE = Limit("must be 0 or more", lambda x: 0 <= x < math.inf)
-BETWEEN = Limit("must lie between 0 and 1", lambda x: 0 < x < 1)
-PROBABILITY = Limit("is a probability: above 0, at most 1", lambda x: 0 < x <= 1)
-DROPOUT = Limit("must lie in [0, 1)", lambda x: 0 <= x < 1)
-FLIP_RATE = Limit("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", lambda x: 0 <= x < 0.5)
+POSITIVE = Limit("must be positive", 0, math.inf, (False, False))
+NOT_NEGATIVE = Limit("must be 0 or more", 0, math.inf, (True, False))
+BETWEEN = Limit("must lie between 0 and 1", 0, 1, (False, False))
+PROBABILITY = Limit("is a probability: above 0, at most 1", 0, 1, (False, True))
+DROPOUT = Limit("must lie in [0, 1)", 0, 1, (True, False))
+FLIP_RATE = Limit("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", 0, 0.5, (True, False))
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: Limit | None = None) -> Any:
@@ -79,17 +78,11 @@ class Machine:
 
 
 @dataclass
-class Seed:
-    """machine"""
-
-    seed: int = setting(0, "of everything that is drawn at random", limit=NOT_NEGATIVE)
-
-
-@dataclass
 class Compute:
     """machine"""
 
     dtype: str | None = setting(None, "compute type (default: bf16 on CUDA, fp32 on a CPU)", ("fp32", "bf16"))
+    seed: int = setting(0, "of everything that is drawn at random", limit=NOT_NEGATIVE)
 
 
 @dataclass
@@ -135,20 +128,6 @@ class SystemPrompt:
 
 
 @dataclass
-class LetterOnly:
-    """data"""
-
-    letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
-
-
-@dataclass
-class WholeText:
-    """objective"""
-
-    whole_text: bool = setting(False, "put the loss on the prompt too")
-
-
-@dataclass
 class Preference:
     """objective"""
 
@@ -175,21 +154,14 @@ class Optimizer:
 
 
 @dataclass
-class MicroBatch:
-    """memory"""
-
-    micro_batch_size: int = setting(4, "examples per forward pass", limit=POSITIVE)
-
-
-@dataclass
 class Memory:
     """memory"""
 
     preset: str | None = setting(
         None, "values for a GPU of that size; report: the report's", ("report", "8gb", "24gb", "80gb")
     )
+    micro_batch_size: int = setting(4, "examples per forward pass", limit=POSITIVE)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
-    pack: int | None = setting(None, "let examples share rows of up to this many tokens", limit=POSITIVE)
     compile: bool = setting(False, "fuse each block's operations with torch.compile")
 
 
@@ -225,13 +197,6 @@ class Format:
 
 
 @dataclass
-class Held:
-    """data"""
-
-    data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
-
-
-@dataclass
 class Asking:
     """teacher"""
 
@@ -245,7 +210,7 @@ class Asking:
 
 
 @dataclass
-class Data(Seed, BadRows, Asking, Run):
+class Data(BadRows, Asking, Run):
     """Build preference pairs from the report's sources, completed by a teacher"""
 
     stage: ClassVar[str] = "data"
@@ -256,15 +221,14 @@ class Data(Seed, BadRows, Asking, Run):
     match_lengths: bool = setting(False, "as many pairs with the longer answer chosen as with the shorter, by source")
     topics: str | None = setting(None, "filled-in copy of topics_to_review.jsonl")
     eval_share: float = setting(0.2, "share of the questions that is kept for tests", limit=BETWEEN)
+    seed: int = setting(0, "of the split and the mixtures", limit=NOT_NEGATIVE)
     model: str | None = setting(None, "model whose tokenizer counts lengths (default: count words)")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
     dry_run: bool = setting(False, "say what the teacher would be asked and what it would cost")
 
 
 @dataclass
-class Tuning(
-    Start, Rows, SystemPrompt, BadRows, Optimizer, MicroBatch, Memory, Checkpoints, Machine, Compute, Seed, Resume, Run
-):
+class Tuning(Start, Rows, SystemPrompt, BadRows, Optimizer, Memory, Checkpoints, Machine, Compute, Resume, Run):
     """What every training stage has. A class variable below is a setting that the stage does not leave open."""
 
     letter_only: ClassVar[bool] = False
@@ -272,11 +236,12 @@ class Tuning(
 
 
 @dataclass
-class Sft(WholeText, Adapters, Tuning):
+class Sft(Adapters, Tuning):
     """Supervised fine-tuning: learn the reference answers"""
 
     stage: ClassVar[str] = "sft"
     objective: ClassVar[str] = "sft"
+    whole_text: bool = setting(False, "put the loss on the prompt too")
 
 
 @dataclass
@@ -288,11 +253,12 @@ class Dpo(Preference, Adapters, Tuning):
 
 
 @dataclass
-class Mcq(LetterOnly, Adapters, Tuning):
+class Mcq(Adapters, Tuning):
     """Multiple choice: learn to explain and name the letter"""
 
     stage: ClassVar[str] = "mcq"
     objective: ClassVar[str] = "sft"
+    letter_only: bool = setting(False, "answer with the letter alone, without explaining first")
 
 
 @dataclass
@@ -314,19 +280,23 @@ class Quantize(Source, Format, Machine, Run):
 
 
 @dataclass
-class Merge(Source, Held, Machine, Run):
+class Merge(Source, Machine, Run):
     """Make one plain model of adapters and their base"""
 
     stage: ClassVar[str] = "merge"
+    data: str | None = setting(None, "JSONL file to compare on (default: what the model's run held out)")
 
 
 @dataclass
-class Eval(Held, LetterOnly, SystemPrompt, BadRows, Asking, MicroBatch, Machine, Compute, Seed, Run):
+class Eval(SystemPrompt, BadRows, Asking, Machine, Compute, Run):
     """Measure models side by side, or one model in several number formats"""
 
     stage: ClassVar[str] = "eval"
     model: list[str] = settings_list("one or more directories or hub names", "MODEL")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
+    letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
+    micro_batch_size: int = setting(16, "examples per forward pass", limit=POSITIVE)
     precisions: str | None = setting(None, "report card: formats to compare, such as fp32,int8,nf4-double")
     reference_model: str | None = setting(None, "model that rewards are measured from (default: its parent)")
     beta: float = setting(0.1, "of the DPO loss", limit=POSITIVE)
@@ -349,7 +319,7 @@ class Sweep(Dpo):
 
 
 @dataclass
-class Chat(Source, SystemPrompt, Machine, Compute, Seed):
+class Chat(Source, SystemPrompt, Machine, Compute):
     """Talk to a model in the terminal"""
 
     stage: ClassVar[str] = "chat"
@@ -371,7 +341,6 @@ DEFAULTS = {
     "mcq": SFT_DEFAULTS,
     "qat": SFT_DEFAULTS,
     "sweep": dict(samples=0),
-    "eval": dict(micro_batch_size=16),
 }
 
 # fmt: off
@@ -403,126 +372,3 @@ PRESETS = {
     "80gb": LEAN | dict(max_length=2048, max_prompt_length=1024, micro_batch_size=8),
 }
 # fmt: on
-
-
-@dataclass
-class Command:
-    """The settings of a command line, and for each its layer: "default", "demo", "preset" or "flag"."""
-
-    settings: Any
-    origins: dict[str, str]
-
-    def given(self, *names: str) -> bool:
-        """Whether one of these flags was typed."""
-        return any(self.origins.get(name) == "flag" for name in names)
-
-
-def flag_name(name: str) -> str:
-    """ "max_length" -> "--max-length" """
-    return "--" + name.replace("_", "-")
-
-
-def defaults(stage: str) -> dict[str, Any]:
-    """The lowest layer: every field of a stage with its default."""
-    own = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(STAGES[stage])}
-    return own | DEFAULTS.get(stage, {})
-
-
-def settle(stage: str, flags: dict[str, Any]) -> Command:
-    """The settings of a stage from the flags that were typed, not checked yet (`flags.check`)."""
-    layers = {"default": defaults(stage)}
-    preset = PRESETS[flags["preset"]] if flags.get("preset") else {}
-    if stage == "sweep":  # --preset report is a plan of runs, with the report's objective
-        preset = {name: preset[name] for name in ("loss", "beta", "eps") if name in preset}
-    model = flags.get("model", preset.get("model", layers["default"].get("model")))
-    if model == "demo" and stage in DEMO:
-        layers["demo"] = _demo_layer(stage, flags)
-    if preset:
-        layers["preset"] = {name: value for name, value in preset.items() if name in layers["default"]}
-    layers["flag"] = flags
-
-    values, origins = {}, {}
-    for layer, its in layers.items():
-        values |= its
-        origins |= dict.fromkeys(its, layer)
-    if flags.get("loss", "robust") != "robust" and "eps" not in flags:
-        values["eps"] = None  # that of the lower layers belongs to the robust loss
-    return Command(STAGES[stage](**values), origins)
-
-
-def _demo_layer(stage: str, flags: dict[str, Any]) -> dict[str, Any]:
-    objective = flags.get("objective", "sft") if stage == "qat" else stage
-    values = DEMO_DPO if stage == "qat" and objective == "dpo" else DEMO[stage]
-    if flags.get("lora") and stage in ("dpo", "sweep"):
-        values = values | {"lr": DEMO_LORA_LR}
-    return values
-
-
-def default_name(settings: Any) -> str:
-    """The name of a run that was given none: model, stage, and what changes the model's form."""
-    if settings.stage == "data":
-        return "data"
-    first = settings.model[0] if isinstance(settings.model, list) else settings.model
-    model = first.rstrip("/").rpartition("/")[2] or "model"
-    if settings.stage == "merge":
-        return f"{model}-merged"
-    if settings.stage == "quantize":
-        return f"{model}-{settings.to}"
-    if settings.stage == "sweep" and settings.preset:
-        return f"{model}-{settings.preset}"
-    base = getattr(settings, "base", None)
-    parts = [
-        model,
-        settings.stage,
-        getattr(settings, "to", None),
-        "lora" if getattr(settings, "lora", None) else None,
-        base if base in FORMATS else None,
-    ]
-    return "-".join(part for part in parts if part)
-
-
-# ------------------------------------------------------------------------------------------- settings of an earlier run
-
-# Settings that earlier versions had, with the values that mean what this version does anyway.
-RETIRED = {
-    "reference": ("cached",),
-    "attention": ("sdpa",),
-    "offload_optimizer": (False,),
-    "demo_rows": (None, 26_000, 7_000, 4_000),
-    "flip_rate": (None, 0.2),
-    "independent": (False,),
-    "other_models": ([],),
-    "double": (False,),
-    "threshold": (None,),
-    "output_layer": (False,),
-    "batch": (False,),
-    "bert_layer": (None,),
-    "bert_idf": (False,),
-    "bert_baseline": (None,),
-}
-
-
-def from_stored(stored: dict, where: str) -> Any:
-    """The settings in a run.json: {"stage", "settings"}, or {"config"} of versions before; `where` names the file.
-
-    InputError, which names the setting, for one that this version does not know or that is missing.
-    """
-    values = stored.get("settings", stored.get("config"))
-    stage = stored.get("stage", values.get("stage") if isinstance(values, dict) else None)
-    if stage not in STAGES or not isinstance(values, dict):
-        raise InputError(f"{where}: this is no run.json of this program: it names no stage and settings")
-    own = {f.name for f in fields(STAGES[stage])}
-    elsewhere = {f.name for other in STAGES.values() for f in fields(other)} | {"stage", "objective"}
-    for name, value in values.items():
-        inert = value in RETIRED[name] if name in RETIRED else "config" in stored and name in elsewhere
-        if name not in own and not inert:
-            raise InputError(
-                f"{where}: the run was started with {name} = {value!r}, a setting that this version does not have. Go on "
-                "with the version that started it, or start another run."
-            )
-    missing = sorted(own - values.keys())
-    if missing:
-        raise InputError(f"{where}: the setting {missing[0]} is missing; start another run, with another --name")
-    if "config" in stored:  # there, None stood for the default
-        values = {name: defaults(stage)[name] if values[name] is None else values[name] for name in own}
-    return STAGES[stage](**{name: values[name] for name in own})

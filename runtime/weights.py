@@ -269,7 +269,8 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(parallel.whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        tensor = parallel.whole(tensor) if parallel.size() > 1 else tensor
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from data import ChatML, load_tokenizer
 from generate import generate
 from model import Phi
 from runtime.files import InputError, write_jsonl
-from runtime.settings import settle
+from runtime.flags import settle
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -416,7 +416,7 @@ sys.path.insert(0, root)
 from chat import converse
 from data import ChatML, load_tokenizer
 from model import Phi
-from runtime.settings import settle
+from runtime.flags import settle
 if sys.stdin.isatty():
     import fcntl, termios
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the controlling terminal, which sends the signal for Ctrl-C

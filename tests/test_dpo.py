@@ -23,7 +23,7 @@ from dpo import (
     sigmoid_loss,
 )
 from runtime.files import InputError
-from runtime.settings import settle
+from runtime.flags import settle
 from train import check_loss, check_start
 
 GRID = torch.linspace(-30, 30, 241, dtype=torch.float64)

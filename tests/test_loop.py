@@ -17,9 +17,9 @@ from lora import add_lora
 from model import Phi, PhiConfig, all_logprobs
 from prepare.rows import Inputs, load_inputs
 from runtime.files import InputError, read_json, write_jsonl
+from runtime.flags import settle
 from runtime.optimizer import learning_rate, make_optimizer
 from runtime.runs import read_metrics, steps_saved, stored_settings
-from runtime.settings import settle
 from runtime.weights import fingerprint
 from train import (
     Reference,
@@ -98,10 +98,7 @@ def test_the_dpo_gradient_is_that_of_the_mean_over_the_steps_pairs(tiny):
 
 
 def test_a_forward_pass_has_at_most_a_micro_batch_of_rows_of_similar_length():
-    parts = list(micro_batches(unsorted_examples(2), settings_of("dpo")))
-    assert [part.indices for part in parts] == [[0, 3, 1], [5, 6, 4], [2]]
-    assert [part.batch.tokens.shape[0] for part in parts] == [3, 3, 1]
-    assert [part.weight for part in parts] == [1, 1, 1]
+    assert micro_batches(unsorted_examples(2), 3) == [[0, 3, 1], [5, 6, 4], [2]]
 
 
 @pytest.mark.parametrize("size, named", [(1, [2, 5]), (3, [0, 1, 3])])
@@ -146,20 +143,6 @@ def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(ti
     reference = references(examples)
     one, eight = (step(model, examples, reference, settings_of("dpo", micro_batch_size=size)) for size in (1, 8))
     assert_same_step(one, eight)
-
-
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-@pytest.mark.parametrize("pack, fewest, most", [(1, 8, 8), (100, 2, 7), (10_000, 1, 1)])
-def test_a_packed_step_has_the_gradient_and_metrics_of_one_that_is_not(tiny, stage, pack, fewest, most):
-    examples, model = chat_examples(tiny, stage), Phi.from_pretrained(tiny)
-    reference = references(examples) if stage == "dpo" else None
-    settings = settings_of(stage, pack=pack)
-    parts = list(micro_batches(examples, settings))
-    assert sorted(i for part in parts for i in part.indices) == list(range(8)) and fewest <= len(parts) <= most
-    assert all(len(part.batch.tokens) == 1 for part in parts)  # one row
-    assert all((part.batch.example >= 0).all() for part in parts)  # without padding
-    packed = step(model, examples, reference, settings)
-    assert_same_step(packed, step(model, examples, reference, replace(settings, pack=None)))
 
 
 def test_a_compiled_step_is_the_eager_one_with_one_graph_for_all_layers_and_lengths(tiny, tmp_path):

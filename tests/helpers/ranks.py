@@ -23,8 +23,8 @@ from model import Phi, completion_logprobs  # noqa: E402
 from quant import train_quantized  # noqa: E402
 from runtime import parallel  # noqa: E402
 from runtime.files import InputError  # noqa: E402
+from runtime.flags import settle  # noqa: E402
 from runtime.optimizer import AdamW8bit  # noqa: E402
-from runtime.settings import settle  # noqa: E402
 from train import clip_gradients, step_gradients  # noqa: E402
 
 TINY, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])

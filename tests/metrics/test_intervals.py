@@ -10,7 +10,7 @@ import demo
 from data import ChatML, Ledger, encode, load_tokenizer
 from metrics.intervals import bootstrap, debiased, estimate_flip_rate, mean, ratio, share
 from model import Phi, all_logprobs
-from runtime.settings import settle
+from runtime.flags import settle
 from train import step_gradients
 
 

@@ -21,7 +21,8 @@ from prepare.sources import Item
 from prepare.teacher import open_teacher
 from runtime import flags
 from runtime.files import InputError, read_json, write_jsonl
-from runtime.settings import Data, default_name, from_stored
+from runtime.flags import default_name, from_stored
+from runtime.settings import Data
 from train import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,7 @@ from metrics.preferences import flips
 from metrics.text import grades
 from prepare.rows import kind_of, load_inputs, parse_mcq, parse_pair, parse_sft, read_rows
 from runtime.files import InputError, read_json, write_jsonl
-from runtime.settings import settle
+from runtime.flags import settle
 from train import main
 
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}

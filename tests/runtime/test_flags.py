@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from runtime.files import InputError
-from runtime.flags import overview, parse, stage_help
-from runtime.settings import STAGES, TRAINING, flag_name
+from runtime.flags import flag_name, overview, parse, stage_help
+from runtime.settings import STAGES, TRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
 

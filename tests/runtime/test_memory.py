@@ -16,8 +16,9 @@ from lora import add_lora
 from model import Phi, PhiConfig
 from runtime import memory
 from runtime.files import InputError, read_json, write_jsonl
+from runtime.flags import settle
 from runtime.memory import BITS, check_fits, estimate, find_need, largest_micro_batch, parameters
-from runtime.settings import FORMATS, PRESETS, settle
+from runtime.settings import FORMATS, PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PHI2 = PhiConfig()
@@ -75,8 +76,6 @@ def test_the_largest_micro_batch():
     examples = [pair(n) for n in (1, 10, 20, 30)]
     two = settings(batch_size=4, micro_batch_size=2)
     assert largest_micro_batch(two, examples) == 2 * (30 + 2 + 3)
-    assert largest_micro_batch(replace(two, pack=60), examples) == 60
-    assert largest_micro_batch(replace(two, pack=20), examples) == 35  # a longer example has its own row
     assert largest_micro_batch(replace(two, max_length=10), examples) == 2 * 2 * 10
 
 
@@ -101,7 +100,7 @@ from lora import add_lora
 from model import Phi, completion_logprobs, read_config
 from runtime.memory import estimate, largest_micro_batch, read_proc, watch_peak
 from runtime.optimizer import make_optimizer
-from runtime.settings import settle
+from runtime.flags import settle
 
 def steps(directory: Path, examples: list[Example], settings) -> None:
     bf16 = settings.dtype == "bf16"

@@ -10,7 +10,7 @@ import torch
 
 from runtime import parallel
 from runtime.files import InputError, read_json
-from runtime.settings import settle
+from runtime.flags import settle
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "ranks.py"
 CHECKS = re.findall(r"^def (check_\w+)", WORKER.read_text(), re.MULTILINE)

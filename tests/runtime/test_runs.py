@@ -19,7 +19,7 @@ from data import ChatML, load_tokenizer
 from lora import add_lora, lora_layers
 from model import Phi
 from runtime.files import InputError, read_json, write_json
-from runtime.flags import parse
+from runtime.flags import parse, settle
 from runtime.optimizer import load_optimizer, make_optimizer
 from runtime.runs import (
     checkpoint_directory,
@@ -41,7 +41,6 @@ from runtime.runs import (
     write_questions,
     write_table,
 )
-from runtime.settings import settle
 from runtime.weights import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,24 +179,18 @@ def edit_run_json(directory, edit):
     write_json(directory / "run" / "run.json", edit(stored))
 
 
-def old_form(stored):
-    """run.json of earlier versions: the settings of all stages in one, under "config"."""
-    return {"config": stored["settings"] | {"stage": "dpo", "objective": "dpo", "reference": "cached", "top_p": 0.95}}
-
-
-def test_a_run_of_an_earlier_version_resumes_where_its_settings_still_mean_something(tmp_path):
-    open_run(settings_in(tmp_path, beta=0.7))
-    edit_run_json(tmp_path, old_form)
-    assert resumed(tmp_path) == settings_in(tmp_path, beta=0.7, resume=True)
-    edit_run_json(tmp_path, lambda old: {"config": old["config"] | {"reference": "live"}})
-    with pytest.raises(InputError, match="run.json: the run was started with reference = 'live', a setting that"):
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    """There run.json held the settings of all stages in one, under "config"."""
+    open_run(settings_in(tmp_path))
+    edit_run_json(tmp_path, lambda stored: {"config": stored["settings"] | {"stage": "dpo", "reference": "cached"}})
+    with pytest.raises(InputError, match="run.json: names no stage and settings, so it is .* an earlier version's"):
         resumed(tmp_path)
 
 
 def test_a_setting_that_is_unknown_or_missing_is_named_in_one_line(tmp_path, capsys):
     command = ["--stage", "dpo", "--out", str(tmp_path), "--name", "run", "--resume"]
     for change, message in (
-        (lambda settings: settings | {"sparkle": 3}, "the run was started with sparkle = 3, a setting that this version"),
+        (lambda settings: settings | {"sparkle": 3}, "the setting sparkle = 3 is none that this version has"),
         (lambda settings: {k: v for k, v in settings.items() if k != "beta"}, "the setting beta is missing"),
     ):
         open_run(settings_in(tmp_path, overwrite=True))
@@ -314,7 +307,7 @@ import train
 from data import ChatML, load_tokenizer
 from model import Phi
 from runtime.optimizer import make_optimizer
-from runtime.settings import settle
+from runtime.flags import settle
 
 class Deadly(dict):
     def items(self):
@@ -492,5 +485,5 @@ def test_a_model_of_an_earlier_version_brings_its_system_prompt_even_where_its_r
     write_json(run / "run.json", {"config": {"stage": "sft", "sparkle": 3, "system_prompt": "Be brief."}})
     assert load_chat(run).system_prompt == "Be brief."
     assert load_chat(run, "Be loud.").system_prompt == "Be loud."
-    with pytest.raises(InputError, match="sparkle = 3"):
+    with pytest.raises(InputError, match="an earlier version's"):
         stored_settings(run)

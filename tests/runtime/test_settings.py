@@ -7,7 +7,8 @@ import pytest
 import dpo
 import quant
 from runtime.files import InputError
-from runtime.settings import DEMO, FORMATS, PRESETS, STAGES, TRAINING, default_name, from_stored, settle
+from runtime.flags import default_name, from_stored, settle
+from runtime.settings import DEMO, FORMATS, PRESETS, STAGES, TRAINING
 
 
 def names(stages):
@@ -67,47 +68,8 @@ def test_stored_settings_come_back():
     assert from_stored(stored(lr=3e-4), "run.json") == settle("dpo", {"model": "x", "train": "y", "lr": 3e-4}).settings
 
 
-def test_a_run_of_an_earlier_version_is_understood_where_its_settings_mean_the_same():
-    """Before, run.json held the settings of all stages under "config"."""
-    old = stored()["settings"] | {
-        "stage": "dpo",
-        "objective": "dpo",
-        "reference": "cached",
-        "demo_rows": 7000,
-        "top_p": 0.95,
-    }
-    assert from_stored({"config": old}, "run.json").lr == 1e-5
-    with pytest.raises(InputError, match="run.json: the run was started with reference = .live., a setting that"):
-        from_stored({"config": old | {"reference": "live"}}, "run.json")
-
-
-# The whole run.json of a run by an earlier version.
-EARLIER = dict(
-    stage='sft', model='demo', other_models=[], revision=None, name='demo-sft', out='/tmp/cmp_old', resume=False,
-    overwrite=True, dry_run=False, to=None, block=None, double=False, threshold=None, output_layer=False, compile=False,
-    objective='sft', precisions=None, data=None, reference_model=None, bert=None, bert_layer=None, bert_idf=False,
-    bert_baseline=None, grid=None, full_grid=False, seeds=1, preset=None, prompt=None, temperature=None, top_p=0.95,
-    max_new_tokens=256, sources=None, sizes='', shares='', shares_by='source', independent=False, match_lengths=False,
-    topics=None, teacher=None, concurrency=8, batch=False, price=None, budget=None, letter_only=False, train=None,
-    eval=None, eval_share=0.01, on_bad_row='stop', system_prompt=None, max_length=1024, max_prompt_length=512,
-    whole_text=False, demo_rows=26000, flip_rate=None, loss=None, beta=None, eps=None, nll_weight=0.0,
-    reference='cached', lora=None, lora_alpha=None, lora_dropout=None, lora_targets=None, base=None, lr=0.0015,
-    schedule='cosine', warmup_steps=50, epochs=1, max_steps=120, batch_size=8, micro_batch_size=8, optimizer='adamw',
-    offload_optimizer=False, adam_beta2=0.99, weight_decay=0.0, clip=1.0, gradient_checkpointing=False, pack=None,
-    attention='sdpa', dtype='fp32', device='cpu', seed=0, eval_every=1000, save_every=1000, keep=2, metric='loss',
-    patience=None, samples=0,
-)  # fmt: skip
-
-
-def test_a_whole_run_json_of_an_earlier_version_is_understood():
-    read = from_stored({"config": EARLIER}, "run.json")
-    assert (read.stage, read.lr, read.batch_size, read.max_steps, read.lora_dropout) == ("sft", 0.0015, 8, 120, 0.0)
-    with pytest.raises(InputError, match="with independent = True, a setting that this version does not have"):
-        from_stored({"config": EARLIER | {"independent": True}}, "run.json")
-
-
 def test_a_setting_that_is_unknown_or_missing_is_named():
-    with pytest.raises(InputError, match="with sparkle = 3, a setting that this version does not have"):
+    with pytest.raises(InputError, match="run.json: the setting sparkle = 3 is none that this version has"):
         from_stored(stored(sparkle=3), "run.json")
     cut = stored()
     del cut["settings"]["beta"]
@@ -119,5 +81,5 @@ def test_a_setting_that_is_unknown_or_missing_is_named():
     "broken", [{}, {"stage": "dpo"}, {"stage": "dance", "settings": {}}, {"settings": [1]}, {"config": 7}]
 )
 def test_a_foreign_run_json_is_refused_in_one_line(broken):
-    with pytest.raises(InputError, match="x/run.json: this is no run.json of this program"):
+    with pytest.raises(InputError, match="x/run.json: names no stage and settings"):
         from_stored(broken, "x/run.json")
