@@ -145,11 +145,10 @@ class Row:
     messages: list[dict]  # the prompt: {"role": "system" | "user" | "assistant", "content": text}, the last a user's
     completions: list[str]  # [completion] for SFT, [chosen, rejected] for pairs
     where: str  # "file:line", for messages
-    extra: dict  # fields that the format does not name; only a question's topic is read from them
+    raw: dict = field(repr=False)  # the whole row as it was read, to write it again; a question's topic is in it
     choices: list[str] = field(default_factory=list)  # the options of a multiple-choice question
     answer: int | None = None  # index of the right option
     truth: Truth | None = None
-    raw: dict = field(default_factory=dict, repr=False, compare=False)  # the whole row as it was read, to write it again
 
 
 @dataclass
@@ -247,7 +246,7 @@ class Example:
     prompt: list[int]
     completions: list[list[int]]
     where: str = ""
-    extra: dict = field(default_factory=dict)
+    raw: dict = field(default_factory=dict)  # the row
     question: str = ""  # the last message as text, to be shown
     texts: list[str] = field(default_factory=list)  # the completions as text
     choices: list[str] = field(default_factory=list)  # these three as in the row
@@ -281,7 +280,7 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
         ledger.kept += 1
         ledger.trimmed += prompt is not whole
         known = dict(texts=row.completions, choices=row.choices, answer=row.answer, truth=row.truth)
-        examples.append(Example(prompt, completions, row.where, row.extra, row.messages[-1]["content"], **known))
+        examples.append(Example(prompt, completions, row.where, row.raw, row.messages[-1]["content"], **known))
     return examples
 
 

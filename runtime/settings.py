@@ -254,10 +254,7 @@ class Data(Seed, BadRows, Asking, Run):
     shares: str = setting("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)")
     shares_by: str = setting("source", "what --shares names", ("source", "topic"))
     match_lengths: bool = setting(False, "as many pairs with the longer answer chosen as with the shorter, by source")
-    topics: str | None = setting(None, "filled-in copy of topics_to_review.jsonl")
     eval_share: float = setting(0.2, "share of the questions that is kept for tests", limit=BETWEEN)
-    model: str | None = setting(None, "model whose tokenizer counts lengths (default: count words)")
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
     dry_run: bool = setting(False, "say what the teacher would be asked and what it would cost")
 
 
@@ -499,6 +496,7 @@ RETIRED = {
     "bert_layer": (None,),
     "bert_idf": (False,),
     "bert_baseline": (None,),
+    "topics": (None,),
 }
 
 

@@ -207,16 +207,16 @@ BAD_ROWS = [
     ("pairs", {**GOOD["pairs"], "rejected": "4"}, '"chosen" and "rejected" are the same text'),
     ("pairs", {**GOOD["pairs"], "prompt": 7}, '"prompt" is neither text nor a list of messages'),
     ("pairs", {**GOOD["pairs"], "prompt": "  "}, '"prompt"'),
-    ("pairs", {**GOOD["pairs"], "prompt": ["2+2?"]}, '"prompt"[0] is not a message'),
-    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "tool", "content": "!"}]}, '"prompt"[1] has the role'),
-    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "system", "content": "!"}]}, '"prompt"[1] has the role'),
+    ("pairs", {**GOOD["pairs"], "prompt": ["2+2?"]}, '"prompt"[0] is no message of'),
+    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "tool", "content": "!"}]}, '"prompt"[1] is no message of'),
+    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "system", "content": "!"}]}, '"prompt"[1] is no message of'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("")]}, '"prompt[0].content" is empty'),
     ("pairs", {**GOOD["pairs"], "prompt": ""}, '"prompt" is empty'),
-    ("pairs", {**GOOD["pairs"], "prompt": []}, '"prompt" holds no message'),
+    ("pairs", {**GOOD["pairs"], "prompt": []}, '"prompt" is neither text nor a list'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("?"), assistant("!")]}, '"prompt" ends with the assistant'),
     ("sft", {"prompt": "2+2?"}, '"completion" is missing'),
     ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion" is dict, not text'),
-    ("sft", {"messages": [user("2+2?")]}, '"messages" does not end with the assistant'),
+    ("sft", {"messages": [user("2+2?")]}, '"messages" ends with the user, not with the assistant'),
     ("sft", {"messages": [assistant("4")]}, '"messages"'),
     ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message before the last'),
     ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no user message before'),
@@ -267,23 +267,22 @@ def test_absent_and_empty_files_are_errors_that_name_them(tmp_path):
         read(tmp_path, "sft", b"")
 
 
-def test_pair_keeps_messages_and_the_fields_that_the_format_does_not_name(tmp_path):
+def test_pair_keeps_messages_and_the_whole_row(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, user("2+2?"), assistant("4"), user("Sure?")]
-    (row,), _, path = read(
-        tmp_path, "pairs", {"prompt": messages, "chosen": "Yes.", "rejected": "No.", "topic": "sums", "flipped": True}
-    )
-    assert row == Row(messages, ["Yes.", "No."], f"{path}:1", {"topic": "sums", "flipped": True})
+    raw = {"prompt": messages, "chosen": "Yes.", "rejected": "No.", "topic": "sums", "flipped": True}
+    (row,), _, path = read(tmp_path, "pairs", raw)
+    assert row == Row(messages, ["Yes.", "No."], f"{path}:1", raw)
 
 
 def test_of_a_message_the_role_and_the_text_are_kept(tmp_path):
     named = {**user("2+2?"), "name": "Ada", "weight": 1}
     (row,), _, _ = read(tmp_path, "sft", {"messages": [named, assistant("4")], "prompt": "another", "id": 7})
-    assert row.messages == [user("2+2?")] and row.extra == {"id": 7}
+    assert row.messages == [user("2+2?")] and row.raw["id"] == 7
 
 
 def test_a_text_prompt_is_one_user_message(tmp_path):
     (row,), _, _ = read(tmp_path, "pairs", GOOD["pairs"])
-    assert row.messages == [user("2+2?")] and row.completions == ["4", "5"] and row.extra == {}
+    assert row.messages == [user("2+2?")] and row.completions == ["4", "5"]
 
 
 def test_completions_in_trl_s_form_are_their_text(tmp_path):
@@ -298,7 +297,7 @@ def test_sft_row_of_messages_learns_the_last_one(tmp_path):
         tmp_path, "sft", {"messages": messages, "id": 7}, {"prompt": [user("2+2?")], "completion": [assistant("4")]}
     )
     assert rows[0].messages == messages[:3]
-    assert rows[0].completions == ["Yes."] and rows[0].extra == {"id": 7}
+    assert rows[0].completions == ["Yes."] and rows[0].raw["id"] == 7
     assert rows[1].messages == [user("2+2?")] and rows[1].completions == ["4"]
 
 
@@ -618,7 +617,7 @@ def mcq(**change):
 def test_multiple_choice_explains_first_and_ends_with_the_letter():
     row = parse_mcq(mcq())
     assert row.messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
-    assert row.completions == ["It is so.\n\nAnswer: B"] and row.extra == {"topic": "x"}
+    assert row.completions == ["It is so.\n\nAnswer: B"] and row.raw == mcq()
     assert row.choices == ["red", "blue"] and row.answer == 1
     assert parse_mcq(mcq(explanation=None)).completions == ["Answer: B"]
     assert parse_mcq(mcq(), letter_only=True).completions == ["B"]
@@ -641,9 +640,7 @@ def test_options_without_a_heading_and_the_last_of_several_headings():
     assert written_options("Which?") == []
 
 
-def test_the_fields_that_the_format_does_not_name_are_kept_and_no_others():
-    row = parse_mcq(mcq(source="book"))
-    assert (row.extra, row.choices, row.answer) == ({"topic": "x", "source": "book"}, ["red", "blue"], 1)
+def test_an_explanation_is_stripped_and_ten_options_have_letters():
     assert parse_mcq(mcq(explanation="  So.\n")).completions == ["So.\n\nAnswer: B"]
     ten = [str(i) for i in range(10)]
     assert parse_mcq(mcq(choices=ten, answer="J")).messages[0]["content"].endswith("\nJ. 9\n\nAnswer:")

@@ -22,9 +22,8 @@ from data import (
 from metrics.preferences import flips
 from metrics.text import grades
 from prepare.rows import kind_of, load_inputs, parse_mcq, parse_pair, parse_sft, read_rows
-from runtime.files import InputError, read_json, write_jsonl
+from runtime.files import InputError, write_jsonl
 from runtime.settings import settle
-from train import main
 
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 OWN = {"answer": "3", "kind": "motion", "letter": "A", "choices": None, "flipped": "false"}
@@ -56,22 +55,20 @@ def test_a_broken_first_line_does_not_decide_the_kind(tmp_path):
 
 def test_only_the_format_s_own_fields_have_a_meaning():
     row = parse_pair(PAIR | OWN, "f:1")
-    assert row == Row([{"role": "user", "content": "2 + 2?"}], ["4", "5"], "f:1", OWN)
+    assert row == Row([{"role": "user", "content": "2 + 2?"}], ["4", "5"], "f:1", PAIR | OWN)
     assert (row.choices, row.answer, row.truth) == ([], None, None)
     sft = parse_sft({"prompt": "2 + 2?", "completion": "4", **OWN})
-    assert sft.extra == OWN and (sft.choices, sft.answer, sft.truth) == ([], None, None)
+    assert (sft.choices, sft.answer, sft.truth) == ([], None, None)
     mcq = parse_mcq({"question": "?", "choices": ["a", "b"], "answer": "B", "letter": "A", "flipped": True})
-    assert mcq.extra == {"letter": "A", "flipped": True} and (mcq.choices, mcq.answer) == (["a", "b"], 1)
+    assert (mcq.choices, mcq.answer, mcq.truth) == (["a", "b"], 1, None)
 
 
-def test_pairs_with_fields_of_their_own_train(tiny, tmp_path, capsys):
-    write_jsonl(tmp_path / "pairs.jsonl", [row | OWN for row in pair_rows(40)])
-    flags = ["--stage", "dpo", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path)]
-    flags += ["--name", "run", "--max-steps", "1", "--samples", "2", "--device", "cpu"]
-    assert main(flags) == 0
-    measured = read_json(tmp_path / "run" / "results.json")["after"]["metrics"]
-    assert not {"clean reward accuracy", "sampled: right letter", "sampled: right method"} & set(measured)
-    assert "right:" not in capsys.readouterr().out
+def test_pairs_with_fields_of_their_own_have_no_truth_to_measure(tiny, tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [row | OWN for row in pair_rows(9)])
+    rows = read_rows(tmp_path / "pairs.jsonl", "pairs", "stop", Ledger())
+    examples = encode(rows, ChatML(load_tokenizer(tiny)), 100, 50, Ledger())
+    assert {(e.answer, e.truth, *e.choices) for e in examples} == {(None, None)} and len(examples) == 9
+    assert flips(examples) is None and grades(["It is 0."] * 9, examples) == {}
 
 
 def test_a_row_is_written_again_as_it_was_read(tmp_path):
