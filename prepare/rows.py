@@ -8,6 +8,7 @@ A prompt is text or a list of {"role", "content"}; a completion is text or a lis
 nothing to the program. What is known about the questions may be in a truth file beside the rows (`data.read_truth`).
 """
 
+import contextlib
 import functools
 import re
 from dataclasses import asdict, dataclass
@@ -36,16 +37,6 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _reply(row: dict, name: str) -> str:
-    """A reply: text, or a list of one assistant message (TRL's conversational form)."""
-    value = row.get(name)
-    if isinstance(value, list):
-        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-            raise ValueError(f'"{name}" is a list but not of one assistant message')
-        value = value[0].get("content")
-    return _text(value, name)
-
-
 def _messages(row: dict, name: str, last: str) -> list[dict]:
     """A conversation that ends with the role `last`: text (one user message) or a list of messages, of which only the first
     may be the system's."""
@@ -62,6 +53,14 @@ def _messages(row: dict, name: str, last: str) -> list[dict]:
     if role != last:
         raise ValueError(f'"{name}" ends with the {role}, not with the {last}')
     return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _reply(row: dict, name: str) -> str:
+    """A reply: text, or a list of one assistant message (TRL's conversational form)."""
+    messages = _messages(row, name, "assistant")
+    if len(messages) > 1:
+        raise ValueError(f'"{name}" holds {len(messages)} messages, not the reply alone')
+    return messages[0]["content"]
 
 
 def parse_pair(row: dict, where: str = "") -> Row:
@@ -95,8 +94,7 @@ def written_options(question: str) -> list[str]:
 def parse_mcq(row: dict, where: str = "", letter_only: bool = False) -> Row:
     """{"question", "choices", "answer": letter, "explanation"}, or the course's form, whose question has the options in its
     text and ends with "Answer:". The reply is the explanation, if there is one, and then "Answer: C"."""
-    question = _text(row.get("question"), "question")
-    choices = row.get("choices")
+    question, choices = _text(row.get("question"), "question"), row.get("choices")
     if choices is None:
         choices = written_options(question)
     elif not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
@@ -122,8 +120,7 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     Rows that cannot be used are reported as `file:line: reason`: with on_bad_row "stop" in one InputError after the whole
     file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
     """
-    rows = []
-    bad = ledger.bad_rows
+    rows, bad = [], ledger.bad_rows
     truths = data.read_truth(path)
     for number, line in numbered_lines(path):
         ledger.rows += 1
@@ -147,13 +144,11 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
 def kind_of(path: str | Path) -> str:
     """Which of PARSERS a JSONL file is for, "pairs", "mcq" or "sft", by the fields of its first readable row."""
     for _, line in numbered_lines(path):
-        try:
+        with contextlib.suppress(ValueError):  # reported by `read_rows`
             row = json_object(line)
-        except ValueError:
-            continue  # reported by `read_rows`
-        if "chosen" in row and "completion" not in row:
-            return "pairs"
-        return "mcq" if "question" in row and not {"prompt", "messages"} & row.keys() else "sft"
+            if "chosen" in row and "completion" not in row:
+                return "pairs"
+            return "mcq" if "question" in row and not {"prompt", "messages"} & row.keys() else "sft"
     return "sft"
 
 
@@ -185,10 +180,8 @@ def load_inputs(settings: Tuning, parent: Path) -> Inputs:
         if not examples:
             limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
             hint = "give more rows, other limits, or another --eval-share"
-            raise InputError(f"{file}: none of {len(rows):,} rows for the {side} side fits into {limits}; {hint}")
+            raise InputError(f"{file}: no row is left for the {side} side ({len(rows):,} before {limits}); {hint}")
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
-    for ledger in ledgers.values():
-        ledger.check()
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers)
 
 
@@ -202,12 +195,12 @@ def row_kind(settings: Tuning) -> str:
 def write_inputs(run: Path, inputs: Inputs) -> None:
     """Notes in a run's directory what became of the rows: ledger.json, held_out.jsonl with its truth, questions.json."""
     if parallel.is_main():
-        by_place = {row.where: row for row in inputs.rows}
-        held_out = [by_place[e.where] for e in inputs.held_out]
+        by_where = {row.where: row for row in inputs.rows}
+        held_out = [by_where[e.where] for e in inputs.held_out]
         write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
         write_jsonl(run / "held_out.jsonl", [row.raw for row in held_out])
         data.write_truth(run / "held_out.jsonl", held_out)
-        runs.write_questions(run, (question_key(by_place[e.where]) for e in inputs.train))
+        runs.write_questions(run, (question_key(by_where[e.where]) for e in inputs.train))
 
 
 @dataclass
@@ -222,20 +215,19 @@ class Measured:
 
 def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = False, on_bad_row: str = "stop") -> Measured:
     """The rows of `file` or, without one, those that the run of the model in the directory `model` held out."""
-    if file is not None:
-        kind, where = kind_of(file), file
-        if letter_only and kind != "mcq":
-            raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
-        kind = "mcq letter" if letter_only else kind
-    else:
-        run, on_bad_row = runs.training_run(model), "stop"
-        if run is None or not (run / "held_out.jsonl").exists():
-            raise InputError(
-                f"--data FILE.jsonl is missing: {model} is no run of this program with held-out rows of its own"
-            )
-        kind, where, file = row_kind(runs.stored_settings(run)), f"the rows that {run} held out", run / "held_out.jsonl"
     ledger = Ledger()
-    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, where, ledger)
+    if file is None:
+        run = runs.training_run(model)
+        if run is None or not (run / "held_out.jsonl").exists():
+            raise InputError(f"--data FILE.jsonl is missing: {model} is no run of this program with rows that it held out")
+        kind = row_kind(runs.stored_settings(run))
+        rows = read_rows(run / "held_out.jsonl", kind, "stop", ledger)
+        return Measured(rows, kind, f"the rows that {run} held out", ledger)
+    kind = kind_of(file)
+    if letter_only and kind != "mcq":
+        raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
+    kind = "mcq letter" if letter_only else kind
+    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, file, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:
@@ -243,11 +235,11 @@ def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = Non
     tuned with; the ledger says what became of the others. InputError if none fits."""
     chat, ledger = runs.load_chat(directory, system_prompt), Ledger()
     window = read_json(base_directory(directory) / "config.json").get("max_position_embeddings", 2048)
-    examples = []
-    for example in data.encode(rows, chat, window, window // 2, ledger):
-        longest = max((len(chat.reply(choice)) for choice in example.choices), default=0)
-        if len(example.prompt) + longest <= window:
-            examples.append(example)
+    examples = [
+        example
+        for example in data.encode(rows, chat, window, window // 2, ledger)
+        if len(example.prompt) + max((len(chat.reply(choice)) for choice in example.choices), default=0) <= window
+    ]
     if not examples:
         raise InputError(f"{directory}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
     return chat, examples, ledger

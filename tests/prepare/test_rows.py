@@ -16,7 +16,6 @@ from data import (
     load_tokenizer,
     question_key,
     read_truth,
-    truth_path,
     write_truth,
 )
 from metrics.preferences import flips
@@ -138,7 +137,7 @@ def test_a_truth_file_that_cannot_be_used_is_named(tmp_path, line, message):
 
 
 def test_a_grade_that_is_no_regex_is_named(tmp_path):
-    truth_path(tmp_path / "pairs.jsonl").write_text('{"prompt": "2+2?", "grades": {"right": "(4"}}\n')
+    (tmp_path / "pairs.truth.jsonl").write_text('{"prompt": "2+2?", "grades": {"right": "(4"}}\n')
     with pytest.raises(InputError, match="pairs.truth.jsonl:1: not of the form"):
         read_truth(tmp_path / "pairs.jsonl")
 
@@ -159,8 +158,8 @@ def test_both_sides_keep_to_the_limits_and_follow_the_seed(tiny, tmp_path):
     for side in (inputs.train, inputs.held_out):
         assert max(len(e.prompt) for e in side) == 24 and max(map(len, side)) <= 60
     assert ledger.kept == len(inputs.train) + len(inputs.held_out) < ledger.rows == 40 and 0 < ledger.trimmed < ledger.kept
-    places = [[e.where for e in sides(tiny, tmp_path, seed=seed).held_out] for seed in (0, 1)]
-    assert places[0] == [e.where for e in inputs.held_out] != places[1]
+    held = [[e.where for e in sides(tiny, tmp_path, seed=seed).held_out] for seed in (0, 1)]
+    assert held[0] == [e.where for e in inputs.held_out] != held[1]
     whole = sides(tiny, tmp_path, whole_text=True)
     for side, before in ((whole.train, inputs.train), (whole.held_out, inputs.held_out)):
         assert [(e.prompt, len(e)) for e in side] == [(b.prompt[:1], len(b)) for b in before]
