@@ -59,7 +59,7 @@ def _reply(row: dict, name: str) -> str:
     """A reply: text, or a list of one assistant message (TRL's conversational form)."""
     messages = _messages(row, name, "assistant")
     if len(messages) > 1:
-        raise ValueError(f'"{name}" holds {len(messages)} messages, not the reply alone')
+        raise ValueError(f'"{name}" is a list but not of one message')
     return messages[0]["content"]
 
 

@@ -493,10 +493,10 @@ RETIRED = {
     "threshold": (None,),
     "output_layer": (False,),
     "batch": (False,),
+    "topics": (None,),
     "bert_layer": (None,),
     "bert_idf": (False,),
     "bert_baseline": (None,),
-    "topics": (None,),
 }
 
 

@@ -218,7 +218,7 @@ BAD_ROWS = [
     ("sft", {"messages": [assistant("4")]}, '"messages"'),
     ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message before the last'),
     ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no user message before'),
-    ("pairs", {**GOOD["pairs"], "chosen": [assistant("4"), assistant("4!")]}, '"chosen" holds 2 messages, not the reply'),
+    ("pairs", {**GOOD["pairs"], "chosen": [assistant("4"), assistant("4!")]}, '"chosen" is a list but not of one'),
     ("sft", b"[" * 100_000, "nested too deeply"),
     ("sft", b'{"prompt": "2+2?", ', "not JSON"),
     ("sft", b'["2+2?", "4"]', "a JSON list, not an object"),
