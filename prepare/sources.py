@@ -176,10 +176,9 @@ def records(path: Path) -> Iterator[tuple[int, dict]]:
     where = str(path)
     try:
         if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
+            from pyarrow.parquet import read_table
 
-            batches = ParquetFile(path).iter_batches()
-            yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
+            yield from enumerate(read_table(path).to_pylist(), start=1)
         elif (data := path.read_bytes().removeprefix(codecs.BOM_UTF8)).lstrip().startswith(b"["):
             yield from enumerate(json.loads(data), start=1)
         else:
@@ -199,23 +198,6 @@ class Reading:
     counts: Counter  # the records, and those that were left out, by reason
 
 
-def _find_files(source: Source, name: str, path: str | None, revision: str | None) -> tuple[list[Path], str]:
-    """(the files of a source, where they come from)."""
-    if path:
-        found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-        files = [file for file in found if file.suffix in (".parquet", ".json", ".jsonl") and file.exists()]
-        origin, wanted = path, ("*.parquet", "*.json", "*.jsonl")
-    elif source.repo:
-        folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
-        files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in source.files)), [])
-        origin, wanted = f"{source.repo}@{folder.name}", source.files
-    else:
-        raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
-    if not files:
-        raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
-    return files, origin
-
-
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:
     """Reads a source from the hub, at a `revision`, or from the local copy at `path`.
 
@@ -225,7 +207,19 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
     if name not in SOURCES:
         raise InputError(f"no source {name!r}; there are {', '.join(SOURCES)}")
     source = SOURCES[name]
-    files, origin = _find_files(source, name, path, revision)
+    if path:
+        origin, wanted = path, ("*.parquet", "*.json", "*.jsonl")
+        found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+        files = [file for file in found if file.suffix in (".parquet", ".json", ".jsonl") and file.exists()]
+    elif source.repo:
+        folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
+        origin, wanted = f"{source.repo}@{folder.name}", source.files
+        files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in wanted)), [])
+    else:
+        raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
+    if not files:
+        raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
+
     reading = Reading([], origin, Counter())
     for file, number, record in ((one, *numbered) for one in files for numbered in records(one)):
         reading.counts["records"] += 1
