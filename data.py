@@ -1,8 +1,8 @@
 """From rows of text to batches of tokens.
 
     rows.jsonl --read_rows--> Row --encode--> Example --collate--> Batch
-                 checked        ChatML, trimmed      one prompt,      one row per prompt,
-                 (prepare/rows.py)                   k completions    or several prompts a row
+                 checked        ChatML, trimmed      one prompt,      a row for each prompt
+                 (prepare/rows.py)                   k completions
 
 One shape serves every stage: a prompt with its completions. SFT has one completion, DPO two (chosen, rejected), multiple
 choice four or five. A batch row holds the prompt once, followed by its completions:
@@ -12,15 +12,8 @@ choice four or five. A batch row holds the prompt once, followed by its completi
     position    0  1  2 |  3  4  5 |  3  4       every completion continues from the end of the prompt
 
 A completion attends to the prompt and to itself, never to its sibling (`model.sibling_mask`). So log-probabilities and
-gradients are those of two separate rows, but the prompt goes through the network only once.
-
-Rows are padded to the longest one. To avoid most of that padding, several examples can share a row (`pack_rows`), one after
-the other; no token attends to another example:
-
-    tokens     p0 p1 p2 c0 c1 r0 | q0 q1 d0 d1 d2 s0 | .. ..
-    example     0  0  0  0  0  0 |  1  1  1  1  1  1 | -1 -1       number in its row, -1 = padding
-    segment     0  0  0  1  1  2 |  0  0  1  1  1  2 | -1 -1       0 = the example's prompt, k = its k-th completion
-    position    0  1  2  3  4  3 |  0  1  2  3  4  2 |  0  0       every example starts from 0
+gradients are those of two separate rows, but the prompt goes through the network only once. Rows are padded on the right to
+the longest one.
 
 Letters: B rows of a batch, T tokens of its longest row, N completions in the batch, M predicted tokens.
 """
@@ -145,11 +138,10 @@ class Row:
     messages: list[dict]  # the prompt: {"role": "system" | "user" | "assistant", "content": text}, the last a user's
     completions: list[str]  # [completion] for SFT, [chosen, rejected] for pairs
     where: str  # "file:line", for messages
-    extra: dict  # fields that the format does not name; only a question's topic is read from them
+    raw: dict = field(repr=False)  # the whole row as it was read, to write it again; a question's topic is in it
     choices: list[str] = field(default_factory=list)  # the options of a multiple-choice question
     answer: int | None = None  # index of the right option
     truth: Truth | None = None
-    raw: dict = field(default_factory=dict, repr=False, compare=False)  # the whole row as it was read, to write it again
 
 
 @dataclass
@@ -164,9 +156,6 @@ class Ledger:
 
     def drop(self, cause: str) -> None:
         self.dropped[cause] = self.dropped.get(cause, 0) + 1
-
-    def check(self) -> None:
-        assert self.rows == self.kept + sum(self.dropped.values()), f"the ledger does not add up: {self}"
 
 
 def question_key(row: Row) -> str:
@@ -199,17 +188,13 @@ def check_no_leak(train: list[Row], evaluation: list[Row]) -> None:
         raise InputError(f"{which} {leaks[0][1]}. Remove them, or leave out --eval to split --train by question.")
 
 
-def truth_path(path: str | Path) -> Path:  # pairs.truth.jsonl beside pairs.jsonl
-    return Path(path).with_suffix(".truth.jsonl")
-
-
 def read_truth(path: str | Path) -> dict[str, Truth]:
-    """What is known about the questions of the rows in `path`, by `question_key`; nothing if they have no truth file.
+    """What is known about the questions of the rows in pairs.jsonl, by `question_key`, from pairs.truth.jsonl beside it.
 
     A line: {"prompt": as in the row, "flipped": bool, "answer": text, "grades": {name: regex}}; all but the prompt may be
     missing. InputError names the line that is wrong.
     """
-    path = truth_path(path)
+    path = Path(path).with_suffix(".truth.jsonl")
     truths: dict[str, Truth] = {}
     for number, line in numbered_lines(path) if path.exists() else ():
         try:
@@ -232,12 +217,9 @@ def read_truth(path: str | Path) -> dict[str, Truth]:
 
 def write_truth(path: str | Path, rows: Sequence[Row]) -> None:
     """Writes the truth file for the rows in `path`; none if nothing is known about any of them."""
-    known = [{"prompt": row.messages, **asdict(row.truth)} for row in rows if row.truth]
-    for line in known:
-        if len(line["prompt"]) == 1:
-            line["prompt"] = line["prompt"][0]["content"]
+    known = [{"prompt": row.raw.get("prompt", row.messages), **asdict(row.truth)} for row in rows if row.truth]
     if known:
-        write_jsonl(truth_path(path), known)
+        write_jsonl(Path(path).with_suffix(".truth.jsonl"), known)
 
 
 @dataclass
@@ -247,7 +229,7 @@ class Example:
     prompt: list[int]
     completions: list[list[int]]
     where: str = ""
-    extra: dict = field(default_factory=dict)
+    raw: dict = field(default_factory=dict)  # the row
     question: str = ""  # the last message as text, to be shown
     texts: list[str] = field(default_factory=list)  # the completions as text
     choices: list[str] = field(default_factory=list)  # these three as in the row
@@ -281,7 +263,7 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
         ledger.kept += 1
         ledger.trimmed += prompt is not whole
         known = dict(texts=row.completions, choices=row.choices, answer=row.answer, truth=row.truth)
-        examples.append(Example(prompt, completions, row.where, row.extra, row.messages[-1]["content"], **known))
+        examples.append(Example(prompt, completions, row.where, row.raw, row.messages[-1]["content"], **known))
     return examples
 
 
@@ -324,8 +306,7 @@ class Batch:
     """The layout at the top of this file as tensors, all int64. Completions are numbered through the whole batch."""
 
     tokens: Tensor  # [B, T] token ids, 0 in the padding (its value is never used)
-    example: Tensor  # [B, T] number of the token's example in its row, -1 padding
-    segment: Tensor  # [B, T] 0 prompt, k the k-th completion of its example, -1 padding
+    segment: Tensor  # [B, T] 0 prompt, k the k-th completion, -1 padding
     position: Tensor  # [B, T]
     source: Tensor  # [M] index into the flattened [B*T] of the token whose output predicts ...
     target: Tensor  # [M] ... this token id ...
@@ -340,56 +321,30 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
-def collate(examples: list[Example]) -> Batch:  # each in a row of its own
-    return collate_rows([[example] for example in examples])
-
-
-def collate_rows(rows: list[list[Example]]) -> Batch:
-    """Rows of one or more examples to one Batch, padded on the right to the longest."""
-    width = max(sum(map(len, row)) for row in rows)
-    grid = {name: [] for name in ("tokens", "example", "segment", "position")}  # row after row, flattened
-    flat = {name: [] for name in ("source", "target", "owner", "lengths")}
-    tokens = grid["tokens"]
-    for row in rows:
-        for number, example in enumerate(row):
-            start = len(example.prompt)
-            last = len(tokens) + start - 1  # index of the prompt's last token
-            tokens += example.prompt
-            grid["segment"] += [0] * start
-            grid["position"] += range(start)
-            for k, completion in enumerate(example.completions, start=1):
-                first = len(tokens)
-                size = len(completion)
-                # The prompt's last token predicts a completion's first; then each token predicts the next.
-                flat["source"] += [last, *range(first, first + size - 1)]
-                flat["target"] += completion
-                flat["owner"] += [len(flat["lengths"])] * size
-                flat["lengths"].append(size)
-                tokens += completion
-                grid["segment"] += [k] * size
-                grid["position"] += range(start, start + size)
-            grid["example"] += [number] * len(example)
-        padding = -len(tokens) % width  # up to the row's end
-        for name, filler in (("tokens", 0), ("example", -1), ("segment", -1), ("position", 0)):
-            grid[name] += [filler] * padding
-    layout = {name: torch.tensor(values).view(-1, width) for name, values in grid.items()}  # [B, T] each
-    return Batch(**layout, **{name: torch.tensor(values) for name, values in flat.items()})
-
-
-def pack_rows(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Which examples share a row of at most `tokens` tokens: their indices, row by row. A longer one gets its own row.
-
-    First-fit decreasing: take the longest example first, and put each into the first row with room for it, or else into a
-    new one. No two rows would fit into one, so there are fewer than 2 sum(lengths) / tokens + 1 of them; and if no example
-    is too long, at most 11/9 of the smallest possible number, + 6/9 (Dosa 2007). Ties keep their order.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []  # tokens left in each row
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(tokens)
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return rows
+def collate(examples: list[Example]) -> Batch:
+    """A row for each example, padded on the right to the longest."""
+    width = max(map(len, examples))
+    tokens, segment, position = [], [], []  # row after row, flattened
+    source, target, owner, lengths = [], [], [], []
+    for example in examples:
+        start = len(example.prompt)
+        last = len(tokens) + start - 1  # index of the prompt's last token
+        tokens += example.prompt
+        segment += [0] * start
+        position += range(start)
+        for k, completion in enumerate(example.completions, start=1):
+            first, size = len(tokens), len(completion)
+            # The prompt's last token predicts a completion's first; then each token predicts the next.
+            source += [last, *range(first, first + size - 1)]
+            target += completion
+            owner += [len(lengths)] * size
+            lengths.append(size)
+            tokens += completion
+            segment += [k] * size
+            position += range(start, start + size)
+        padding = width - len(example)
+        tokens += [0] * padding
+        segment += [-1] * padding
+        position += [0] * padding
+    grid = (torch.tensor(values).view(-1, width) for values in (tokens, segment, position))  # [B, T] each
+    return Batch(*grid, *map(torch.tensor, (source, target, owner, lengths)))

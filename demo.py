@@ -253,9 +253,8 @@ def make_pair_rows(questions: list[dict], flip_rate: float, seed: int) -> list[R
 
 
 def _row(q: dict, truth: Truth | None = None, **completions: str) -> Row:
-    extra = {"topic": q["topic"]}
-    raw = {"prompt": q["prompt"], **completions, **extra}
-    return Row([{"role": "user", "content": q["prompt"]}], [*completions.values()], "demo", extra, truth=truth, raw=raw)
+    raw = {"prompt": q["prompt"], **completions, "topic": q["topic"]}
+    return Row([{"role": "user", "content": q["prompt"]}], [*completions.values()], "demo", raw, truth=truth)
 
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")

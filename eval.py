@@ -67,7 +67,7 @@ class Contest:
 def run(settings: Eval) -> int:
     """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
     contest = gather_contest(settings)
-    teacher, journal = open_teacher(settings)
+    teacher = open_teacher(settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(runs.open_run(settings))
         if not parallel.is_main():  # all ranks find the same numbers; those of the others are thrown away
@@ -88,7 +88,7 @@ def run(settings: Eval) -> int:
             tables.write(results, directory)
         if teacher and any(results.answers.values()):
             try:
-                results.models += judge_models(results, lambda wanted: ask_all(wanted, journal, teacher, "judging"))
+                results.models += judge_models(results, lambda wanted: ask_all(wanted, teacher, "judging"))
             except InputError as error:
                 fail(failures, f"the judge {teacher.model}: {error}")
             tables.write(results, directory)

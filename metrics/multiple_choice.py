@@ -42,7 +42,7 @@ class Choices:
 
 def topic(example: Example) -> str:
     """The row's topic, under the names that the report's files and the course's use."""
-    return str(example.extra.get("topic") or example.extra.get("subject") or "Unknown")
+    return str(example.raw.get("topic") or example.raw.get("subject") or "Unknown")
 
 
 def parse_letter(reply: str, count: int) -> int | None:

@@ -1,7 +1,7 @@
-"""--stage data: from sources to checked data sets, and beside them what a person should know about them.
+"""--stage data: from sources to checked data sets.
 
-    out/data/  train-20000.jsonl ... (or train.jsonl)   test.jsonl   mcq-train.jsonl   mcq-test.jsonl
-               topics_to_review.jsonl   ledger.json   statistics.json   figures/dataset.png   README.md (the data card)
+    out/data/  train-20000.jsonl ... (or train.jsonl)   test.jsonl   mcq-train.jsonl   mcq-test.jsonl   run.json
+               ledger.json: origins with their commits, what was left out and why, the rows by source, topic and licence
 
 The folder appears when all of it is written. OUT/teacher/journal.jsonl keeps the teacher's answers and OUT/sources.lock.json
 the commits of hub data sets, so after a stop the same command continues.
@@ -9,18 +9,15 @@ the commits of hub data sets, so after a stop the same command continues.
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from data import LETTERS, load_tokenizer
-from metrics.tables import markdown, picture
+from data import LETTERS
 from prepare import mixture
 from prepare.sources import Item, Reading, read_source
 from prepare.teacher import ask_all, estimate, open_teacher
-from runtime.files import InputError, json_object, numbered_lines, read_json, whole_directory, write_json, write_jsonl
+from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl
 from runtime.settings import Data
-from runtime.weights import resolve
 
 
 def run(settings: Data) -> int:
@@ -28,60 +25,51 @@ def run(settings: Data) -> int:
     folder = Path(settings.out) / settings.name
     check_output(folder, settings)
     sizes, shares = sizes_and_shares(settings)
-    reviewed = reviewed_topics(settings.topics)
-    teacher, journal = open_teacher(settings)
+    teacher = open_teacher(settings)
 
     sources = read_sources(settings)
     items = [item for source in sources.values() for item in source.items]
-    for item in items:
-        item.choices = mixture.shuffled_choices(item, settings.seed)
     jobs = mixture.jobs(items, settings.seed)
     if settings.dry_run:
-        requests = [request for job in jobs for request in job.requests]
+        requests = [request for job in jobs.values() for _, request in job]
         missing = f"{len(requests):,} answers are missing; --teacher MODEL asks"
-        print(estimate(requests, journal, teacher) if teacher else missing)
+        print(estimate(requests, teacher) if teacher else missing)
         return 0
     if teacher:
-        for job in jobs:
-            job.fill(ask_all(job.requests, journal, teacher, job.label))
-        spent = teacher.cost(journal.tokens)
-        print(f"teacher {teacher.model}: {journal.tokens[0]:,} tokens in and {journal.tokens[1]:,} out so far, {spent:.2f}")
+        for field, job in jobs.items():
+            answers = ask_all([request for _, request in job], teacher, field)
+            for (item, _), answer in zip(job, answers):
+                setattr(item, field, answer or "")
+        tokens = teacher.journal.tokens
+        print(f"{teacher.model}: {tokens[0]:,} tokens in and {tokens[1]:,} out so far, {teacher.cost(tokens):.2f}")
 
     left_out = Counter()
     rows = mixture.clean(mixture.make_pairs(items), left_out)
-    rows, review = mixture.review_topics(rows, reviewed, left_out)
     if settings.match_lengths:
         rows = mixture.match_lengths(rows, settings.seed, left_out)
     train, test = mixture.split(rows, settings.eval_share, settings.seed)
-    pairs = {}
+    files = multiple_choice(items, settings)
     if train and test:
-        pairs = {"test": test} | mixture.mixtures(train, sizes, shares, settings.shares_by, settings.seed)
-    files = pairs | multiple_choice(items, settings)
+        files |= {"test": test} | mixture.mixtures(train, sizes, shares, settings.shares_by, settings.seed)
     if not files:
         raise InputError(f"no pairs are left: {in_words(left_out)}. Sources without pairs of their own need --teacher MODEL")
-    ledger = {"read": {name: dict(source.counts) for name, source in sources.items()}, "items": len(items)}
-    ledger |= {"left out": dict(left_out), "pairs": len(rows)}
-    ledger["files"] = {name: len(part) for name, part in files.items()}
     if len(rows) + left_out.total() != len(items):
-        raise AssertionError(f"the ledger does not add up: {ledger}")
+        raise AssertionError(f"the ledger does not add up: {len(rows)} + {left_out} != {len(items)}")
 
-    length, unit = token_length(settings)
-    statistics = {name: mixture.statistics(part, length) for name, part in pairs.items()}
-    described = [mixture.describe(name, part, unit) for name, part in statistics.items()]
-    summary = f"left out: {in_words(left_out)}; {len(review):,} pairs without a topic are in topics_to_review.jsonl"
-    print(*described, summary, sep="\n")
+    ledger = {"read": {label: {"from": source.origin, **source.counts} for label, source in sources.items()}}
+    ledger |= {"items": len(items), "left out": left_out, "pairs": len(rows)}
+    kinds = ("source", "topic", "licence")
+    ledger["files"] = {
+        name: {"rows": len(part)} | {f"by {kind}": Counter(row[kind] for row in part) for kind in kinds}
+        for name, part in files.items()
+    }
     with whole_directory(folder) as temporary:
         write_json(temporary / "run.json", {"stage": "data", "settings": asdict(settings)})
+        write_json(temporary / "ledger.json", ledger)
         for name, part in files.items():
             write_jsonl(temporary / f"{name}.jsonl", part)
-        write_jsonl(temporary / "topics_to_review.jsonl", review)
-        write_json(temporary / "ledger.json", ledger)
-        write_json(temporary / "statistics.json", {"unit": unit, **statistics})
-        if pairs:
-            figure(train, test, temporary / "figures" / "dataset.png")
-        (temporary / "README.md").write_text(data_card(settings, sources, ledger, described), encoding="utf-8")
     written = [f"{name}.jsonl ({len(part):,})" for name, part in files.items()]
-    print(f"Written to {folder}/: {', '.join(written)}, README.md")
+    print(f"left out: {in_words(left_out)}\nWritten to {folder}/: {', '.join(written)}, ledger.json")
     return 0
 
 
@@ -107,20 +95,6 @@ def sizes_and_shares(settings: Data) -> tuple[list[int], dict[str, float]]:
     return sizes, shares
 
 
-def reviewed_topics(path: str | None) -> dict[str, str]:
-    """The topics in a filled-in copy of topics_to_review.jsonl, by the question's `row_key`."""
-    topics = {}
-    for number, line in numbered_lines(path) if path else ():
-        try:
-            row = json_object(line)
-            topic = topics[mixture.row_key(row)] = row["topic"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a row of topics_to_review.jsonl ({error!r})") from None
-        if topic and topic not in (*mixture.TOPICS, "drop"):
-            raise InputError(f"{path}:{number}: {topic!r} is none of {', '.join(mixture.TOPICS)}, drop")
-    return topics
-
-
 def read_sources(settings: Data) -> dict[str, Reading]:
     """What each source of --sources gave. The first build pins the commits of hub sets in OUT/sources.lock.json."""
     lock = Path(settings.out) / "sources.lock.json"
@@ -139,14 +113,6 @@ def read_sources(settings: Data) -> dict[str, Reading]:
     return sources
 
 
-def token_length(settings: Data) -> tuple[Callable[[str], int], str]:
-    """(text -> length, its unit): tokens of --model's tokenizer, or words without a model."""
-    if settings.model is None:
-        return mixture.words, "words and signs"
-    tokenizer = load_tokenizer(resolve(settings.model, settings.revision))
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "tokens"
-
-
 def multiple_choice(items: list[Item], settings: Data) -> dict[str, list[dict]]:
     """mcq-train and mcq-test, each question once, split like the pairs."""
     unique = {}
@@ -160,35 +126,3 @@ def multiple_choice(items: list[Item], settings: Data) -> dict[str, list[dict]]:
 
 def in_words(counts: Counter) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in counts.most_common()) or "nothing"
-
-
-def figure(train: list[dict], test: list[dict], path: Path) -> None:
-    """The rows by source and by topic, training and test stacked: the report's Figure 1."""
-    with picture(path, columns=2, size=(12, 4)) as axes:
-        for axis, kind in zip(axes, ("source", "topic")):
-            in_train, in_test = (Counter(row[kind] for row in rows) for rows in (train, test))
-            names = [name for name, _ in (in_train + in_test).most_common()][::-1]
-            left = [in_train[name] for name in names]
-            axis.barh(names, left, color="C0", label="training")
-            axis.barh(names, [in_test[name] for name in names], left=left, color="C1", label="test")
-            axis.set(xlabel="pairs", title=f"by {kind}")
-        axes[0].legend(fontsize=8)
-
-
-def data_card(settings: Data, sources: dict[str, Reading], ledger: dict, described: list[str]) -> str:
-    """README.md of the output folder."""
-    read = [(label.partition("=")[0], s.origin, f"{s.counts['records']:,}") for label, s in sources.items()]
-    licences = sorted({(item.source, item.licence) for source in sources.values() for item in source.items})
-    files = [(f"{name}.jsonl", f"{rows:,}") for name, rows in ledger["files"].items()]
-    parts = [
-        "# Preference pairs",
-        markdown(("source", "from", "records"), read),
-        markdown(("questions of", "licence"), licences),
-        markdown(("file", "rows"), files),
-        f"The teacher, who wrote missing explanations, rejected answers and topics: {settings.teacher or 'none'}.",
-        f"{settings.eval_share:.0%} of the questions are for tests; no question is on both sides. Seed: {settings.seed}.",
-        f"Left out: {in_words(Counter(ledger['left out']))}.",
-    ]
-    if described:
-        parts += ["\n".join(["```", *described, "```"]), "![Sources and topics](figures/dataset.png)"]
-    return "\n\n".join(parts) + "\n"

@@ -4,11 +4,11 @@
     sft     {"prompt", "completion"}, or {"messages"} whose last message is the assistant's
     mcq     {"question", "choices", "answer": letter, "explanation"}, or a question with its options in the text
 
-A prompt is text or a list of {"role", "content"}; a completion is text or a list of one assistant message. Every other field
-is kept in `Row.extra` and means nothing to the program. What is known about the questions may be in a truth file beside the
-rows (`data.read_truth`).
+A prompt is text or a list of {"role", "content"}; a completion is text or a list of one assistant message. Other fields mean
+nothing to the program. What is known about the questions may be in a truth file beside the rows (`data.read_truth`).
 """
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass
@@ -32,74 +32,53 @@ def _text(value: object, name: str) -> str:
         raise ValueError(f'"{name}" is {type(value).__name__}, not text')
     if not value.strip():
         raise ValueError(f'"{name}" is empty')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character') from None
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
     return value
 
 
-def _reply(value: object, name: str) -> str:
-    """A reply: text, or a list of one assistant message (TRL's conversational form)."""
-    if isinstance(value, list):
-        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-            raise ValueError(f'"{name}" is a list but not of one assistant message')
-        value = value[0].get("content")
-    return _text(value, name)
-
-
-def _messages(value: object, name: str) -> list[dict]:
-    """A conversation: text (one user message) or a list of messages; only the first may be the system's."""
+def _messages(row: dict, name: str, last: str) -> list[dict]:
+    """A conversation that ends with the role `last`: text (one user message) or a list of messages, of which only the first
+    may be the system's."""
+    value = row.get(name)
     if isinstance(value, str) or value is None:
         return [{"role": "user", "content": _text(value, name)}]
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         raise ValueError(f'"{name}" is neither text nor a list of messages')
-    if not value:
-        raise ValueError(f'"{name}" holds no message')
     for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise ValueError(f'"{name}"[{i}] is not a message')
-        role = message.get("role")
+        role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant") or (role == "system" and i > 0):
-            raise ValueError(f'"{name}"[{i}] has the role {role!r}: user, assistant, or system as the first')
+            raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
         _text(message.get("content"), f"{name}[{i}].content")
+    if role != last:
+        raise ValueError(f'"{name}" ends with the {role}, not with the {last}')
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _prompt(value: object) -> list[dict]:
-    messages = _messages(value, "prompt")
-    if messages[-1]["role"] != "user":
-        raise ValueError(f'"prompt" ends with the {messages[-1]["role"]}, not with the user who is to be answered')
-    return messages
-
-
-def _others(row: dict, named: str) -> dict:
-    """The fields of a row that its format does not name."""
-    return {name: value for name, value in row.items() if name not in named.split()}
+def _reply(row: dict, name: str) -> str:
+    """A reply: text, or a list of one assistant message (TRL's conversational form)."""
+    messages = _messages(row, name, "assistant")
+    if len(messages) > 1:
+        raise ValueError(f'"{name}" is a list but not of one message')
+    return messages[0]["content"]
 
 
 def parse_pair(row: dict, where: str = "") -> Row:
     """A preference pair: {"prompt", "chosen", "rejected"}."""
-    chosen = _reply(row.get("chosen"), "chosen")
-    rejected = _reply(row.get("rejected"), "rejected")
+    chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
     if chosen == rejected:
         raise ValueError('"chosen" and "rejected" are the same text: there is nothing to prefer')
-    extra = _others(row, "prompt chosen rejected")
-    return Row(_prompt(row.get("prompt")), [chosen, rejected], where, extra, raw=row)
+    return Row(_messages(row, "prompt", "user"), [chosen, rejected], where, row)
 
 
 def parse_sft(row: dict, where: str = "") -> Row:
     """{"prompt", "completion"}, or {"messages"}; the last message is the completion."""
-    if "messages" in row:
-        *prompt, last = _messages(row["messages"], "messages")
-        if last["role"] != "assistant":
-            raise ValueError('"messages" does not end with the assistant, so there is no reply to learn')
-        if not prompt or prompt[-1]["role"] != "user":
-            raise ValueError('"messages" has no user message before the last reply')
-        completion = last["content"]
-    else:
-        prompt, completion = _prompt(row.get("prompt")), _reply(row.get("completion"), "completion")
-    return Row(prompt, [completion], where, _others(row, "messages prompt completion"), raw=row)
+    if "messages" not in row:
+        return Row(_messages(row, "prompt", "user"), [_reply(row, "completion")], where, row)
+    *prompt, last = _messages(row, "messages", "assistant")
+    if not prompt or prompt[-1]["role"] != "user":
+        raise ValueError('"messages" has no user message before the last reply')
+    return Row(prompt, [last["content"]], where, row)
 
 
 def written_options(question: str) -> list[str]:
@@ -115,8 +94,7 @@ def written_options(question: str) -> list[str]:
 def parse_mcq(row: dict, where: str = "", letter_only: bool = False) -> Row:
     """{"question", "choices", "answer": letter, "explanation"}, or the course's form, whose question has the options in its
     text and ends with "Answer:". The reply is the explanation, if there is one, and then "Answer: C"."""
-    question = _text(row.get("question"), "question")
-    choices = row.get("choices")
+    question, choices = _text(row.get("question"), "question"), row.get("choices")
     if choices is None:
         choices = written_options(question)
     elif not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
@@ -127,14 +105,13 @@ def parse_mcq(row: dict, where: str = "", letter_only: bool = False) -> Row:
     letter = row.get("answer")
     if letter not in tuple(LETTERS[: len(choices)]):
         raise ValueError(f'"answer" is {letter!r}, not the letter of an option')
-    explanation = row.get("explanation") or ""
-    reply = letter if letter_only else f"{explanation.strip()}\n\nAnswer: {letter}".strip()
-    extra = _others(row, "question choices answer explanation")
-    return Row(_messages(question, "question"), [reply], where, extra, choices, LETTERS.index(letter), raw=row)
+    explanation = str(row.get("explanation") or "").strip()
+    reply = letter if letter_only else f"{explanation}\n\nAnswer: {letter}".strip()
+    return Row([{"role": "user", "content": question}], [reply], where, row, choices, LETTERS.index(letter))
 
 
-PARSERS = {"pairs": parse_pair, "sft": parse_sft, "mcq": parse_mcq}
-PARSERS["mcq letter"] = functools.partial(parse_mcq, letter_only=True)
+LETTER = functools.partial(parse_mcq, letter_only=True)
+PARSERS = {"pairs": parse_pair, "sft": parse_sft, "mcq": parse_mcq, "mcq letter": LETTER}
 
 
 def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
@@ -143,13 +120,14 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     Rows that cannot be used are reported as `file:line: reason`: with on_bad_row "stop" in one InputError after the whole
     file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
     """
-    rows, bad = [], []
+    rows, bad = [], ledger.bad_rows
     truths = data.read_truth(path)
     for number, line in numbered_lines(path):
         ledger.rows += 1
         try:
             row = PARSERS[kind](json_object(line), f"{path}:{number}")
         except ValueError as error:
+            ledger.drop("bad row")
             bad.append(f"{path}:{number}: {error}")
             continue
         row.truth = truths.get(question_key(row)) if truths else None
@@ -160,22 +138,17 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
         more = [f"... and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
         reasons = "\n  ".join([f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:", *bad[:SHOWN], *more])
         raise InputError(f"{reasons}\nCorrect them, or leave them out with --on-bad-row skip.")
-    for reason in bad:
-        ledger.drop("bad row")
-        ledger.bad_rows.append(reason)
     return rows
 
 
 def kind_of(path: str | Path) -> str:
     """Which of PARSERS a JSONL file is for, "pairs", "mcq" or "sft", by the fields of its first readable row."""
     for _, line in numbered_lines(path):
-        try:
+        with contextlib.suppress(ValueError):  # reported by `read_rows`
             row = json_object(line)
-        except ValueError:
-            continue  # reported by `read_rows`
-        if "chosen" in row and "completion" not in row:
-            return "pairs"
-        return "mcq" if "question" in row and not {"prompt", "messages"} & row.keys() else "sft"
+            if "chosen" in row and "completion" not in row:
+                return "pairs"
+            return "mcq" if "question" in row and not {"prompt", "messages"} & row.keys() else "sft"
     return "sft"
 
 
@@ -204,14 +177,10 @@ def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
     for side, rows, file in zip(("train", "eval"), parts, (files[0], files[-1])):
         examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[file])
         if not examples:
-            raise InputError(
-                f"{file}: no row is left for the {side} side ({len(rows)} before trimming to --max-length "
-                f"{settings.max_length}, --max-prompt-length {settings.max_prompt_length}); give more rows, "
-                "other limits, or another --eval-share"
-            )
+            limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
+            hint = "give more rows, other limits, or another --eval-share"
+            raise InputError(f"{file}: no row is left for the {side} side ({len(rows):,} before {limits}); {hint}")
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
-    for ledger in ledgers.values():
-        ledger.check()
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers)
 
 
@@ -234,20 +203,19 @@ class Measured:
 
 def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = False, on_bad_row: str = "stop") -> Measured:
     """The rows of `file` or, without one, those that the run of the model in the directory `model` held out."""
-    if file is not None:
-        kind, where = kind_of(file), file
-        if letter_only and kind != "mcq":
-            raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
-        kind = "mcq letter" if letter_only else kind
-    else:
-        run, on_bad_row = runs.training_run(model), "stop"
-        if run is None or not (run / "held_out.jsonl").exists():
-            raise InputError(
-                f"--data FILE.jsonl is missing: {model} is no run of this program with held-out rows of its own"
-            )
-        kind, where, file = row_kind(runs.stored_settings(run)), f"the rows that {run} held out", run / "held_out.jsonl"
     ledger = Ledger()
-    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, where, ledger)
+    if file is None:
+        run = runs.training_run(model)
+        if run is None or not (run / "held_out.jsonl").exists():
+            raise InputError(f"--data FILE.jsonl is missing: {model} is no run of this program with rows that it held out")
+        kind = row_kind(runs.stored_settings(run))
+        rows = read_rows(run / "held_out.jsonl", kind, "stop", ledger)
+        return Measured(rows, kind, f"the rows that {run} held out", ledger)
+    kind = kind_of(file)
+    if letter_only and kind != "mcq":
+        raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
+    kind = "mcq letter" if letter_only else kind
+    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, file, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:
@@ -255,11 +223,11 @@ def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = Non
     tuned with; the ledger says what became of the others. InputError if none fits."""
     chat, ledger = runs.load_chat(directory, system_prompt), Ledger()
     window = read_json(base_directory(directory) / "config.json").get("max_position_embeddings", 2048)
-    examples = []
-    for example in data.encode(rows, chat, window, window // 2, ledger):
-        longest = max((len(chat.reply(choice)) for choice in example.choices), default=0)
-        if len(example.prompt) + longest <= window:
-            examples.append(example)
+    examples = [
+        example
+        for example in data.encode(rows, chat, window, window // 2, ledger)
+        if len(example.prompt) + max((len(chat.reply(choice)) for choice in example.choices), default=0) <= window
+    ]
     if not examples:
         raise InputError(f"{directory}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
     return chat, examples, ledger

@@ -1,14 +1,12 @@
 """The report's data sets. Each has its own columns; a short function turns one of its records into an `Item`.
 
     --sources theoremqa            from the Hugging Face hub, downloaded once, then read from the cache
-    --sources theoremqa=PATH       a local copy: a parquet, JSON, JSON lines or CSV file, or a directory of them
+    --sources theoremqa=PATH       a local copy: a parquet, JSON or JSON lines file, or a directory of them
 
-Where a set changed its columns over the years, both forms are read. A missing column is an error that lists the columns
-that were found.
+A missing column is an error that lists the columns that were found.
 """
 
 import codecs
-import csv
 import json
 import re
 from collections import Counter
@@ -33,7 +31,6 @@ class Item:
     source: str = ""
     question_id: str = ""
     licence: str = ""
-    data_source: str = ""  # Open-Platypus: the set that the row was taken from
     chosen: str = ""  # of a source that has pairs already, like the next
     rejected: str = ""
 
@@ -73,15 +70,6 @@ PLATYPUS = {"Mathematics": "MATH/PRM-800K", "Computer Science": "leetcode_ne tig
 PLATYPUS_TOPICS = _by_name(PLATYPUS | {"": "ARB airoboros scibench scienceqa"})
 
 
-def _subject_topic(subject: str) -> str:
-    return MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
-
-
-def _without_letter(option: str) -> str:
-    """ "A)5 km", "a ) 24" and "B. yes" without their letter."""
-    return re.sub(r"^\s*[A-Ja-j]\s*[).:]\s*", "", option).strip()
-
-
 def _right(choices: list[str], letter: str) -> str:
     """The option that a letter names."""
     named = dict(zip(LETTERS, choices)).get(letter.strip().upper())
@@ -91,16 +79,10 @@ def _right(choices: list[str], letter: str) -> str:
 
 
 def mmlu_stem(record: dict, file: Path) -> Item:
-    """question, choices (list), answer (0-3), subject. MMLU's CSV: choice0 ... choice3, answer (a letter or 0-3), and the
-    subject in the file's name."""
-    answer = str(record["answer"])
-    if "choice0" in record:
-        choices = [record[f"choice{i}"] for i in range(4)]
-        subject = re.sub(r"_(test|dev|val)$", "", file.stem)
-    else:
-        choices, subject = list(record["choices"]), record["subject"]
-    right = choices[int(answer)] if answer.isdigit() else _right(choices, answer)
-    return Item(record["question"], right, choices, topic=_subject_topic(subject))
+    """question, choices (list), answer (0-3), subject."""
+    choices, subject = list(record["choices"]), record["subject"]
+    topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
+    return Item(record["question"], choices[int(record["answer"])], choices, topic=topic)
 
 
 def theoremqa(record: dict, file: Path) -> Item | None:
@@ -128,24 +110,26 @@ def arxiv_physics(record: dict, file: Path) -> Item:
 
 
 def open_platypus(record: dict, file: Path) -> Item | None:
-    """instruction, input (often empty), output, data_source (kept, because the licence depends on it)."""
+    """instruction, input (often empty), output, data_source (the set it was taken from, on which the licence depends)."""
     origin = record["data_source"]
     if origin not in PLATYPUS_TOPICS:
         return None
     question = "\n\n".join(text for text in (record["instruction"], record["input"]) if text.strip())
     licence = f"mixed, as of {origin}"
-    return Item(question, record["output"], topic=PLATYPUS_TOPICS[origin], licence=licence, data_source=origin)
+    return Item(question, record["output"], topic=PLATYPUS_TOPICS[origin], licence=licence)
 
 
 def sciq(record: dict, file: Path) -> Item:
     """question, distractor1 ... distractor3, correct_answer, support (may be empty)."""
-    choices = [record[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return Item(record["question"], choices[3], choices, record["support"] or "")
+    right = record["correct_answer"]
+    # In the order of the alphabet, because the right one would always be the last.
+    choices = sorted([record["distractor1"], record["distractor2"], record["distractor3"], right])
+    return Item(record["question"], right, choices, record["support"] or "")
 
 
 def aqua_rat(record: dict, file: Path) -> Item:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
-    choices = [_without_letter(option) for option in record["options"]]
+    choices = [re.sub(r"^\s*[A-E]\s*\)", "", option).strip() for option in record["options"]]
     return Item(record["question"], _right(choices, record["correct"]), choices, record["rationale"], topic="Mathematics")
 
 
@@ -172,18 +156,6 @@ def pairs(record: dict, file: Path) -> Item:
     return item
 
 
-def mcq(record: dict, file: Path) -> Item:
-    """The course's multiple choice: question ("Question: ... Options: A. ... Answer:"), answer (a letter), and sometimes
-    explanation and subject."""
-    match = re.match(r"\s*Question:\s*(.*?)\n+Options:\s*\n(.*?)\n*\s*Answer:\s*$", record["question"], re.DOTALL)
-    if not match:
-        raise ValueError('"question" is not of the form "Question: ... Options: ... Answer:"')
-    choices = [_without_letter(option) for option in re.split(r"\n(?=[A-J][).])", match[2])]
-    right = _right(choices, record["answer"])
-    topic = _subject_topic(str(record.get("subject", "")))
-    return Item(match[1].strip(), right, choices, record.get("explanation", ""), topic=topic)
-
-
 ARXIV = "ArtifactAI/arxiv-physics-instruct-tune-30k"
 SOURCES = {
     "mmlu_stem": Source("TIGER-Lab/MMLU-STEM", ("data/*.parquet", "*.json"), "MIT", mmlu_stem),
@@ -195,40 +167,26 @@ SOURCES = {
     "aqua_rat": Source("deepmind/aqua_rat", ("raw/train-*.parquet",), "Apache-2.0", aqua_rat),
     "epfl": Source("", (), "the course's; not public", epfl),
     "pairs": Source("", (), "that of the file", pairs),
-    "mcq": Source("", (), "that of the questions", mcq),
 }
-
-
-SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 
 
 def records(path: Path) -> Iterator[tuple[int, dict]]:
     """The records of a file with their numbers (JSON lines: the numbers of the lines). JSON is an array, or an object on
     each line: AQUA-RAT's files with lines are called .json too."""
+    where = str(path)
     try:
         if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
+            from pyarrow.parquet import read_table
 
-            batches = ParquetFile(path).iter_batches()
-            yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
-        elif path.suffix == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                yield from enumerate(csv.DictReader(file), start=1)
+            yield from enumerate(read_table(path).to_pylist(), start=1)
         elif (data := path.read_bytes().removeprefix(codecs.BOM_UTF8)).lstrip().startswith(b"["):
-            for number, record in enumerate(json.loads(data), start=1):
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{number}: a JSON {type(record).__name__}, not an object")
-                yield number, record
+            yield from enumerate(json.loads(data), start=1)
         else:
             for number, line in numbered_lines(path):
-                try:
-                    yield number, json_object(line)
-                except ValueError as error:
-                    raise InputError(f"{path}:{number}: {error}") from None
-    except InputError:
-        raise
-    except (ValueError, NotImplementedError, OSError, csv.Error) as error:  # pyarrow's errors are kinds of these
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from None
+                where = f"{path}:{number}"
+                yield number, json_object(line)
+    except (ValueError, NotImplementedError, OSError) as error:  # pyarrow's errors are kinds of these
+        raise InputError(f"{where}: cannot be read as {path.suffix[1:]} ({error})") from None
 
 
 @dataclass
@@ -240,24 +198,6 @@ class Reading:
     counts: Counter  # the records, and those that were left out, by reason
 
 
-def _find_files(source: Source, name: str, path: str | None, revision: str | None) -> tuple[list[Path], str]:
-    """(the files of a source, where they come from)."""
-    if path:
-        found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-        files = [file for file in found if file.suffix in SUFFIXES and file.exists()]
-        if not files:
-            raise InputError(f"{path}: no such file or directory of {', '.join(s[1:] for s in SUFFIXES)} files")
-        return files, path
-    if not source.repo:
-        raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
-    folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
-    origin = f"{source.repo}@{folder.name}"
-    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in source.files)), [])
-    if not files:
-        raise InputError(f"{origin}: has no file like {' or '.join(source.files)}; give a copy as {name}=PATH")
-    return files, origin
-
-
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:
     """Reads a source from the hub, at a `revision`, or from the local copy at `path`.
 
@@ -267,30 +207,41 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
     if name not in SOURCES:
         raise InputError(f"no source {name!r}; there are {', '.join(SOURCES)}")
     source = SOURCES[name]
-    files, origin = _find_files(source, name, path, revision)
+    if path:
+        origin, wanted = path, ("*.parquet", "*.json", "*.jsonl")
+        found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+        files = [file for file in found if file.suffix in (".parquet", ".json", ".jsonl") and file.exists()]
+    elif source.repo:
+        folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
+        origin, wanted = f"{source.repo}@{folder.name}", source.files
+        files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in wanted)), [])
+    else:
+        raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
+    if not files:
+        raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
+
     reading = Reading([], origin, Counter())
-    for file in files:
-        for number, record in records(file):
-            reading.counts["records"] += 1
-            try:
-                made = source.read(record, file)
-            except KeyError as error:
-                found = ", ".join(map(str, record))
-                raise InputError(f"{file}:{number}: {name} has no column {error}; found: {found}") from None
-            except (ValueError, TypeError, AttributeError, IndexError) as error:
-                if on_bad_row == "stop":
-                    hint = "correct it, or leave such records out with --on-bad-row skip"
-                    raise InputError(f"{file}:{number}: not a record of {name} ({error}); {hint}") from None
-                reading.counts["not usable"] += 1
-                continue
-            if made is None:
-                reading.counts[source.skips] += 1
-                continue
-            for item in made if isinstance(made, list) else [made]:
-                item.source = item.source or name
-                item.licence = item.licence or source.licence
-                item.question_id = item.question_id or f"{name}-{len(reading.items)}"
-                reading.items.append(item)
+    for file, number, record in ((one, *numbered) for one in files for numbered in records(one)):
+        reading.counts["records"] += 1
+        try:
+            made = source.read(record, file)
+        except KeyError as error:
+            found = ", ".join(map(str, record))
+            raise InputError(f"{file}:{number}: {name} has no column {error}; found: {found}") from None
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            if on_bad_row == "stop":
+                hint = "correct it, or leave such records out with --on-bad-row skip"
+                raise InputError(f"{file}:{number}: not a record of {name} ({error}); {hint}") from None
+            reading.counts["not usable"] += 1
+            continue
+        if made is None:
+            reading.counts[source.skips] += 1
+            continue
+        for item in made if isinstance(made, list) else [made]:
+            item.source = item.source or name
+            item.licence = item.licence or source.licence
+            item.question_id = item.question_id or f"{name}-{len(reading.items)}"
+            reading.items.append(item)
     if not reading.items:
         raise InputError(f"{origin}: has no row of {name}")
     return reading

@@ -219,11 +219,8 @@ class Data(BadRows, Asking, Run):
     shares: str = setting("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)")
     shares_by: str = setting("source", "what --shares names", ("source", "topic"))
     match_lengths: bool = setting(False, "as many pairs with the longer answer chosen as with the shorter, by source")
-    topics: str | None = setting(None, "filled-in copy of topics_to_review.jsonl")
     eval_share: float = setting(0.2, "share of the questions that is kept for tests", limit=BETWEEN)
     seed: int = setting(0, "of the split and the mixtures", limit=NOT_NEGATIVE)
-    model: str | None = setting(None, "model whose tokenizer counts lengths (default: count words)")
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
     dry_run: bool = setting(False, "say what the teacher would be asked and what it would cost")
 
 

@@ -15,12 +15,10 @@ from data import (
     Row,
     check_no_leak,
     collate,
-    collate_rows,
     encode,
     epoch_order,
     lengths_of,
     load_tokenizer,
-    pack_rows,
     question_key,
     split_by_question,
     supervise_everything,
@@ -199,24 +197,24 @@ BAD_ROWS = [
     ("pairs", without("prompt"), '"prompt" is missing'),
     ("pairs", without("chosen"), '"chosen" is missing'),
     ("pairs", {**GOOD["pairs"], "rejected": None}, '"rejected" is missing'),
-    ("pairs", {**GOOD["pairs"], "chosen": 4}, '"chosen" is int, not text'),
-    ("pairs", {**GOOD["pairs"], "chosen": [user("4")]}, '"chosen" is a list but not of one assistant message'),
+    ("pairs", {**GOOD["pairs"], "chosen": 4}, '"chosen" is neither text nor a list of messages'),
+    ("pairs", {**GOOD["pairs"], "chosen": [user("4")]}, '"chosen" ends with the user, not with the assistant'),
     ("pairs", {**GOOD["pairs"], "chosen": "\ud800"}, '"chosen" holds half of a surrogate pair'),
     ("pairs", {**GOOD["pairs"], "rejected": " \n"}, '"rejected" is empty'),
-    ("pairs", {**GOOD["pairs"], "rejected": [assistant("")]}, '"rejected" is empty'),
+    ("pairs", {**GOOD["pairs"], "rejected": [assistant("")]}, '"rejected[0].content" is empty'),
     ("pairs", {**GOOD["pairs"], "rejected": "4"}, '"chosen" and "rejected" are the same text'),
     ("pairs", {**GOOD["pairs"], "prompt": 7}, '"prompt" is neither text nor a list of messages'),
     ("pairs", {**GOOD["pairs"], "prompt": "  "}, '"prompt"'),
-    ("pairs", {**GOOD["pairs"], "prompt": ["2+2?"]}, '"prompt"[0] is not a message'),
-    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "tool", "content": "!"}]}, '"prompt"[1] has the role'),
-    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "system", "content": "!"}]}, '"prompt"[1] has the role'),
+    ("pairs", {**GOOD["pairs"], "prompt": ["2+2?"]}, '"prompt"[0] is no message of'),
+    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "tool", "content": "!"}]}, '"prompt"[1] is no message of'),
+    ("pairs", {**GOOD["pairs"], "prompt": [user("?"), {"role": "system", "content": "!"}]}, '"prompt"[1] is no message of'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("")]}, '"prompt[0].content" is empty'),
     ("pairs", {**GOOD["pairs"], "prompt": ""}, '"prompt" is empty'),
-    ("pairs", {**GOOD["pairs"], "prompt": []}, '"prompt" holds no message'),
+    ("pairs", {**GOOD["pairs"], "prompt": []}, '"prompt" is neither text nor a list'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("?"), assistant("!")]}, '"prompt" ends with the assistant'),
     ("sft", {"prompt": "2+2?"}, '"completion" is missing'),
-    ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion" is dict, not text'),
-    ("sft", {"messages": [user("2+2?")]}, '"messages" does not end with the assistant'),
+    ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion" is neither text nor a list of messages'),
+    ("sft", {"messages": [user("2+2?")]}, '"messages" ends with the user, not with the assistant'),
     ("sft", {"messages": [assistant("4")]}, '"messages"'),
     ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message before the last'),
     ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no user message before'),
@@ -267,23 +265,22 @@ def test_absent_and_empty_files_are_errors_that_name_them(tmp_path):
         read(tmp_path, "sft", b"")
 
 
-def test_pair_keeps_messages_and_the_fields_that_the_format_does_not_name(tmp_path):
+def test_pair_keeps_messages_and_the_whole_row(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, user("2+2?"), assistant("4"), user("Sure?")]
-    (row,), _, path = read(
-        tmp_path, "pairs", {"prompt": messages, "chosen": "Yes.", "rejected": "No.", "topic": "sums", "flipped": True}
-    )
-    assert row == Row(messages, ["Yes.", "No."], f"{path}:1", {"topic": "sums", "flipped": True})
+    raw = {"prompt": messages, "chosen": "Yes.", "rejected": "No.", "topic": "sums", "flipped": True}
+    (row,), _, path = read(tmp_path, "pairs", raw)
+    assert row == Row(messages, ["Yes.", "No."], f"{path}:1", raw)
 
 
 def test_of_a_message_the_role_and_the_text_are_kept(tmp_path):
     named = {**user("2+2?"), "name": "Ada", "weight": 1}
     (row,), _, _ = read(tmp_path, "sft", {"messages": [named, assistant("4")], "prompt": "another", "id": 7})
-    assert row.messages == [user("2+2?")] and row.extra == {"id": 7}
+    assert row.messages == [user("2+2?")] and row.raw["id"] == 7
 
 
 def test_a_text_prompt_is_one_user_message(tmp_path):
     (row,), _, _ = read(tmp_path, "pairs", GOOD["pairs"])
-    assert row.messages == [user("2+2?")] and row.completions == ["4", "5"] and row.extra == {}
+    assert row.messages == [user("2+2?")] and row.completions == ["4", "5"]
 
 
 def test_completions_in_trl_s_form_are_their_text(tmp_path):
@@ -298,7 +295,7 @@ def test_sft_row_of_messages_learns_the_last_one(tmp_path):
         tmp_path, "sft", {"messages": messages, "id": 7}, {"prompt": [user("2+2?")], "completion": [assistant("4")]}
     )
     assert rows[0].messages == messages[:3]
-    assert rows[0].completions == ["Yes."] and rows[0].extra == {"id": 7}
+    assert rows[0].completions == ["Yes."] and rows[0].raw["id"] == 7
     assert rows[1].messages == [user("2+2?")] and rows[1].completions == ["4"]
 
 
@@ -348,7 +345,6 @@ def test_encode_counts_every_row_never_cuts_a_completion_and_shares_the_prompt()
     ]
     ledger = Ledger(rows=4)
     first, second = encode(rows, chat, frame + 5 + 5, frame + 5, ledger)
-    ledger.check()
     assert (ledger.kept, ledger.trimmed) == (2, 1)
     assert ledger.dropped == {"completion does not fit": 1, "prompt does not fit": 1}
     completions = [[*b"good", END], [*b"bad", END]]
@@ -364,17 +360,13 @@ def test_longest_completion_decides_whether_a_row_fits():
     assert encode([row], chat, need - 1, need, Ledger()) == []
 
 
-def test_ledger_from_file_to_examples_adds_up_and_one_that_does_not_is_refused(tmp_path):
+def test_the_ledger_from_file_to_examples_adds_up(tmp_path):
     rows, ledger, _ = read(
         tmp_path, "sft", GOOD["sft"], b"!", {"prompt": "?", "completion": 99 * "4"}, {"prompt": ""}, on_bad_row="skip"
     )
     examples = encode(rows, ChatML(make_tokenizer()), 60, 60, ledger)
-    ledger.check()
     assert len(examples) == ledger.kept == 1
     assert ledger.rows == 4 and ledger.dropped == {"bad row": 2, "completion does not fit": 1}
-    ledger.drop("counted twice")
-    with pytest.raises(AssertionError, match="does not add up"):
-        ledger.check()
 
 
 # -------------------------------------------------------------------------------------------------------------- split
@@ -497,10 +489,9 @@ def test_collate_makes_the_layout_of_the_docstring():
     batch = collate([Example([10, 11, 12], [[20, 21, 22], [30, 31]]), Example([13], [[23], [33, 34]])])
     expected = dict(
         tokens=[[10, 11, 12, 20, 21, 22, 30, 31], [13, 23, 33, 34, 0, 0, 0, 0]],
-        example=[[0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, -1, -1, -1, -1]],
         segment=[[0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, -1, -1, -1, -1]],
         position=[[0, 1, 2, 3, 4, 5, 3, 4], [0, 1, 1, 2, 0, 0, 0, 0]],
-        # 20 is predicted by 12 in place 2, 21 by 20 in place 3, ... and 30 by 12 again; the second row begins at 8
+        # 20 is predicted by 12 at index 2, 21 by 20 at index 3, ... and 30 by 12 again; the second row begins at 8
         source=[2, 3, 4, 2, 6, 8, 8, 10],
         target=[20, 21, 22, 30, 31, 23, 33, 34],
         owner=[0, 0, 0, 1, 1, 2, 3, 3],
@@ -512,37 +503,9 @@ def test_collate_makes_the_layout_of_the_docstring():
     assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in expected)
 
 
-def test_packed_rows_are_the_layout_of_the_docstring():
-    first, second = Example([10, 11, 12], [[20, 21], [30]]), Example([40, 41], [[50, 51, 52], [60]])
-    batch = collate_rows([[first, second], [Example([70], [[80]])]])
-    expected = dict(
-        tokens=[[10, 11, 12, 20, 21, 30, 40, 41, 50, 51, 52, 60], [70, 80, *[0] * 10]],
-        example=[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, *[-1] * 10]],
-        segment=[[0, 0, 0, 1, 1, 2, 0, 0, 1, 1, 1, 2], [0, 1, *[-1] * 10]],
-        position=[[0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 2], [0, 1, *[0] * 10]],
-        # 20 is predicted by 12 in place 2, 21 by 20 in place 3, 30 by 12 again; 50 and 60 by 41 in place 7; 80 by 70 in 12
-        source=[2, 3, 2, 7, 8, 9, 7, 12],
-        target=[20, 21, 30, 50, 51, 52, 60, 80],
-        owner=[0, 0, 1, 2, 2, 2, 3, 4],
-        lengths=[2, 1, 3, 1, 1],
-    )
-    for name, value in expected.items():
-        assert torch.equal(getattr(batch, name), torch.tensor(value)), name
-
-
-@pytest.mark.parametrize(
-    "rows, needed",
-    [
-        ([[1]], False),  # one completion: plain causal attention
-        ([[1], [1]], False),
-        ([[2]], True),  # siblings
-        ([[1, 1]], True),  # two examples of one completion
-        ([[1], [1, 1]], True),
-    ],
-)
-def test_a_row_of_more_than_one_completion_needs_a_mask(rows, needed):
-    examples = [[Example([1, 2], [[3, 4]] * completions) for completions in row] for row in rows]
-    assert collate_rows(examples).needs_mask is needed
+def test_rows_of_more_than_one_completion_need_a_mask():
+    for completions, needed in ([1], False), ([1, 1], False), ([2], True), ([1, 2], True):
+        assert collate([Example([1, 2], [[3, 4]] * k) for k in completions]).needs_mask is needed
 
 
 def test_every_target_is_predicted_by_the_token_before_it():
@@ -568,36 +531,6 @@ def test_every_target_is_predicted_by_the_token_before_it():
     assert batch.lengths.tolist() == batch.owner.bincount().tolist() == lengths
 
 
-def test_packing_by_hand():
-    # 7 opens a row, 6 does not fit behind it; 4 fits behind 6, the two 3s behind 7 and in a new row, where 2 joins
-    assert pack_rows([3, 7, 2, 6, 4, 3], tokens=10) == [[1, 0], [3, 4], [5, 2]]
-    assert pack_rows([5, 12, 5], tokens=10) == [[1], [0, 2]]  # what is too long stands alone
-    assert pack_rows([], tokens=10) == []
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_packed_rows_hold_every_example_once_within_the_limit(seed):
-    draw = random.Random(seed)
-    lengths, tokens = draw.choices(range(1, 120), k=draw.randint(1, 80)), 100
-    rows = pack_rows(lengths, tokens)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    sizes = [sum(lengths[i] for i in row) for row in rows]
-    assert all(size <= tokens or len(row) == 1 for size, row in zip(sizes, rows))
-    assert all(a + b > tokens for a, b in itertools.combinations(sizes, 2))  # no two rows would fit into one
-    assert len(rows) < 2 * sum(lengths) / tokens + 1
-    assert pack_rows(lengths, tokens) == rows
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_packing_takes_at_most_eleven_ninths_of_the_rows_that_are_needed(seed):
-    draw, lengths, full = random.Random(seed), [], 30
-    for _ in range(full):  # rows of 100 tokens without a gap, cut into examples
-        cuts = sorted(draw.sample(range(1, 100), k=draw.randint(1, 5)))
-        lengths += [b - a for a, b in itertools.pairwise([0, *cuts, 100])]
-    draw.shuffle(lengths)
-    assert full <= len(pack_rows(lengths, tokens=100)) <= (11 * full + 6) / 9
-
-
 def test_supervise_everything_predicts_all_tokens_but_the_first():
     example = Example([1, 2, 3], [[4, 5]], "f:1", {"id": 7})
     assert supervise_everything(example) == Example([1], [[2, 3, 4, 5]], "f:1", {"id": 7})
@@ -618,7 +551,7 @@ def mcq(**change):
 def test_multiple_choice_explains_first_and_ends_with_the_letter():
     row = parse_mcq(mcq())
     assert row.messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
-    assert row.completions == ["It is so.\n\nAnswer: B"] and row.extra == {"topic": "x"}
+    assert row.completions == ["It is so.\n\nAnswer: B"] and row.raw == mcq()
     assert row.choices == ["red", "blue"] and row.answer == 1
     assert parse_mcq(mcq(explanation=None)).completions == ["Answer: B"]
     assert parse_mcq(mcq(), letter_only=True).completions == ["B"]
@@ -641,9 +574,7 @@ def test_options_without_a_heading_and_the_last_of_several_headings():
     assert written_options("Which?") == []
 
 
-def test_the_fields_that_the_format_does_not_name_are_kept_and_no_others():
-    row = parse_mcq(mcq(source="book"))
-    assert (row.extra, row.choices, row.answer) == ({"topic": "x", "source": "book"}, ["red", "blue"], 1)
+def test_an_explanation_is_stripped_and_ten_options_have_letters():
     assert parse_mcq(mcq(explanation="  So.\n")).completions == ["So.\n\nAnswer: B"]
     ten = [str(i) for i in range(10)]
     assert parse_mcq(mcq(choices=ten, answer="J")).messages[0]["content"].endswith("\nJ. 9\n\nAnswer:")
@@ -654,7 +585,7 @@ def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
         (tmp_path / "rows.jsonl").write_text("\ufeff\n" + json.dumps(row))
         assert kind_of(tmp_path / "rows.jsonl") == kind
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Which question was chosen?", "completion": "The first."}))
-    assert kind_of(tmp_path / "rows.jsonl") == "sft"  # told by the fields, not by the words
+    assert kind_of(tmp_path / "rows.jsonl") == "sft"  # the fields say so, not the words
     with pytest.raises(InputError, match="No such file"):
         kind_of(tmp_path / "missing.jsonl")
 

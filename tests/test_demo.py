@@ -346,7 +346,8 @@ def test_the_truth_file_says_which_pairs_are_flipped_and_the_pairs_do_not(world)
         truths = read_truth(path)
         assert len(truths) == count and sum(truth.flipped for truth in truths.values()) == round(0.4 * count)
         for row in read_rows(path, "pairs", "stop", Ledger()):
-            assert row.completions[row.truth.flipped] == row.truth.answer and set(row.extra) == {"topic"}
+            assert row.completions[row.truth.flipped] == row.truth.answer
+            assert set(row.raw) == {"prompt", "chosen", "rejected", "topic"}
     assert read_truth(world.sft) == read_truth(world.qat) == {}
 
 

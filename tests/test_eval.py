@@ -7,7 +7,6 @@ import pytest
 from openai_server import Server
 from rows import pair_rows
 
-from prepare import teacher
 from runtime.files import read_json, write_json, write_jsonl
 from train import main
 
@@ -105,7 +104,7 @@ def judge(monkeypatch):
         servers.append(Server(answer, **settings))
         monkeypatch.setenv("OPENAI_BASE_URL", servers[-1].url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-        monkeypatch.setattr(teacher, "FIRST_WAIT", 0.001)
+        monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
         return servers[-1]
 
     yield start
@@ -117,7 +116,7 @@ def judge(monkeypatch):
 def longer(body):
     """The longer of the two answers."""
     _, a, b = body["messages"][-1]["content"].replace("\n\nAnswer B:\n", "\n\nAnswer A:\n").split("\n\nAnswer A:\n")
-    return json.dumps({"answer": "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"})
+    return "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
 
 
 def test_a_judge_s_verdicts_are_counted_and_asked_once(run, judge):
@@ -149,11 +148,11 @@ def test_every_other_model_is_judged_against_the_first(run, tiny, tmp_path, judg
 def test_a_judge_that_is_down_costs_the_judgement_alone(run, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    monkeypatch.setattr(teacher, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     status, made = run("sft", "--samples", "3", "--teacher", "m")
-    assert status == 2 and len(made["results"]) == 1 and "cannot be reached" in made["failed"][0]
+    assert status == 2 and len(made["results"]) == 1 and "cannot be used" in made["failed"][0]
     error = capsys.readouterr().err
-    assert "error: the judge m: the teacher's server at http://127.0.0.1:9/v1/ cannot be reached" in error
+    assert "error: the judge m: the teacher's server at http://127.0.0.1:9/v1/ cannot be used: " in error
     assert "Traceback" not in error
 
 

@@ -7,16 +7,16 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("429", "500", "cut", "not json", "empty", "too many words", "slow")
+FAULTS = ("429", "500", "cut", "empty", "too many words", "slow")
 
 
 class Server(ThreadingHTTPServer):
     """`fault(body, attempt)` names what to do to a request's nth attempt, or None. `answered` counts good answers."""
 
-    def __init__(self, answer, fault=lambda body, attempt: None, key="sk-test", structured=True):
+    def __init__(self, answer, fault=lambda body, attempt: None, key="sk-test"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.fault, self.key, self.structured = answer, fault, key, structured
-        self.attempts, self.answered, self.bodies = Counter(), Counter(), []
+        self.answer, self.fault, self.key = answer, fault, key
+        self.attempts, self.answered = Counter(), Counter()
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -76,10 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         name = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
         with self.server.lock:
             self.server.attempts[name] += 1
-            self.server.bodies.append(body)
             fault = self.server.fault(body, self.server.attempts[name])
-        if "response_format" in body and not self.server.structured:
-            return self.error(400, "Unsupported parameter: 'response_format'")
         if fault == "newer model" and "max_tokens" in body:
             return self.error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
         if fault in ("context_length_exceeded", "content_filter"):

@@ -65,7 +65,7 @@ def questions(chat):
         prompt = chat.prompt([{"role": "user", "content": f"Question {i}" + "?" * (1 + 5 * i % 7)}])
         options = ["9 m", "a much longer option of 12 km", "force"][: 2 + i % 2]
         letter = letter if letter in "AB" or i % 2 else "A"
-        known = dict(choices=options, answer="ABC".index(letter), extra={"topic": f"t{i % 2}"})
+        known = dict(choices=options, answer="ABC".index(letter), raw={"topic": f"t{i % 2}"})
         examples.append(Example(prompt, [chat.reply(letter)], **known))
     return examples
 
@@ -97,8 +97,8 @@ def test_accuracies_chance_and_topics():
 
 
 def test_the_topic_goes_by_two_names():
-    assert topic(Example([1], [[2]], extra={"topic": "Physics", "subject": "x"})) == "Physics"
-    assert topic(Example([1], [[2]], extra={"topic": "", "subject": "Biology"})) == "Biology"
+    assert topic(Example([1], [[2]], raw={"topic": "Physics", "subject": "x"})) == "Physics"
+    assert topic(Example([1], [[2]], raw={"topic": "", "subject": "Biology"})) == "Biology"
     assert topic(Example([1], [[2]])) == "Unknown"
 
 

@@ -12,12 +12,8 @@ from prepare.mixture import (
     mix,
     mixtures,
     prompt_text,
-    review_topics,
     row_key,
-    shuffled_choices,
     split,
-    statistics,
-    words,
     wrong_option,
 )
 from prepare.sources import Item
@@ -41,8 +37,8 @@ def test_what_is_asked_of_the_teacher():
     option = Item("Which?", "blue", ["red", "blue"], topic="Physics")
     essay = Item("Why?", "Because of a long chain of reasons, one after the other.")
     pair = Item("How?", "So.", chosen="So it goes.", rejected="Otherwise.", topic="Physics")
-    explanations, rejections, topics = jobs([option, essay, pair], seed=0)
-    asked = [r.messages for job in (explanations, rejections, topics) for r in job.requests]
+    asking = jobs([option, essay, pair], seed=0)
+    asked = [request.messages for job in asking.values() for _, request in job]
     assert [m[-1][1] for m in asked] == [
         "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue",
         "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: red",
@@ -51,9 +47,10 @@ def test_what_is_asked_of_the_teacher():
     ]
     assert "topic" in asked[-1][0][1]
 
-    explanations.fill(["It is blue."])
-    rejections.fill(["It is red.", "For no reason."])
-    topics.fill(["Biology"])
+    answers = {"explanation": ["It is blue."], "rejected": ["It is red.", "For no reason."], "topic": ["Biology"]}
+    for field, job in asking.items():
+        for (item, _), answer in zip(job, answers[field], strict=True):
+            setattr(item, field, answer)
     assert (option.topic, essay.topic, pair.topic) == ("Physics", "Biology", "Physics")
     rows = make_pairs([option, essay, pair])
     assert [(r["chosen"], r["rejected"]) for r in rows] == [
@@ -66,8 +63,6 @@ def test_what_is_asked_of_the_teacher():
 
 def test_answers_that_the_teacher_refused_leave_the_pair_incomplete_and_counted():
     item = Item("Which?", "blue", ["red", "blue"])
-    for job in jobs([item], seed=0):
-        job.fill([None] * len(job.requests))
     assert make_pairs([item])[0]["topic"] == "Unknown"
     counts = Counter()
     assert clean(make_pairs([item]), counts) == [] and counts == {"no rejected answer": 1}
@@ -75,7 +70,7 @@ def test_answers_that_the_teacher_refused_leave_the_pair_incomplete_and_counted(
 
 def test_bare_answers_are_those_under_40_characters_and_options():
     def bare(*items):
-        return [item.question for item in jobs(list(items), seed=0)[0].items]
+        return [item.question for item, _ in jobs(list(items), seed=0)["explanation"]]
 
     assert bare(Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])) == ["a?", "c?"]
     assert bare(Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")) == []
@@ -92,36 +87,8 @@ def test_wrong_options_and_orders_follow_from_the_seed():
     assert wrong_option(item, 0) == wrong_option(item, 0) != "d"
     items = [Item(f"{i}?", "d", item.choices) for i in range(50)]
     assert {wrong_option(item, 0) for item in items} == {"a", "b", "c"}
-    for draw in (wrong_option, shuffled_choices):
-        assert [draw(item, 0) for item in items] == [draw(item, 0) for item in items] != [draw(item, 1) for item in items]
-    indices = Counter(shuffled_choices(Item(f"{i}?", "d", item.choices), 0).index("d") for i in range(400))
-    assert min(indices.values()) > 70  # SciQ's right answer is always published last
-
-
-@pytest.mark.parametrize(
-    "explanation",
-    [
-        "5 * 3 = 15.\nAnswer: D",
-        "Hence B",
-        "option (a)",
-        "C\n72 is it",
-        "So A is your answer",
-        "Correct answer - A",
-        "AnswerB",
-        "= 40. D",
-    ],
-)
-def test_options_keep_their_order_if_the_explanation_names_a_letter(explanation):
-    items = [Item(f"{i}?", "d", ["a", "b", "c", "d"], explanation) for i in range(20)]
-    assert all(shuffled_choices(item, 0) == item.choices for item in items)
-
-
-@pytest.mark.parametrize(
-    "explanation", ["", "A beam of light bends.", "Bacteria, a kind of life, ferment it.", "Sum = 15 km"]
-)
-def test_options_are_shuffled_if_it_names_none(explanation):
-    items = [Item(f"{i}?", "d", ["a", "b", "c", "d"], explanation) for i in range(20)]
-    assert any(shuffled_choices(item, 0) != item.choices for item in items)
+    wrong = [[wrong_option(item, seed) for item in items] for seed in (0, 0, 1)]
+    assert wrong[0] == wrong[1] != wrong[2]
 
 
 # --------------------------------------------------------------------------------------------------------------- cleaning
@@ -172,16 +139,6 @@ def test_near_duplicates_of_a_question_stay_on_one_side():
     assert row_key(row("What is 7 + 8?")) != row_key(row("What is 7 - 8?")) != row_key(row("What is 7 + 9?"))
 
 
-def test_topics_are_reviewed_by_question():
-    rows = [row("A?", topic="Unknown"), row("B?", topic="Unknown"), row("C?"), row("D?", topic="Unknown")]
-    counts = Counter()
-    kept, review = review_topics(rows, {row_key(row("a ?")): "Biology", row_key(row("B?")): "drop"}, counts)
-    assert [r["topic"] for r in kept] == ["Biology", "Physics", "Unknown"] and counts.total() == 1
-    assert [r["prompt"] for r in review] == ["D?"] and review[0]["topic"] == ""
-    kept, review = review_topics([row("C?", topic="Physics")], {row_key(row("C?")): "Biology"}, counts)
-    assert kept[0]["topic"] == "Physics" and not review  # what is known already is not reviewed
-
-
 def test_match_lengths_balances_each_source():
     rows = [row(f"L{i}?", chosen="long " * 9, source="x") for i in range(30)]
     rows += [row(f"S{i}?", rejected="long " * 9, source="x") for i in range(10)]
@@ -190,7 +147,9 @@ def test_match_lengths_balances_each_source():
     counts = Counter()
     kept = match_lengths(rows, 0, counts)
     assert len(kept) == 25 and counts.total() == 27
-    assert statistics(kept, words)["longer answer is the chosen one"] == 0.5
+    for source, each in (("x", 10), ("y", 0)):
+        gaps = [len(r["chosen"]) - len(r["rejected"]) for r in kept if r["source"] == source]
+        assert sum(gap > 0 for gap in gaps) == sum(gap < 0 for gap in gaps) == each
 
 
 # ----------------------------------------------------------------------------------------------------------------- mixing
@@ -219,29 +178,6 @@ def test_mixtures_are_nested():
         mixtures(rows, [1001], {}, "source", 0)
     with pytest.raises(InputError, match="no rows of z; there are a, b"):
         mix(rows, {"z": 1}, "source", "0")
-
-
-def test_statistics_by_hand():
-    rows = [
-        row("One two?", "a b c d e f g h", "a b", "x"),
-        row("One two?", "a b", "a b c d", "x"),
-        row("Three?", "a", "b", "y"),
-    ]
-    stats = statistics(rows, words)
-    assert stats["by source"] == {"x": 2, "y": 1} and stats["lengths"]["prompt"]["longest"] == 3
-    assert stats["longer answer is the chosen one, by source"] == {"x": 0.5, "y": 0.5}  # a tie counts half
-    assert stats["share of rows that repeat a question"] == pytest.approx(1 / 3)
-
-
-def test_quantiles_of_a_hundred_lengths():
-    """Prompts of 1 to 100 words: the 51st in order is the median, the 96th has 95 of 100 below it."""
-    stats = statistics([row("w " * n, chosen="a", rejected="b") for n in range(100, 0, -1)], words)
-    assert stats["lengths"]["prompt"] == {"median": 51, "95%": 96, "longest": 100}
-    assert stats["lengths"]["chosen"] == {"median": 1, "95%": 1, "longest": 1}
-
-
-def test_words_and_signs():
-    assert words("It isn't 2.5 m/s!") == len(["It", "isn", "'", "t", "2", ".", "5", "m", "/", "s", "!"])
 
 
 def test_equal_shares_without_any_named():

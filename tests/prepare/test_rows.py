@@ -16,7 +16,6 @@ from data import (
     load_tokenizer,
     question_key,
     read_truth,
-    truth_path,
     write_truth,
 )
 from metrics.preferences import flips
@@ -56,22 +55,20 @@ def test_a_broken_first_line_does_not_decide_the_kind(tmp_path):
 
 def test_only_the_format_s_own_fields_have_a_meaning():
     row = parse_pair(PAIR | OWN, "f:1")
-    assert row == Row([{"role": "user", "content": "2 + 2?"}], ["4", "5"], "f:1", OWN)
+    assert row == Row([{"role": "user", "content": "2 + 2?"}], ["4", "5"], "f:1", PAIR | OWN)
     assert (row.choices, row.answer, row.truth) == ([], None, None)
     sft = parse_sft({"prompt": "2 + 2?", "completion": "4", **OWN})
-    assert sft.extra == OWN and (sft.choices, sft.answer, sft.truth) == ([], None, None)
+    assert (sft.choices, sft.answer, sft.truth) == ([], None, None)
     mcq = parse_mcq({"question": "?", "choices": ["a", "b"], "answer": "B", "letter": "A", "flipped": True})
-    assert mcq.extra == {"letter": "A", "flipped": True} and (mcq.choices, mcq.answer) == (["a", "b"], 1)
+    assert (mcq.choices, mcq.answer, mcq.truth) == (["a", "b"], 1, None)
 
 
-def test_pairs_with_fields_of_their_own_train(tiny, tmp_path, capsys):
-    write_jsonl(tmp_path / "pairs.jsonl", [row | OWN for row in pair_rows(40)])
-    flags = ["--stage", "dpo", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path)]
-    flags += ["--name", "run", "--max-steps", "1", "--samples", "2", "--device", "cpu"]
-    assert main(flags) == 0
-    measured = read_json(tmp_path / "run" / "results.json")["after"]["metrics"]
-    assert not {"clean reward accuracy", "sampled: right letter", "sampled: right method"} & set(measured)
-    assert "right:" not in capsys.readouterr().out
+def test_pairs_with_fields_of_their_own_have_no_truth_to_measure(tiny, tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [row | OWN for row in pair_rows(9)])
+    rows = read_rows(tmp_path / "pairs.jsonl", "pairs", "stop", Ledger())
+    examples = encode(rows, ChatML(load_tokenizer(tiny)), 100, 50, Ledger())
+    assert {(e.answer, e.truth, *e.choices) for e in examples} == {(None, None)} and len(examples) == 9
+    assert flips(examples) is None and grades(["It is 0."] * 9, examples) == {}
 
 
 def test_a_row_is_written_again_as_it_was_read(tmp_path):
@@ -141,7 +138,7 @@ def test_a_truth_file_that_cannot_be_used_is_named(tmp_path, line, message):
 
 
 def test_a_grade_that_is_no_regex_is_named(tmp_path):
-    truth_path(tmp_path / "pairs.jsonl").write_text('{"prompt": "2+2?", "grades": {"right": "(4"}}\n')
+    (tmp_path / "pairs.truth.jsonl").write_text('{"prompt": "2+2?", "grades": {"right": "(4"}}\n')
     with pytest.raises(InputError, match="pairs.truth.jsonl:1: not of the form"):
         read_truth(tmp_path / "pairs.jsonl")
 
@@ -162,8 +159,8 @@ def test_both_sides_keep_to_the_limits_and_follow_the_seed(tiny, tmp_path):
     for side in (inputs.train, inputs.held_out):
         assert max(len(e.prompt) for e in side) == 24 and max(map(len, side)) <= 60
     assert ledger.kept == len(inputs.train) + len(inputs.held_out) < ledger.rows == 40 and 0 < ledger.trimmed < ledger.kept
-    places = [[e.where for e in sides(tiny, tmp_path, seed=seed).held_out] for seed in (0, 1)]
-    assert places[0] == [e.where for e in inputs.held_out] != places[1]
+    held = [[e.where for e in sides(tiny, tmp_path, seed=seed).held_out] for seed in (0, 1)]
+    assert held[0] == [e.where for e in inputs.held_out] != held[1]
     whole = sides(tiny, tmp_path, whole_text=True)
     for side, before in ((whole.train, inputs.train), (whole.held_out, inputs.held_out)):
         assert [(e.prompt, len(e)) for e in side] == [(b.prompt[:1], len(b)) for b in before]
