@@ -9,7 +9,7 @@ int8, NF4 and FP4 load in transformers too.
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from lora import is_adapter, merge_lora, refuse_adapters
 from metrics.text import divergence
 from model import Phi, PhiConfig, read_config
 from prepare.rows import encode_for, rows_to_measure
-from quant import SKIP, linear_layers
+from quant import SKIP, linear_layers, quantize_layer
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
 from runtime.runs import load_chat, open_run, save_chat, training_run
@@ -49,7 +49,7 @@ def run(settings: Quantize | Merge) -> int:
 @torch.no_grad()
 def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, device: str = "cpu") -> dict:
     """Writes the checkpoint in `source` to `target` with its linear layers, but the output layer, in the number format `to`.
-    Everything else keeps its dtype. Memory holds one output shard and some copies of the largest matrix at a time.
+    Everything else keeps its dtype. Memory holds the new checkpoint and some copies of the largest matrix.
 
     config.json comes last, so a conversion that was interrupted does not load. Returns what was done: bytes before and
     after, weights quantized and their bytes, seconds, and each matrix's relative error |w~ - w| / |w|.
@@ -63,28 +63,27 @@ def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, de
     to_quantize = {f"{name}.weight" for name, _ in linear_layers(model, SKIP)}
     plain = [name for name, _ in linear_layers(model, ()) if f"{name}.weight" not in to_quantize]
     did = {"bytes before": 0, "bytes after": 0, "weights": 0, "bytes of weights": 0, "seconds": 0.0, "errors": {}}
-    config: dict = {}
+    tensors: dict[str, Tensor] = {}
 
-    def converted() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tqdm(stored.items(), desc=f"quantizing to {to}", unit="tensor", disable=None):
-            weight = tensor.read()
-            did["bytes before"] += weight.nbytes
-            parts = {name: weight}
-            if name in to_quantize:
-                began = time.perf_counter()
-                weight = weight.to(device)
-                layer = weights.quantize_stored(tensor, weight, None, to, block)
-                did["seconds"] += time.perf_counter() - began
-                error = (layer.dense().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-38)
-                did["errors"][name] = error.item()
-                config.update(weights.stored_config(model.config.to_dict(), weight.dtype, layer, plain))
-                parts = {name.removesuffix("weight") + part: x.cpu() for part, x in weights.layer_tensors(layer).items()}
-                did["weights"] += weight.numel()
-                did["bytes of weights"] += sum(x.nbytes for x in parts.values())
-            did["bytes after"] += sum(x.nbytes for x in parts.values())
-            yield from parts.items()
+    for name, tensor in tqdm(stored.items(), desc=f"quantizing to {to}", unit="tensor", disable=None):
+        weight = tensor.read()
+        did["bytes before"] += weight.nbytes
+        parts = {name: weight}
+        if name in to_quantize:
+            began = time.perf_counter()
+            weight = weight.to(device)
+            layer = quantize_layer(weight, None, to, block, f"{tensor.file}: {name}")
+            did["seconds"] += time.perf_counter() - began
+            error = (layer.dense().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-38)
+            did["errors"][name] = error.item()
+            config = weights.stored_config(model.config.to_dict(), weight.dtype, layer, plain)
+            parts = {name.removesuffix("weight") + part: x.cpu() for part, x in weights.layer_tensors(layer).items()}
+            did["weights"] += weight.numel()
+            did["bytes of weights"] += sum(x.nbytes for x in parts.values())
+        tensors |= parts
 
-    weights.save_tensors(target, converted())
+    did["bytes after"] = sum(x.nbytes for x in tensors.values())
+    weights.save_tensors(target, tensors)
     for file in (*source.glob("tokenizer*.json"), *source.glob("special_tokens_map.json")):
         shutil.copyfile(file, target / file.name)
     write_json(target / "config.json", config)

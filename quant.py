@@ -213,7 +213,7 @@ class Quantized:
         return sum(part.nbytes for part in (self.packed, self.absmax, self.nested_absmax, self.offset) if part is not None)
 
 
-def quantize_blockwise(w: Tensor, code: str, block: int = 64, double: bool = False) -> Quantized:
+def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
     """Blocks of `block` consecutive values of the flattened w, each with its own scale (QLoRA, eq. 1):
 
         s_b = max |w| over the block,      c = the code of the level nearest to w / s_b
@@ -262,12 +262,6 @@ def _encode(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-def quantize_4bit(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
-    if code not in ("nf4", "fp4", "int4"):
-        raise ValueError(f"{code!r} is not a 4-bit code; there are nf4, fp4 and int4")
-    return quantize_blockwise(w, code, block, double)
-
-
 def scales(q: Quantized) -> Tensor:
     """The scale of each block, fp32 [blocks]; with double quantization  s = l_c s' + mean."""
     if q.nested_absmax is None:
@@ -283,18 +277,6 @@ def dequantize(q: Quantized) -> Tensor:
     return flat.view(q.shape).to(q.dtype)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward w~, backward as if nothing had been rounded: d w~ / d w = 1 (Bengio et al. 2013, straight-through)."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
 def round_to(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
     """w~: a matrix [O, I] quantized to one of FORMATS and back, in w's dtype. `block` does nothing in int8 and llm.int8.
     Rounding w~ again changes nothing, except in nf4-double, where the rounded scales have another mean."""
@@ -304,10 +286,18 @@ def round_to(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
     return dequantize(quantize_blockwise(w, form.code, block, form.double))
 
 
-def fake_quantize(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
-    """`round_to` with a gradient: d w~ / d w = 1, since the true derivative of rounding is 0 nearly everywhere and nothing
-    would be learned. The weights that an optimizer moves stay unrounded: small steps add up until a code changes."""
-    return _StraightThrough.apply(w, round_to(w.detach(), to, block))
+class FakeQuantize(torch.autograd.Function):
+    """`round_to` with the gradient d w~ / d w = 1, as if nothing had been rounded (Bengio et al. 2013, straight-through),
+    since the true derivative of rounding is 0 nearly everywhere and nothing would be learned. The weights that an optimizer
+    moves stay unrounded: small steps add up until a code changes."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, to: str, block: int) -> Tensor:
+        return round_to(w, to, block)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None, None
 
 
 class FakeQuantLinear(nn.Linear):
@@ -320,7 +310,7 @@ class FakeQuantLinear(nn.Linear):
         self.rounding = to, block
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        return F.linear(x, fake_quantize(self.weight, *self.rounding), self.bias)
+        return F.linear(x, FakeQuantize.apply(self.weight, *self.rounding), self.bias)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -433,13 +423,18 @@ class Linear4bit(FrozenLinear):
         return Linear4bit(quantize_blockwise(weight.to(q.dtype), q.code, q.block, q.nested_absmax is not None), self.bias)
 
 
-def quantize_layer(weight: Tensor, bias: Tensor | None, to: str = "nf4", block: int = 64) -> FrozenLinear:
+def quantize_layer(
+    weight: Tensor, bias: Tensor | None, to: str = "nf4", block: int = 64, where: str = "the matrix"
+) -> FrozenLinear:
     """The layer x -> x W~^T + b of a matrix [O, I] and its bias [O] in one of FORMATS. `block` does nothing in int8 and
-    llm.int8. InputError if the matrix is not finite."""
+    llm.int8. InputError, which begins with `where`, if the matrix is not finite."""
     form = format_named(to)
-    if form.code == "int8":
-        return Int8Linear(*quantize_int8(weight), bias, form.threshold)
-    return Linear4bit(quantize_blockwise(weight, form.code, block, form.double), bias)
+    try:
+        if form.code == "int8":
+            return Int8Linear(*quantize_int8(weight), bias, form.threshold)
+        return Linear4bit(quantize_blockwise(weight, form.code, block, form.double), bias)
+    except InputError as error:
+        raise InputError(f"{where} {error}") from None
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...] = SKIP) -> list[tuple[str, nn.Linear]]:
@@ -453,11 +448,7 @@ def quantize_model(model: nn.Module, to: str = "nf4", *, block: int = 64, skip: 
     """Replaces every nn.Linear of a model but `skip`, in place, by its `quantize_layer`; returns the model. InputError names
     a layer that is not finite."""
     for name, layer in linear_layers(model, skip):
-        try:
-            quantized = quantize_layer(layer.weight, layer.bias, to, block)
-        except InputError as error:
-            raise InputError(f"{name}.weight {error}") from None
-        model.set_submodule(name, quantized)
+        model.set_submodule(name, quantize_layer(layer.weight, layer.bias, to, block, f"{name}.weight"))
     return model
 
 

@@ -1,7 +1,5 @@
 """A checkpoint in, a quantized one out: what its config, its account and its files say, and what is left as it was."""
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -76,18 +74,6 @@ def test_the_config_of_int8_says_how_the_activations_are_rounded(full, tmp_path,
     }
     layers = [layer for layer in Phi.from_pretrained(tmp_path / "q").modules() if isinstance(layer, Int8Linear)]
     assert len(layers) == 12 and {layer.threshold for layer in layers} == {threshold}
-
-
-def test_the_old_config_becomes_a_current_one(full, tmp_path):
-    """The tensors get their current names, so the config must have its own too."""
-    old = {"model_type": "phi-msft", "n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 2, "n_head_kv": None}
-    old |= {"rotary_dim": 16, "n_positions": 2048, "vocab_size": 96, "layer_norm_epsilon": 1e-5}
-    old |= {"activation_function": "gelu_new"}
-    (full / "config.json").write_text(json.dumps(old))
-    quantize_checkpoint(full, tmp_path / "q", "nf4")
-    config = read_json(tmp_path / "q" / "config.json")
-    assert config["model_type"] == "phi" and config["hidden_size"] == 64 and config["partial_rotary_factor"] == 0.5
-    assert config["torch_dtype"] == "float32"  # the old one did not say
 
 
 # ------------------------------------------------------------------------------------------------------------- the account
