@@ -61,13 +61,6 @@ FORMATS = {
 }
 
 
-def format_named(to: str) -> Format:
-    """The entry of FORMATS; ValueError lists the names."""
-    if to not in FORMATS:
-        raise ValueError(f"no number format {to!r}; there are {', '.join(FORMATS)}")
-    return FORMATS[to]
-
-
 def normal_float(bits: int) -> Tensor:
     """The levels of NF2 and NF4 (QLoRA, section 3): quantiles of N(0, 1), so that every code is used about equally often if
     weights are normal. Ascending, fp32 [2^bits], with an exact 0 and both ends.
@@ -220,7 +213,7 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
 
     w of any shape and floating-point dtype; the last block may be short. `double` quantizes the scales too: their mean is
     subtracted and the rest stored in 8 bits with the dynamic map, in blocks of 256. 32 bits a block become 8 + 32/256.
-    InputError if w is empty or not finite; ValueError if there is no such code or block.
+    InputError if w is empty or not finite.
 
     Error: |w - w~| <= s_b g / 2, where g is the widest gap between levels: .304 for NF4, 1/3 for FP4, 1/7 for int4, 1 for
     NF2; double quantization adds its own error of s_b. For w ~ N(0, 1), block 64, sqrt(E[s^2]) = 2.62, and evenly spaced
@@ -230,10 +223,6 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     Equal bit for bit to bitsandbytes' CUDA kernels, where w / s is w times 1 / s. (Its CPU code divides in a last, short
     block, and gives a short block of zeros the scale 1e-38, not 0.)
     """
-    if code not in TABLES:
-        raise ValueError(f"no code {code!r}; there are {', '.join(CODES)}")
-    if block < 1:
-        raise ValueError(f"block {block}: must be positive")
     if w.numel() == 0:
         raise InputError("is empty and cannot be quantized")
     flat = w.detach().flatten()
@@ -280,7 +269,7 @@ def dequantize(q: Quantized) -> Tensor:
 def round_to(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
     """w~: a matrix [O, I] quantized to one of FORMATS and back, in w's dtype. `block` does nothing in int8 and llm.int8.
     Rounding w~ again changes nothing, except in nf4-double, where the rounded scales have another mean."""
-    form = format_named(to)
+    form = FORMATS[to]
     if form.code == "int8":
         return dequantize_int8(*quantize_int8(w)).to(w.dtype)
     return dequantize(quantize_blockwise(w, form.code, block, form.double))
@@ -394,20 +383,15 @@ class Linear4bit(FrozenLinear):
 
     def __init__(self, q: Quantized, bias: Tensor | None):
         super().__init__(q.shape[1], q.shape[0], bias)
-        self.quantized = q
-
-    @property
-    def quantized(self) -> Quantized:
-        scales = dict(absmax=self.absmax, nested_absmax=self.nested_absmax, offset=self.offset)
-        return Quantized(packed=self.weight, **scales, **self.form)
-
-    @quantized.setter
-    def quantized(self, q: Quantized) -> None:
         self.form = {"code": q.code, "block": q.block, "shape": q.shape, "dtype": q.dtype}
         self.format = f"{q.code}, block={q.block}" + (", double" if q.nested_absmax is not None else "")
         self.register_buffer("weight", q.packed)
         for name in ("absmax", "nested_absmax", "offset"):
             self.register_buffer(name, getattr(q, name))
+
+    @property
+    def quantized(self) -> Quantized:
+        return Quantized(self.weight, self.absmax, **self.form, nested_absmax=self.nested_absmax, offset=self.offset)
 
     def dense(self) -> Tensor:
         return dequantize(self.quantized)
@@ -428,7 +412,7 @@ def quantize_layer(
 ) -> FrozenLinear:
     """The layer x -> x W~^T + b of a matrix [O, I] and its bias [O] in one of FORMATS. `block` does nothing in int8 and
     llm.int8. InputError, which begins with `where`, if the matrix is not finite."""
-    form = format_named(to)
+    form = FORMATS[to]
     try:
         if form.code == "int8":
             return Int8Linear(*quantize_int8(weight), bias, form.threshold)
@@ -454,7 +438,6 @@ def quantize_model(model: nn.Module, to: str = "nf4", *, block: int = 64, skip: 
 
 def train_quantized(model: nn.Module, to: str = "nf4", block: int = 64, *, skip: tuple[str, ...] = SKIP) -> nn.Module:
     """Makes every nn.Linear of a model but `skip` a FakeQuantLinear, in place; parameters and their names stay the same."""
-    format_named(to)
     for name, layer in linear_layers(model, skip):
         model.set_submodule(name, FakeQuantLinear(layer, to, block))
     return model

@@ -130,6 +130,7 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     to: str | None = None,
+    block: int = 64,
 ) -> None:
     """Fills a module, in place, from a checkpoint, after checking every name, shape and kind (InputError).
 
@@ -137,7 +138,7 @@ def load_weights(
     once plus the largest tensor. Any other parameter is filled where it is; of a sharded one a rank reads only its own rows.
     A layer that is stored quantized replaces the nn.Linear of its name.
 
-    `to` quantizes the linear layers, but the output layer, to this number format as they are read.
+    `to` quantizes the linear layers, but the output layer, to this number format as they are read, in blocks of `block`.
     """
     stored = stored_tensors(directory)
     wanted = dict(module.named_parameters())
@@ -169,7 +170,7 @@ def load_weights(
         tensor = stored[name].read(device, dtype)
         if to and leaf == "weight" and isinstance(parent, nn.Linear) and layer.rpartition(".")[2] not in SKIP:
             where = f"{stored[name].file}: {name}"
-            module.set_submodule(layer, quantize_layer(tensor, parent.bias, to, where=where))
+            module.set_submodule(layer, quantize_layer(tensor, parent.bias, to, block, where))
         else:
             setattr(parent, leaf, nn.Parameter(tensor))
 
@@ -217,8 +218,8 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes model.safetensors, or shards with an index past 5 GB. Each file is whole or absent. The index goes first and
-    comes last, so that shards of two saves are never read as one model; files of an earlier save are removed."""
+    """Writes model.safetensors, or shards with an index past 5 GB, and removes the files of an earlier save. Each file is
+    whole or absent. The old index goes first and the new one comes last: shards of two saves are never read as one model."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)

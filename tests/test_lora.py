@@ -229,7 +229,6 @@ def test_the_config_is_peft_s_and_every_setting_comes_back(tiny, tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     config = read_json(tmp_path / "whole" / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "v2")
-    assert type(config["lora_alpha"]) is int  # as PEFT's own files have it
 
 
 def test_a_second_save_in_the_same_directory_forgets_the_format_of_the_first(tiny, tmp_path):
@@ -293,7 +292,7 @@ def test_half_an_adapter_and_tensors_that_are_none_are_refused(tiny, tmp_path, p
     with pytest.raises(InputError, match=r"mlp\.fc1: no such layer, or half an adapter"):
         Phi.from_pretrained(tmp_path)
     save_file({}, file)
-    with pytest.raises(InputError, match="none at all"):
+    with pytest.raises(InputError, match="there are no tensors in it"):
         Phi.from_pretrained(tmp_path)
     save_file(tensors | {name.replace("lora_", "lora_magnitude_vector_"): torch.ones(3)}, file)
     with pytest.raises(InputError):

@@ -292,19 +292,9 @@ def test_what_is_not_finite_is_an_error_that_names_the_layer(to, bad):
         quantize_model(model, to)
 
 
-def test_wrong_arguments_are_errors():
-    w = normal(8, 8)
-    for wrong in (
-        lambda: quantize_blockwise(w, "nf5"),
-        lambda: quantize_blockwise(w, block=0),
-        lambda: round_to(w, "nf3"),
-        lambda: train_quantized(nn.Linear(8, 8), "nf5"),
-        lambda: quantize_layer(w, None, "int4-asym"),
-    ):
-        with pytest.raises(ValueError, match="nf4|block 0"):
-            wrong()
+def test_a_matrix_of_nothing_is_an_error():
     with pytest.raises(InputError, match="is empty"):
-        quantize_blockwise(w[:0])
+        quantize_blockwise(torch.zeros(0, 8))
 
 
 # ------------------------------------------------------------------------------------------------------------- LLM.int8()
