@@ -154,18 +154,10 @@ def save_lora(model: nn.Module, directory: Path, origin: Origin) -> None:
     (directory / BASE_FORMAT).unlink(missing_ok=True)  # of an earlier save
     if origin.format:
         write_json(directory / BASE_FORMAT, {"format": origin.format})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": origin.name,
-        "revision": origin.revision,
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config |= {"base_model_name_or_path": origin.name, "revision": origin.revision}
+    config |= {"r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout}
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
     write_json(directory / ADAPTER_CONFIG, config)
 
 

@@ -201,10 +201,6 @@ class Quantized:
     nested_absmax: Tensor | None = None  # double: scales of the scales, fp32 [blocks / 256]
     offset: Tensor | None = None  # double: mean of the scales, fp32 []
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.packed, self.absmax, self.nested_absmax, self.offset) if part is not None)
-
 
 def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
     """Blocks of `block` consecutive values of the flattened w, each with its own scale (QLoRA, eq. 1):

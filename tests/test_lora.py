@@ -212,7 +212,6 @@ def test_the_config_is_peft_s_and_every_setting_comes_back(tiny, tmp_path):
         "lora_dropout": 0.25,
         "target_modules": ["fc1", "q_proj"],
         "bias": "none",
-        "inference_mode": True,
     }
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
