@@ -88,13 +88,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Replaces each adapted layer, in place, by one of its base's kind that holds W + s B A; returns the model. A quantized
     W is dequantized, added to, and quantized anew, which rounds once more: outputs change a little."""
     for name, layer in lora_layers(model).items():
-        base = layer.base
-        if isinstance(base, FrozenLinear):
-            merged = base.with_weight(base.dense().float() + layer.delta())
+        merged = layer.base
+        if isinstance(merged, FrozenLinear):
+            merged = merged.with_weight(merged.dense().float() + layer.delta())
         else:
-            merged = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-            merged.weight = nn.Parameter((base.weight.float() + layer.delta()).to(base.weight.dtype))
-            merged.bias = base.bias
+            merged.weight = nn.Parameter((merged.weight.float() + layer.delta()).to(merged.weight.dtype))
         model.set_submodule(name, merged)
     return model
 
@@ -139,8 +137,8 @@ def find_origin(directory: Path, to: str | None = None) -> Origin:
     try:
         return Origin(name, revision, to, resolve(name, revision), directory)
     except InputError as error:
-        told = f"If that model moved, write its new path into base_model_name_or_path of {where}"
-        raise InputError(f"{directory} holds adapters of {name}, and {error}. {told}") from None
+        moved = f"If that model moved, write its new path into base_model_name_or_path of {where}"
+        raise InputError(f"{directory} holds adapters of {name}, and {error}. {moved}") from None
 
 
 def save_lora(model: nn.Module, directory: Path, origin: Origin) -> None:

@@ -11,8 +11,6 @@ but some number that depends on model and layer, such as 0.83: compare scores by
 F is that of the authors' `bert-score` package without idf and rescaling. As there, [CLS] and [SEP] may be matched but do not
 count, an empty text scores 0, and a text is cut at the model's maximum. RoBERTa's text begins with a space, so its first
 word is the token that it would be inside a sentence. Network and tokenizer are those of `transformers`.
-
-Letters: T tokens, D width, N pairs.
 """
 
 from pathlib import Path
@@ -58,7 +56,7 @@ def load_encoder(directory: Path, layers: int | None, device: str) -> tuple:
 
 @torch.no_grad()
 def embed(texts: list[str], model, tokenizer, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each distinct text the embeddings [T, D] of its tokens, and which of them count [T], on the CPU."""
+    """For each distinct text the embeddings [tokens, width] of its tokens, and which of them count [tokens], on the CPU."""
     prefix = " " if model.config.model_type == "roberta" else ""
     special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
     texts, embedded = sorted(set(texts), key=len), {}
@@ -66,7 +64,7 @@ def embed(texts: list[str], model, tokenizer, batch_size: int) -> dict[str, tupl
         part = texts[start : start + batch_size]
         stripped = [text and prefix + text for text in map(str.strip, part)]
         batch = tokenizer(stripped, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        states = model(**batch).last_hidden_state.cpu()  # [texts, T, D]
+        states = model(**batch).last_hidden_state.cpu()  # [texts, tokens, width]
         ids, real = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
         for i, text in enumerate(part):
             embedded[text] = states[i, real[i]], ~torch.isin(ids[i, real[i]], special)
@@ -74,17 +72,17 @@ def embed(texts: list[str], model, tokenizer, batch_size: int) -> dict[str, tupl
 
 
 def greedy_match(candidate: Tensor, reference: Tensor, candidate_counts: Tensor, reference_counts: Tensor) -> Tensor:
-    """F [] of embeddings [T, D] and [T', D] (eqs. 1-3). `counts` [T] and [T'] are False for tokens that are matched by
+    """F [] of embeddings [l, width] and [k, width] (eqs. 1-3). `counts` [l] and [k] are False for tokens that are matched by
     others but do not count themselves; a text of nothing else scores 0."""
     if not (candidate_counts.any() and reference_counts.any()):
         return torch.zeros(())
-    similarity = F.normalize(candidate, dim=-1) @ F.normalize(reference, dim=-1).T  # [T, T']
+    similarity = F.normalize(candidate, dim=-1) @ F.normalize(reference, dim=-1).T  # [l, k]
     p, r = similarity.amax(dim=1)[candidate_counts].mean(), similarity.amax(dim=0)[reference_counts].mean()
     return 2 * p * r / (p + r) if p + r else p + r
 
 
 def bert_score(candidates: list[str], references: list[str], model, tokenizer, batch_size: int) -> Tensor:
-    """F [N] of each candidate against its reference, fp32 on the CPU."""
+    """F [pairs] of each candidate against its reference, fp32 on the CPU."""
     embedded = embed([*candidates, *references], model, tokenizer, batch_size)
     scores = torch.zeros(len(candidates))
     for i, pair in enumerate(zip(candidates, references, strict=True)):

@@ -104,23 +104,21 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its name; reads only the files' headers."""
-    return {name: tensor for shard in _shards(directory) for name, tensor in read_header(shard).items()}
-
-
-def _shards(directory: Path) -> list[Path]:
-    """The safetensors files that a checkpoint's index names, or its only one. InputError if one is absent."""
+    """Every tensor of a checkpoint by its name; reads only the headers of the files that its index names, or of its only
+    one. InputError if one is absent."""
     shards = [directory / "model.safetensors"]
     if (index := directory / INDEX).is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{index}: has no weight_map from tensor names to files")
         shards = sorted({directory / name for name in weight_map.values()})
+    found = {}
     for shard in shards:
         if not shard.is_file():
             pickles = " (it has a pickled pytorch_model*.bin, which is never read)" if list(directory.glob("*.bin")) else ""
             raise InputError(f"{shard}: no such file{pickles}")
-    return shards
+        found |= read_header(shard)
+    return found
 
 
 @torch.no_grad()

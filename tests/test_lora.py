@@ -1,5 +1,6 @@
 """Adapters: by hand, by identities, by gradients; then through the driver: what DPO measures from, resume, merge."""
 
+import copy
 import json
 import shutil
 
@@ -117,7 +118,7 @@ def test_quantizing_on_reading_gives_the_codes_of_quantizing_afterwards(tiny):
 @pytest.mark.parametrize("base", [None, "nf4", "int8"])
 def test_merging_adds_the_product(tiny, base):
     model = stir(add_lora(Phi.from_pretrained(tiny, base=base), 4, alpha=8))
-    separate, layers = logprobs(model), lora_layers(model)
+    separate, layers = logprobs(model), lora_layers(copy.deepcopy(model))
     assert not lora_layers(merge_lora(model))
     kind = {None: nn.Linear, "nf4": Linear4bit, "int8": Int8Linear}[base]
     assert all(isinstance(model.get_submodule(name), kind) for name in layers)
@@ -137,7 +138,7 @@ def test_a_bf16_weight_is_rounded_once_when_it_is_merged(tiny):
     """W + s B A is summed in fp32: s B A rounded to bf16 before would be a second rounding."""
     model = stir(add_lora(Phi.from_pretrained(tiny, dtype=torch.bfloat16), 4, alpha=8))
     differ = 0
-    layers = lora_layers(model)
+    layers = lora_layers(copy.deepcopy(model))
     merge_lora(model)
     for name, layer in layers.items():
         merged, delta = model.get_submodule(name), layer.delta()
