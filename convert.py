@@ -8,20 +8,17 @@ int8, NF4 and FP4 load in transformers too.
 
 import copy
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from data import Example
 from lora import is_adapter, merge_lora, refuse_adapters
 from metrics.text import divergence
 from model import Phi, PhiConfig, read_config
 from prepare.rows import encode_for, rows_to_measure
-from quant import SKIP, linear_layers
+from quant import FrozenLinear
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
 from runtime.runs import load_chat, open_run, save_chat, training_run
@@ -38,6 +35,7 @@ def run(settings: Quantize | Merge) -> int:
         examples = rows_to_compare(source, settings.data)
     with open_run(settings):
         if settings.stage == "quantize":
+            print(f"Quantizing {source} to {settings.to} ...", flush=True)
             did = quantize_checkpoint(source, target, settings.to, settings.block, settings.device)
             print(quantized_summary(target, settings.to, did))
         else:
@@ -49,47 +47,32 @@ def run(settings: Quantize | Merge) -> int:
 
 @torch.no_grad()
 def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, device: str = "cpu") -> dict:
-    """Writes the checkpoint in `source` to `target` with its linear layers, but the output layer, in the number format `to`.
-    Everything else keeps its dtype. Memory holds one output shard and some copies of the largest matrix at a time.
+    """Writes the checkpoint in `source` to `target` with its linear layers, but the output layer, in the number format `to`;
+    everything else keeps its dtype. Layers are quantized as they are read: memory holds the new model and one old matrix.
 
-    config.json comes last, so a conversion that was interrupted does not load. Returns what was done: bytes before and
-    after, weights quantized and their bytes, seconds, and each matrix's relative error |w~ - w| / |w|.
+    Returns what was done: bytes of the files before and after, weights quantized and their bytes, and each matrix's relative
+    error |w~ - w| / |w|.
     """
     if weights.is_quantized(source):
         raise InputError(f"{source} is quantized already; start from the model that it was made of")
     with torch.device("meta"):
         model = Phi(read_config(source))
+    weights.load_weights(model, source, getattr(torch, stored_dtype(model.config)), device, to, block)
     stored = weights.stored_tensors(source)
-    weights.check_stored(stored, dict(model.named_parameters()), source)
-    to_quantize = {f"{name}.weight" for name, _ in linear_layers(model, SKIP)}
-    plain = [name for name, _ in linear_layers(model, ()) if f"{name}.weight" not in to_quantize]
-    did = {"bytes before": 0, "bytes after": 0, "weights": 0, "bytes of weights": 0, "seconds": 0.0, "errors": {}}
-    config: dict = {}
+    did = {"weights": 0, "bytes of weights": 0, "errors": {}}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FrozenLinear):
+            continue
+        weight = stored[f"{name}.weight"].read(device, torch.float32)
+        did["errors"][name] = ((layer.dense() - weight).norm() / weight.norm().clamp(min=1e-38)).item()
+        did["weights"] += weight.numel()
+        did["bytes of weights"] += sum(x.nbytes for part, x in weights.layer_tensors(layer).items() if part != "bias")
 
-    def converted() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tqdm(stored.items(), desc=f"quantizing to {to}", unit="tensor", disable=None):
-            weight = tensor.read()
-            did["bytes before"] += weight.nbytes
-            parts = {name: weight}
-            if name in to_quantize:
-                began = time.perf_counter()
-                weight = weight.to(device)
-                layer = weights.quantize_stored(tensor, weight, None, to, block)
-                did["seconds"] += time.perf_counter() - began
-                error = (layer.dense().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-38)
-                did["errors"][name] = error.item()
-                config.update(weights.stored_config(model.config.to_dict(), weight.dtype, layer, plain))
-                parts = {name.removesuffix("weight") + part: x.cpu() for part, x in weights.layer_tensors(layer).items()}
-                did["weights"] += weight.numel()
-                did["bytes of weights"] += sum(x.nbytes for x in parts.values())
-            did["bytes after"] += sum(x.nbytes for x in parts.values())
-            yield from parts.items()
-
-    weights.save_tensors(target, converted())
+    model.save_pretrained(target)
     for file in (*source.glob("tokenizer*.json"), *source.glob("special_tokens_map.json")):
         shutil.copyfile(file, target / file.name)
-    write_json(target / "config.json", config)
-    return did
+    sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (source, target)]
+    return {"bytes before": sizes[0], "bytes after": sizes[1], **did}
 
 
 def merge_checkpoint(source: Path, target: Path, device: str, examples: Sequence[Example]) -> dict[str, float] | None:
@@ -122,7 +105,7 @@ def quantized_summary(target: Path, to: str, did: dict) -> str:
     mean = sum(did["errors"].values()) / len(did["errors"])
     theirs = read_json(target / "config.json")["quantization_config"]["quant_method"] == "bitsandbytes"
     note = "" if theirs else f" {to} in this form is this project's own: transformers does not read it."
-    sizes = f"{did['bytes before'] / 1e6:,.1f} MB -> {did['bytes after'] / 1e6:,.1f} MB, in {did['seconds']:.1f} s"
+    sizes = f"{did['bytes before'] / 1e6:,.1f} MB -> {did['bytes after'] / 1e6:,.1f} MB"
     errors = f"mean {mean:.4f}, largest " + ", ".join(f"{error:.4f} ({name})" for name, error in worst)
     return (
         f"{sizes}; {did['weights']:,} weights at {8 * did['bytes of weights'] / did['weights']:.2f} bits\n"

@@ -28,7 +28,7 @@ from data import ChatML, Example, Row, lengths_of, question_key
 from generate import sample_answers
 from lora import find_origin, is_adapter
 from metrics import judge, multiple_choice, tables, text
-from metrics.bertscore import BEST_LAYERS, Encoder, bert_score, load_encoder
+from metrics.bertscore import BEST_LAYERS, bert_score, load_encoder
 from metrics.intervals import mean, share
 from metrics.preferences import flips, measure_baselines, measure_rewards
 from metrics.tables import Results
@@ -59,7 +59,7 @@ class Contest:
 
     measured: Measured  # the rows that fit into every model's window
     contestants: list[Contestant]
-    encoder: Encoder | None  # for BERTScore
+    encoder: tuple | None  # network and tokenizer for BERTScore
     notes: list[str]
     failures: list[str]  # a line for every model that cannot be read
 
@@ -219,7 +219,7 @@ def measure_answers(contest: Contest, answers: list[str], ended: list[bool], dra
     references = [e.texts[0] for e in drawn]
     measured, signature = text.similarity(answers, references)
     if contest.encoder:
-        measured["BERTScore"] = mean(bert_score(answers, references, contest.encoder, 64))
+        measured["BERTScore"] = mean(bert_score(answers, references, *contest.encoder, 64))
     graded = {"ends": ended} | text.grades(answers, drawn)
     return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}, signature
 

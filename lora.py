@@ -59,32 +59,27 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
-def target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The linear layers that `targets` names: "all-linear" for all but the output layer, or last parts of their names,
-    "q_proj,v_proj". InputError if one of them names no layer."""
-    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FrozenLinear))}
-    last_part = {name: name.rpartition(".")[2] for name in layers}
-    known = set(last_part.values()) - set(SKIP)
-    wanted = known if targets == "all-linear" else {part.strip() for part in targets.split(",") if part.strip()}
-    for part in sorted(wanted - known):
-        raise InputError(f"no layer is called {part!r}; there are {', '.join(sorted(known))}, or all-linear for all of them")
-    return {name: layer for name, layer in layers.items() if last_part[name] in wanted}
-
-
 def add_lora(
     model: nn.Module, rank: int, alpha: float | None = None, targets: str = "all-linear", dropout: float = 0.0, seed: int = 0
 ) -> nn.Module:
-    """Freezes a model and gives its `targets` (see `target_layers`) new adapters, in place; returns the model.
+    """Freezes a model and gives new adapters, in place, to the linear layers that `targets` names: "all-linear" for all but
+    the output layer, or last parts of their names, "q_proj,v_proj"; returns the model. InputError if a name fits no layer.
 
     alpha: s = alpha / rank; default the rank, s = 1. `seed` draws the A's.
     """
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FrozenLinear))}
+    known = {name.rpartition(".")[2] for name in layers} - set(SKIP)
+    wanted = known if targets == "all-linear" else {part.strip() for part in targets.split(",") if part.strip()}
+    for part in sorted(wanted - known):
+        raise InputError(f"no layer is called {part!r}; there are {', '.join(sorted(known))}, or all-linear for all of them")
     model.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
-    for name, base in target_layers(model, targets).items():
-        layer = LoraLinear(base, rank, float(alpha or rank), dropout)
-        bound = 1 / math.sqrt(base.in_features)
-        layer.lora_A.data.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=draw))
-        model.set_submodule(name, layer)
+    for name, base in layers.items():
+        if name.rpartition(".")[2] in wanted:
+            layer = LoraLinear(base, rank, float(alpha or rank), dropout)
+            bound = 1 / math.sqrt(base.in_features)
+            layer.lora_A.data.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=draw))
+            model.set_submodule(name, layer)
     return model
 
 
@@ -93,13 +88,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Replaces each adapted layer, in place, by one of its base's kind that holds W + s B A; returns the model. A quantized
     W is dequantized, added to, and quantized anew, which rounds once more: outputs change a little."""
     for name, layer in lora_layers(model).items():
-        base = layer.base
-        if isinstance(base, FrozenLinear):
-            merged = base.with_weight(base.dense().float() + layer.delta())
+        merged = layer.base
+        if isinstance(merged, FrozenLinear):
+            merged = merged.with_weight(merged.dense().float() + layer.delta())
         else:
-            merged = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-            merged.weight = nn.Parameter((base.weight.float() + layer.delta()).to(base.weight.dtype))
-            merged.bias = base.bias
+            merged.weight = nn.Parameter((merged.weight.float() + layer.delta()).to(merged.weight.dtype))
         model.set_submodule(name, merged)
     return model
 
@@ -144,8 +137,8 @@ def find_origin(directory: Path, to: str | None = None) -> Origin:
     try:
         return Origin(name, revision, to, resolve(name, revision), directory)
     except InputError as error:
-        told = f"If that model moved, write its new path into base_model_name_or_path of {where}"
-        raise InputError(f"{directory} holds adapters of {name}, and {error}. {told}") from None
+        moved = f"If that model moved, write its new path into base_model_name_or_path of {where}"
+        raise InputError(f"{directory} holds adapters of {name}, and {error}. {moved}") from None
 
 
 def save_lora(model: nn.Module, directory: Path, origin: Origin) -> None:
@@ -156,22 +149,13 @@ def save_lora(model: nn.Module, directory: Path, origin: Origin) -> None:
     tensors = {f"{PREFIX}{n}.{p}.weight": getattr(layer, p) for n, layer in layers.items() for p in ("lora_A", "lora_B")}
     with whole_file(directory / ADAPTER_WEIGHTS) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    (directory / BASE_FORMAT).unlink(missing_ok=True)  # of an earlier save
     if origin.format:
         write_json(directory / BASE_FORMAT, {"format": origin.format})
-    else:  # an earlier save's would be taken for this one's
-        (directory / BASE_FORMAT).unlink(missing_ok=True)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": origin.name,
-        "revision": origin.revision,
-        "r": one.rank,
-        "lora_alpha": int(one.alpha) if one.alpha == int(one.alpha) else one.alpha,
-        "lora_dropout": one.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    config |= {"base_model_name_or_path": origin.name, "revision": origin.revision}
+    config |= {"r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout}
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
     write_json(directory / ADAPTER_CONFIG, config)
 
 
@@ -194,13 +178,13 @@ def load_lora(model: nn.Module, directory: Path) -> nn.Module:
         raise InputError(f"{file}: no such file; PEFT's older adapter_model.bin is a pickle, which is never read")
     stored = read_header(file)
     model.requires_grad_(False)
-    names = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored})
-    for name in names:
+    if not stored:
+        raise InputError(f"{file}: there are no tensors in it")
+    for name in sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored}):
         try:
             base = model.get_submodule(name)
             base = getattr(base, "base", base)
-            A = stored.pop(f"{PREFIX}{name}.lora_A.weight").read(dtype=torch.float32)
-            B = stored.pop(f"{PREFIX}{name}.lora_B.weight").read(dtype=torch.float32)
+            A, B = (stored.pop(f"{PREFIX}{name}.lora_{x}.weight").read(dtype=torch.float32) for x in "AB")
         except (AttributeError, KeyError) as error:
             raise InputError(f"{file}: {name}: no such layer, or half an adapter ({error})") from None
         layer = LoraLinear(base, config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0))
@@ -210,6 +194,6 @@ def load_lora(model: nn.Module, directory: Path) -> nn.Module:
         layer.lora_A.data.copy_(A)
         layer.lora_B.data.copy_(B)
         model.set_submodule(name, layer)
-    if stored or not names:
-        raise InputError(f"{file}: unexpected tensors or none at all: {sorted(stored)[:3]}")
+    if stored:
+        raise InputError(f"{file}: unexpected tensors {sorted(stored)[:3]}")
     return model

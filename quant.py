@@ -61,13 +61,6 @@ FORMATS = {
 }
 
 
-def format_named(to: str) -> Format:
-    """The entry of FORMATS; ValueError lists the names."""
-    if to not in FORMATS:
-        raise ValueError(f"no number format {to!r}; there are {', '.join(FORMATS)}")
-    return FORMATS[to]
-
-
 def normal_float(bits: int) -> Tensor:
     """The levels of NF2 and NF4 (QLoRA, section 3): quantiles of N(0, 1), so that every code is used about equally often if
     weights are normal. Ascending, fp32 [2^bits], with an exact 0 and both ends.
@@ -208,19 +201,15 @@ class Quantized:
     nested_absmax: Tensor | None = None  # double: scales of the scales, fp32 [blocks / 256]
     offset: Tensor | None = None  # double: mean of the scales, fp32 []
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.packed, self.absmax, self.nested_absmax, self.offset) if part is not None)
 
-
-def quantize_blockwise(w: Tensor, code: str, block: int = 64, double: bool = False) -> Quantized:
+def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
     """Blocks of `block` consecutive values of the flattened w, each with its own scale (QLoRA, eq. 1):
 
         s_b = max |w| over the block,      c = the code of the level nearest to w / s_b
 
     w of any shape and floating-point dtype; the last block may be short. `double` quantizes the scales too: their mean is
     subtracted and the rest stored in 8 bits with the dynamic map, in blocks of 256. 32 bits a block become 8 + 32/256.
-    InputError if w is empty or not finite; ValueError if there is no such code or block.
+    InputError if w is empty or not finite.
 
     Error: |w - w~| <= s_b g / 2, where g is the widest gap between levels: .304 for NF4, 1/3 for FP4, 1/7 for int4, 1 for
     NF2; double quantization adds its own error of s_b. For w ~ N(0, 1), block 64, sqrt(E[s^2]) = 2.62, and evenly spaced
@@ -230,10 +219,6 @@ def quantize_blockwise(w: Tensor, code: str, block: int = 64, double: bool = Fal
     Equal bit for bit to bitsandbytes' CUDA kernels, where w / s is w times 1 / s. (Its CPU code divides in a last, short
     block, and gives a short block of zeros the scale 1e-38, not 0.)
     """
-    if code not in TABLES:
-        raise ValueError(f"no code {code!r}; there are {', '.join(CODES)}")
-    if block < 1:
-        raise ValueError(f"block {block}: must be positive")
     if w.numel() == 0:
         raise InputError("is empty and cannot be quantized")
     flat = w.detach().flatten()
@@ -262,12 +247,6 @@ def _encode(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-def quantize_4bit(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
-    if code not in ("nf4", "fp4", "int4"):
-        raise ValueError(f"{code!r} is not a 4-bit code; there are nf4, fp4 and int4")
-    return quantize_blockwise(w, code, block, double)
-
-
 def scales(q: Quantized) -> Tensor:
     """The scale of each block, fp32 [blocks]; with double quantization  s = l_c s' + mean."""
     if q.nested_absmax is None:
@@ -283,31 +262,27 @@ def dequantize(q: Quantized) -> Tensor:
     return flat.view(q.shape).to(q.dtype)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward w~, backward as if nothing had been rounded: d w~ / d w = 1 (Bengio et al. 2013, straight-through)."""
-
-    @staticmethod
-    def forward(ctx, w: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
 def round_to(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
     """w~: a matrix [O, I] quantized to one of FORMATS and back, in w's dtype. `block` does nothing in int8 and llm.int8.
     Rounding w~ again changes nothing, except in nf4-double, where the rounded scales have another mean."""
-    form = format_named(to)
+    form = FORMATS[to]
     if form.code == "int8":
         return dequantize_int8(*quantize_int8(w)).to(w.dtype)
     return dequantize(quantize_blockwise(w, form.code, block, form.double))
 
 
-def fake_quantize(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
-    """`round_to` with a gradient: d w~ / d w = 1, since the true derivative of rounding is 0 nearly everywhere and nothing
-    would be learned. The weights that an optimizer moves stay unrounded: small steps add up until a code changes."""
-    return _StraightThrough.apply(w, round_to(w.detach(), to, block))
+class FakeQuantize(torch.autograd.Function):
+    """`round_to` with the gradient d w~ / d w = 1, as if nothing had been rounded (Bengio et al. 2013, straight-through),
+    since the true derivative of rounding is 0 nearly everywhere and nothing would be learned. The weights that an optimizer
+    moves stay unrounded: small steps add up until a code changes."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, to: str, block: int) -> Tensor:
+        return round_to(w, to, block)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None, None
 
 
 class FakeQuantLinear(nn.Linear):
@@ -320,7 +295,7 @@ class FakeQuantLinear(nn.Linear):
         self.rounding = to, block
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        return F.linear(x, fake_quantize(self.weight, *self.rounding), self.bias)
+        return F.linear(x, FakeQuantize.apply(self.weight, *self.rounding), self.bias)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -404,20 +379,15 @@ class Linear4bit(FrozenLinear):
 
     def __init__(self, q: Quantized, bias: Tensor | None):
         super().__init__(q.shape[1], q.shape[0], bias)
-        self.quantized = q
-
-    @property
-    def quantized(self) -> Quantized:
-        scales = dict(absmax=self.absmax, nested_absmax=self.nested_absmax, offset=self.offset)
-        return Quantized(packed=self.weight, **scales, **self.form)
-
-    @quantized.setter
-    def quantized(self, q: Quantized) -> None:
         self.form = {"code": q.code, "block": q.block, "shape": q.shape, "dtype": q.dtype}
         self.format = f"{q.code}, block={q.block}" + (", double" if q.nested_absmax is not None else "")
         self.register_buffer("weight", q.packed)
         for name in ("absmax", "nested_absmax", "offset"):
             self.register_buffer(name, getattr(q, name))
+
+    @property
+    def quantized(self) -> Quantized:
+        return Quantized(self.weight, self.absmax, **self.form, nested_absmax=self.nested_absmax, offset=self.offset)
 
     def dense(self) -> Tensor:
         return dequantize(self.quantized)
@@ -433,13 +403,18 @@ class Linear4bit(FrozenLinear):
         return Linear4bit(quantize_blockwise(weight.to(q.dtype), q.code, q.block, q.nested_absmax is not None), self.bias)
 
 
-def quantize_layer(weight: Tensor, bias: Tensor | None, to: str = "nf4", block: int = 64) -> FrozenLinear:
+def quantize_layer(
+    weight: Tensor, bias: Tensor | None, to: str = "nf4", block: int = 64, where: str = "the matrix"
+) -> FrozenLinear:
     """The layer x -> x W~^T + b of a matrix [O, I] and its bias [O] in one of FORMATS. `block` does nothing in int8 and
-    llm.int8. InputError if the matrix is not finite."""
-    form = format_named(to)
-    if form.code == "int8":
-        return Int8Linear(*quantize_int8(weight), bias, form.threshold)
-    return Linear4bit(quantize_blockwise(weight, form.code, block, form.double), bias)
+    llm.int8. InputError, which begins with `where`, if the matrix is not finite."""
+    form = FORMATS[to]
+    try:
+        if form.code == "int8":
+            return Int8Linear(*quantize_int8(weight), bias, form.threshold)
+        return Linear4bit(quantize_blockwise(weight, form.code, block, form.double), bias)
+    except InputError as error:
+        raise InputError(f"{where} {error}") from None
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...] = SKIP) -> list[tuple[str, nn.Linear]]:
@@ -453,17 +428,12 @@ def quantize_model(model: nn.Module, to: str = "nf4", *, block: int = 64, skip: 
     """Replaces every nn.Linear of a model but `skip`, in place, by its `quantize_layer`; returns the model. InputError names
     a layer that is not finite."""
     for name, layer in linear_layers(model, skip):
-        try:
-            quantized = quantize_layer(layer.weight, layer.bias, to, block)
-        except InputError as error:
-            raise InputError(f"{name}.weight {error}") from None
-        model.set_submodule(name, quantized)
+        model.set_submodule(name, quantize_layer(layer.weight, layer.bias, to, block, f"{name}.weight"))
     return model
 
 
 def train_quantized(model: nn.Module, to: str = "nf4", block: int = 64, *, skip: tuple[str, ...] = SKIP) -> nn.Module:
     """Makes every nn.Linear of a model but `skip` a FakeQuantLinear, in place; parameters and their names stay the same."""
-    format_named(to)
     for name, layer in linear_layers(model, skip):
         model.set_submodule(name, FakeQuantLinear(layer, to, block))
     return model

@@ -20,7 +20,7 @@ from bench.timing import attempt, in_worker, in_workers, medians, rates, residen
 from bench.workloads import Bench, full_size_phi, prompts
 from generate import generate
 from model import Phi, PhiConfig
-from quant import FrozenLinear, quantize_4bit, quantize_layer
+from quant import FrozenLinear, quantize_blockwise, quantize_layer
 from quant_kernels import has_triton
 from runtime.files import InputError
 
@@ -152,7 +152,7 @@ def bench_quant(bench: Bench) -> list[dict]:
         rows.append(row(case, "ms", *(s and 1e3 * s for s in seconds.values()), note=note))
 
     quantize = theirs and partial(theirs["quantize"], weight)
-    compare("quantize to NF4, plain PyTorch / bitsandbytes", partial(quantize_4bit, weight), quantize, missing)
+    compare("quantize to NF4, plain PyTorch / bitsandbytes", partial(quantize_blockwise, weight), quantize, missing)
     for name, to in (("int8", "int8"), ("NF4", "nf4")):
         layer, own = ours[to], partial(ours[to], x[1])
         definition = lambda layer=layer: FrozenLinear.product(layer, x[1]) + layer.bias  # noqa: E731 (all of W~ in memory)

@@ -2,9 +2,6 @@
 
 A crash in the middle of `open(path, "w")` leaves half a file under its final name, and the next run reads it as if it were
 good. So everything is written beside its final name and then renamed: on one file system a rename happens or does not.
-
-    with whole_file("out/run/model.safetensors") as temporary:      # yields "out/run/.model.safetensors.tmp"
-        save(temporary)                                             # the final name appears when the block ends well
 """
 
 import contextlib
@@ -83,9 +80,10 @@ def json_object(text: bytes) -> dict:
     """The JSON object of a line or a file; ValueError says why there is none."""
     try:
         value = json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        reasons = {UnicodeDecodeError: "not UTF-8 text", RecursionError: "nested too deeply"}
-        raise ValueError(reasons.get(type(error), f"not JSON ({error})")) from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, not an object")
     return value
@@ -104,19 +102,14 @@ def read_json(path: str | Path) -> dict:
 @contextlib.contextmanager
 def picture(path: Path, columns: int, size: tuple[float, float], rows: int = 1) -> Iterator[list]:
     """Yields the axes of a new figure, row by row; at the end of the block they are drawn to `path` (PNG)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    try:
-        yield list(axes.flat)
-        for axis in axes.flat:
-            axis.grid(alpha=0.3)
-            axis.set_axisbelow(True)
-        figure.tight_layout()
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    finally:
-        plt.close(figure)
+    figure = Figure(size)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    yield list(axes.flat)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.tight_layout()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -288,9 +288,8 @@ def whole_on_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def copy_own_rows(x: Tensor, stored, first: int = 0) -> None:
-    """Copies this rank's rows of x from a tensor or a slice of a safetensors file, of which no other rows are read. Row 0 of
-    x is its row `first`."""
+def copy_own_rows(x: Tensor, stored) -> None:
+    """Copies this rank's rows of x from a tensor or a slice of a safetensors file, of which no other rows are read."""
     begin, end = own_rows(x)
     if begin < end:
-        own(x).copy_(stored[first + begin : first + end])
+        own(x).copy_(stored[begin:end])

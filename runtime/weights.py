@@ -16,9 +16,8 @@ and config.json then has a `quantization_config`.
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -76,55 +75,22 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file, or some of its rows where an older file fused several tensors into one."""
+    """A tensor in a safetensors file."""
 
     file: Path
     key: str  # its name in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: "F32", "BF16", "U8", ...
-    first: int = 0  # its first row in the file's tensor
-
-    def part(self, i: int, count: int) -> "Stored":
-        """The i-th of `count` equal parts of its rows."""
-        if count == 1:
-            return self
-        first, end = (part * self.shape[0] // count for part in (i, i + 1))
-        return replace(self, shape=(end - first, *self.shape[1:]), first=first)
 
     def read(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """A copy. The file is opened for this tensor alone, since only closing it gives back the memory it was mapped to."""
         with safe_open(self.file, framework="pt") as file:
-            tensor = file.get_tensor(self.key)
-            if self.shape:
-                tensor = tensor[self.first : self.first + self.shape[0]]
-            return tensor.to(device=device, dtype=dtype, copy=True)
+            return file.get_tensor(self.key).to(device=device, dtype=dtype, copy=True)
 
     def fill(self, tensor: Tensor) -> None:
         """Copies into `tensor`, in place. If it is sharded, only this rank's rows are read."""
         with safe_open(self.file, framework="pt") as file:
-            parallel.copy_own_rows(tensor, file.get_slice(self.key), self.first)
-
-
-OLD_NAMES = (  # of microsoft/phi-2 until January 2024
-    ("transformer.embd.wte.", "model.embed_tokens."),
-    ("transformer.h.", "model.layers."),
-    ("lm_head.ln.", "model.final_layernorm."),
-    ("lm_head.linear.", "lm_head."),
-    (".ln.", ".input_layernorm."),
-    (".mixer.out_proj.", ".self_attn.dense."),
-)
-
-
-def current_names(key: str) -> list[str]:
-    """The current name of a stored tensor; three for the fused `mixer.Wqkv` of older files, whose rows are those of q_proj,
-    k_proj and v_proj in turn; none for the rotary frequencies, which some files hold and the network computes."""
-    if ".rotary_emb." in key:
-        return []
-    for old, new in OLD_NAMES:
-        key = key.replace(old, new)
-    if ".mixer.Wqkv." in key:
-        return [key.replace(".mixer.Wqkv.", f".self_attn.{x}_proj.") for x in "qkv"]
-    return [key]
+            parallel.copy_own_rows(tensor, file.get_slice(self.key))
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -137,33 +103,22 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
 
 
-def stored_tensors(directory: Path, rename: Callable[[str], list[str]] = current_names) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its current name; reads only the files' headers. `rename` maps a name in a file to the
-    current names of equal parts of its rows."""
-    found: dict[str, Stored] = {}
-    for shard in _shards(directory):
-        for tensor in read_header(shard).values():
-            names = rename(tensor.key)
-            for i, name in enumerate(names):
-                if name in found:
-                    raise InputError(f"{shard}: unexpected tensor {tensor.key!r}; {found[name].file} holds {name!r} already")
-                found[name] = tensor.part(i, len(names))
-    return found
-
-
-def _shards(directory: Path) -> list[Path]:
-    """The safetensors files that a checkpoint's index names, or its only one. InputError if one is absent."""
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its name; reads only the headers of the files that its index names, or of its only
+    one. InputError if one is absent."""
     shards = [directory / "model.safetensors"]
     if (index := directory / INDEX).is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{index}: has no weight_map from tensor names to files")
         shards = sorted({directory / name for name in weight_map.values()})
+    found = {}
     for shard in shards:
         if not shard.is_file():
             pickles = " (it has a pickled pytorch_model*.bin, which is never read)" if list(directory.glob("*.bin")) else ""
             raise InputError(f"{shard}: no such file{pickles}")
-    return shards
+        found |= read_header(shard)
+    return found
 
 
 @torch.no_grad()
@@ -173,8 +128,7 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     to: str | None = None,
-    wanted: dict[str, Tensor] | None = None,
-    rename: Callable[[str], list[str]] = current_names,
+    block: int = 64,
 ) -> None:
     """Fills a module, in place, from a checkpoint, after checking every name, shape and kind (InputError).
 
@@ -182,15 +136,10 @@ def load_weights(
     once plus the largest tensor. Any other parameter is filled where it is; of a sharded one a rank reads only its own rows.
     A layer that is stored quantized replaces the nn.Linear of its name.
 
-    to        quantizes the linear layers, but the output layer, to this number format as they are read
-    wanted    what to fill, by current name, if that is not the module's own parameters; the files may then hold more
-    rename    see `stored_tensors`
+    `to` quantizes the linear layers, but the output layer, to this number format as they are read, in blocks of `block`.
     """
-    stored = stored_tensors(directory, rename)
-    if wanted is None:
-        wanted = dict(module.named_parameters())
-    else:
-        stored = {name: tensor for name, tensor in stored.items() if name in wanted}
+    stored = stored_tensors(directory)
+    wanted = dict(module.named_parameters())
     quantized: dict[str, dict[str, Stored]] = {}  # layer: {"weight": ..., "weight.absmax": ...}, all but the bias
     for layer in quantized_layers(stored):
         names = [name for name in stored if name.startswith(f"{layer}.") and name != f"{layer}.bias"]
@@ -218,7 +167,8 @@ def load_weights(
         parent = module.get_submodule(layer)
         tensor = stored[name].read(device, dtype)
         if to and leaf == "weight" and isinstance(parent, nn.Linear) and layer.rpartition(".")[2] not in SKIP:
-            module.set_submodule(layer, quantize_stored(stored[name], tensor, parent.bias, to))
+            where = f"{stored[name].file}: {name}"
+            module.set_submodule(layer, quantize_layer(tensor, parent.bias, to, block, where))
         else:
             setattr(parent, leaf, nn.Parameter(tensor))
 
@@ -237,14 +187,6 @@ def check_stored(stored: dict[str, Stored], wanted: dict[str, Tensor], directory
         raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {missing[0]!r}")
 
 
-def quantize_stored(stored: Stored, weight: Tensor, bias: Tensor | None, to: str, block: int = 64) -> FrozenLinear:
-    """The quantized layer of a matrix that was just read; InputError names its file."""
-    try:
-        return quantize_layer(weight, bias, to, block)
-    except InputError as error:
-        raise InputError(f"{stored.file}: {stored.key} {error}") from None
-
-
 def save_weights(module: nn.Module, directory: Path, config: dict) -> None:
     """Writes a module's weights, then config.json with `config` and how the weights are stored. Of several ranks the main
     one writes, and all must call this."""
@@ -260,7 +202,7 @@ def save_weights(module: nn.Module, directory: Path, config: dict) -> None:
             del tensors[f"{name}.{part}"]
         tensors |= {f"{name}.{part}": tensor for part, tensor in layer_tensors(layer).items()}
     plain = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    save_tensors(directory, tensors.items())
+    save_tensors(directory, tensors)
     write_json(directory / "config.json", stored_config(config, dtype, next(iter(frozen.values()), None), plain))
 
 
@@ -274,49 +216,26 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes model.safetensors, or shards with an index past 5 GB, one shard in memory at a time. Each file is whole or
-    absent, the index comes last, and the files of an earlier save are removed, since a loader might prefer them."""
-    written: list[tuple[Path, list[str]]] = []  # each shard, under a passing name, with its tensors
-    shard: dict[str, Tensor] = {}
-    total = 0
+def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes model.safetensors, or shards with an index past 5 GB, and removes the files of an earlier save. Each file is
+    whole or absent. The old index goes first and the new one comes last: shards of two saves are never read as one model."""
+    from huggingface_hub import split_torch_state_dict_into_shards
 
-    def write() -> None:
-        path = directory / f"model-{len(written) + 1:05d}.safetensors"
-        with whole_file(path) as temporary:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    (directory / INDEX).unlink(missing_ok=True)
+    for file, names in split.filename_to_tensors.items():
+        with whole_file(directory / file) as temporary:
+            shard = {name: tensors[name].detach().contiguous() for name in names}
             save_file(shard, temporary, metadata={"format": "pt"})
-        written.append((path, list(shard)))
-        shard.clear()
-
-    try:
-        for name, tensor in tensors:
-            if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > SHARD_BYTES:
-                write()
-            shard[name] = tensor.detach().contiguous()
-            total += tensor.nbytes
-        write()
-    except BaseException:
-        for path, _ in written:
-            path.unlink()
-        raise
-
-    count = len(written)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-    weight_map: dict[str, str] = {}
-    for (path, held), name in zip(written, names, strict=True):
-        os.replace(path, directory / name)
-        weight_map |= dict.fromkeys(held, name)
-    if count > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        names.append(INDEX)
-    for stale in directory.glob("model*.safetensors*"):
-        if stale.name not in names:
+    if split.is_sharded:
+        write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    for stale in directory.glob("model*.safetensors"):
+        if stale.name not in split.filename_to_tensors:
             stale.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------- quantized layers
 
-GONE = ("int4-asym", "nf3", "dynamic8")  # formats of weights that earlier versions wrote
 BITSANDBYTES = ("nf4", "fp4")  # codes, and
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # blocks, that bitsandbytes knows
 
@@ -374,8 +293,6 @@ def to_tensors(q: Quantized) -> dict[str, Tensor]:
 def from_tensors(tensors: dict[str, Tensor]) -> Quantized:
     """The inverse of `to_tensors`; InputError if something is missing, unknown, or does not fit the rest."""
     tensors = dict(tensors)
-    if gone := [code for code in GONE if f"weight.quant_state.blockwise__{code}" in tensors]:
-        raise InputError(f"it is stored in {gone[0]}, which is no longer read; quantize the full-precision model again")
     try:
         (key,) = [name for name in tensors if name.startswith("weight.quant_state.")]
         state = json.loads(bytes(tensors.pop(key).tolist()))
@@ -433,25 +350,16 @@ def _name(dtype: torch.dtype) -> str:
 
 FIXED = {"hidden_act": "gelu_new", "tie_word_embeddings": False, "qk_layernorm": False}  # what the network computes
 
-OLD_FIELDS = {  # of model_type "phi-msft"
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_head_kv": "num_key_value_heads",
-    "n_inner": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-    "layer_norm_epsilon": "layer_norm_eps",
-    "activation_function": "hidden_act",
-}
-
 
 def read_fields(cls: type, raw: dict, where: str):
-    """A dataclass of numbers, with `other` for all other fields, from the content of Phi's config.json: that of any version
-    of transformers (`rope_parameters`, `rope_scaling`) or the older "phi-msft" (`n_embd`, ...). InputError if it describes
-    another network."""
-    if raw.get("model_type") not in ("phi", "phi-msft"):
+    """A dataclass of numbers, with `other` for all other fields, from the content of Phi's config.json, as any version of
+    transformers writes it. InputError if it describes another network."""
+    if raw.get("model_type") == "phi-msft":
+        told = "convert it with transformers 4 (convert_phi_weights_to_hf.py)"
+        raise InputError(f"{where}: this is the format that Phi-2 had before January 2024; {told}")
+    if raw.get("model_type") != "phi":
         raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'phi': this is not a Phi-1/1.5/2 model")
-    config = _from_phi_msft(raw, where) if "n_embd" in raw else dict(raw)
+    config = dict(raw)
     for field in ("rope_parameters", "rope_scaling"):
         rope = config.pop(field, None) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
@@ -473,13 +381,3 @@ def read_fields(cls: type, raw: dict, where: str):
         return cls(**own, other=config)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def _from_phi_msft(old: dict, where: str) -> dict:
-    if not all(isinstance(old.get(name), int) and old[name] > 0 for name in ("n_embd", "n_head")):
-        raise InputError(f"{where}: n_embd and n_head must be positive numbers")
-    head_size = old["n_embd"] // old["n_head"]
-    new = {OLD_FIELDS.get(name, name): value for name, value in old.items() if value is not None}
-    new.setdefault("intermediate_size", 4 * old["n_embd"])
-    new["partial_rotary_factor"] = new.pop("rotary_dim", head_size) / head_size
-    return new

@@ -219,7 +219,7 @@ BAD_ROWS = [
     ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message before the last'),
     ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no user message before'),
     ("pairs", {**GOOD["pairs"], "chosen": [assistant("4"), assistant("4!")]}, '"chosen" is a list but not of one'),
-    ("sft", b"[" * 100_000, "nested too deeply"),
+    ("sft", b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ("sft", b'{"prompt": "2+2?", ', "not JSON"),
     ("sft", b'["2+2?", "4"]', "a JSON list, not an object"),
     ("sft", b'{"prompt": "caf\xe9?", "completion": "4"}', "not UTF-8 text"),

@@ -1,5 +1,6 @@
 """Adapters: by hand, by identities, by gradients; then through the driver: what DPO measures from, resume, merge."""
 
+import copy
 import json
 import shutil
 
@@ -117,7 +118,7 @@ def test_quantizing_on_reading_gives_the_codes_of_quantizing_afterwards(tiny):
 @pytest.mark.parametrize("base", [None, "nf4", "int8"])
 def test_merging_adds_the_product(tiny, base):
     model = stir(add_lora(Phi.from_pretrained(tiny, base=base), 4, alpha=8))
-    separate, layers = logprobs(model), lora_layers(model)
+    separate, layers = logprobs(model), lora_layers(copy.deepcopy(model))
     assert not lora_layers(merge_lora(model))
     kind = {None: nn.Linear, "nf4": Linear4bit, "int8": Int8Linear}[base]
     assert all(isinstance(model.get_submodule(name), kind) for name in layers)
@@ -137,7 +138,7 @@ def test_a_bf16_weight_is_rounded_once_when_it_is_merged(tiny):
     """W + s B A is summed in fp32: s B A rounded to bf16 before would be a second rounding."""
     model = stir(add_lora(Phi.from_pretrained(tiny, dtype=torch.bfloat16), 4, alpha=8))
     differ = 0
-    layers = lora_layers(model)
+    layers = lora_layers(copy.deepcopy(model))
     merge_lora(model)
     for name, layer in layers.items():
         merged, delta = model.get_submodule(name), layer.delta()
@@ -212,7 +213,6 @@ def test_the_config_is_peft_s_and_every_setting_comes_back(tiny, tmp_path):
         "lora_dropout": 0.25,
         "target_modules": ["fc1", "q_proj"],
         "bias": "none",
-        "inference_mode": True,
     }
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -229,7 +229,6 @@ def test_the_config_is_peft_s_and_every_setting_comes_back(tiny, tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     config = read_json(tmp_path / "whole" / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "v2")
-    assert type(config["lora_alpha"]) is int  # as PEFT's own files have it
 
 
 def test_a_second_save_in_the_same_directory_forgets_the_format_of_the_first(tiny, tmp_path):
@@ -293,7 +292,7 @@ def test_half_an_adapter_and_tensors_that_are_none_are_refused(tiny, tmp_path, p
     with pytest.raises(InputError, match=r"mlp\.fc1: no such layer, or half an adapter"):
         Phi.from_pretrained(tmp_path)
     save_file({}, file)
-    with pytest.raises(InputError, match="none at all"):
+    with pytest.raises(InputError, match="there are no tensors in it"):
         Phi.from_pretrained(tmp_path)
     save_file(tensors | {name.replace("lora_", "lora_magnitude_vector_"): torch.ones(3)}, file)
     with pytest.raises(InputError):

@@ -61,7 +61,7 @@ def load_sharded(directory: Path, quantized: bool = False) -> Phi:
 
 def check_each_rank_reads_and_holds_its_share():
     whole, Counted.read, copy = Phi.from_pretrained(TINY), 0, parallel.copy_own_rows
-    parallel.copy_own_rows = lambda x, stored, first: copy(x, Counted(stored), first)
+    parallel.copy_own_rows = lambda x, stored: copy(x, Counted(stored))
     model = load_sharded(TINY)
     parallel.copy_own_rows = copy
     held = 0
@@ -75,20 +75,16 @@ def check_each_rank_reads_and_holds_its_share():
     assert parallel.sum_over_ranks(torch.tensor(held)).item() == total
 
 
-def check_fused_weights_of_older_files_are_read_by_rows():
-    """And from bf16."""
-    old = FOLDER / "old"
+def check_a_model_in_bf16_is_read_by_rows():
+    half = FOLDER / "half"
     with parallel.main_first():
         if parallel.is_main():
-            old.mkdir()
+            half.mkdir()
             tensors = {k: v.to(torch.bfloat16) for k, v in load_file(TINY / "model.safetensors").items()}
-            for kind in ("weight", "bias"):
-                parts = [tensors.pop(f"model.layers.0.self_attn.{x}_proj.{kind}") for x in "qkv"]
-                tensors[f"transformer.h.0.mixer.Wqkv.{kind}"] = torch.cat(parts)
-            save_file(tensors, old / "model.safetensors")
-            (old / "config.json").write_text((TINY / "config.json").read_text())
-    whole = Phi.from_pretrained(old)
-    for p, q in zip(load_sharded(old).parameters(), whole.parameters(), strict=True):
+            save_file(tensors, half / "model.safetensors")
+            (half / "config.json").write_text((TINY / "config.json").read_text())
+    whole = Phi.from_pretrained(half)
+    for p, q in zip(load_sharded(half).parameters(), whole.parameters(), strict=True):
         assert torch.equal(parallel.own(p), q[slice(*parallel.own_rows(p))])
 
 

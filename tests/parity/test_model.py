@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from generate import generate
 from model import Phi, PhiConfig, sibling_mask
@@ -132,48 +132,6 @@ def test_their_shards_in_any_dtype_load_in_ours(tmp_path, dtype):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = tokens(2, 20)
     assert relative_error(Phi.from_pretrained(tmp_path)(ids), theirs.float()(ids).logits) <= 1e-5
-
-
-@torch.no_grad()
-def test_the_older_fused_names_and_config_load(tmp_path):
-    """model_type "phi-msft": phi-2-orange (v1) and Microsoft's first upload."""
-    theirs = peer(**CONFIGS["Phi-2's heads (80 wide, 32 turned)"])
-    old = {}
-    for name, tensor in theirs.state_dict().items():
-        name = (
-            name.replace("model.embed_tokens.", "transformer.embd.wte.")
-            .replace("model.layers.", "transformer.h.")
-            .replace("model.final_layernorm.", "lm_head.ln.")
-            .replace(".input_layernorm.", ".ln.")
-            .replace(".self_attn.dense.", ".mixer.out_proj.")
-        )
-        old["lm_head.linear." + name.removeprefix("lm_head.") if name in ("lm_head.weight", "lm_head.bias") else name] = (
-            tensor
-        )
-    for layer in range(3):
-        for kind in ("weight", "bias"):
-            parts = [old.pop(f"transformer.h.{layer}.self_attn.{x}_proj.{kind}") for x in "qkv"]
-            old[f"transformer.h.{layer}.mixer.Wqkv.{kind}"] = torch.cat(parts)
-    save_file(old, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "phi-msft",
-                "n_embd": 160,
-                "n_layer": 3,
-                "n_head": 2,
-                "n_head_kv": None,
-                "rotary_dim": 32,
-                "n_inner": 200,
-                "n_positions": 2048,
-                "layer_norm_epsilon": 1e-5,
-                "activation_function": "gelu_new",
-                "vocab_size": VOCABULARY,
-            }
-        )
-    )
-    ids = tokens(2, 20)
-    assert relative_error(Phi.from_pretrained(tmp_path)(ids), theirs(ids).logits) <= 1e-5
 
 
 @pytest.mark.parametrize("stop", [(), (3, 17, 99, 200, 301, 402)], ids=["no stop", "stop tokens"])

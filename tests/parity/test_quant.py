@@ -31,7 +31,6 @@ from quant import (
     dequantize,
     dynamic_map,
     llm_int8,
-    quantize_4bit,
     quantize_blockwise,
     quantize_int8,
     quantize_layer,
@@ -57,7 +56,7 @@ def test_nf4_bytes_and_scales_are_identical(dtype, block):
     for seed, size in enumerate(SIZES * 3):
         w = normal(size, seed=seed).to(dtype)
         packed, state = peer.quantize_4bit(w, blocksize=block, quant_type="nf4")
-        q = quantize_4bit(w, "nf4", block)
+        q = quantize_blockwise(w, "nf4", block)
         assert torch.equal(q.packed, packed) and torch.equal(q.absmax, state.absmax)
 
 
@@ -68,7 +67,7 @@ def test_values_are_identical(code, dtype):
     for seed, shape in enumerate([(64, 128), (5, 640), (10, 3, 64), (1001,)]):
         w = normal(*shape, seed=seed).to(dtype)
         theirs = peer.dequantize_4bit(*peer.quantize_4bit(w, quant_type=code))
-        assert torch.equal(dequantize(quantize_4bit(w, code)), theirs)
+        assert torch.equal(dequantize(quantize_blockwise(w, code)), theirs)
 
 
 def test_the_dynamic_map_is_identical():
@@ -97,9 +96,9 @@ def test_double_quantization_is_identical(code):
     for seed, size in enumerate([4096, 65_536, 640_000]):
         w = normal(size, seed=seed)
         _, state = peer.quantize_4bit(w, quant_type=code, compress_statistics=True)
-        q = quantize_4bit(w, code, double=True)
+        q = quantize_blockwise(w, code, double=True)
         assert q.offset == state.offset and torch.equal(q.nested_absmax, state.state2.absmax)
-        once = quantize_4bit(w, code).absmax
+        once = quantize_blockwise(w, code).absmax
         exact, _ = torch.ops.bitsandbytes.quantize_blockwise((once - once.mean()).double(), dynamic_map(), 256)
         assert torch.equal(q.absmax, exact)
         state.absmax = q.absmax  # their decoding of our codes

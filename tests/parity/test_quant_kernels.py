@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant import dequantize, dequantize_int8, levels, quantize_4bit, quantize_int8, quantize_layer, scales
+from quant import dequantize, dequantize_int8, levels, quantize_blockwise, quantize_int8, quantize_layer, scales
 from quant_kernels import triton_4bit, triton_int8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def product(q, x):
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("shape", [(70, 96), (33, 640)], ids=str)  # not whole tiles
 def test_4bit_products(code, double, rows, shape):
-    q = quantize_4bit(normal(*shape), code, block=32, double=double)
+    q = quantize_blockwise(normal(*shape), code, block=32, double=double)
     x = normal(rows, shape[1], seed=1)
     assert error(product(q, x), x @ dequantize(q).T) < 1e-6
 
@@ -38,7 +38,7 @@ def test_4bit_products(code, double, rows, shape):
 @pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
 def test_products_in_the_dtype_of_their_input(rows, dtype):
     w, x = normal(40, 128), normal(rows, 128, seed=1, dtype=dtype)
-    q, (codes, scale) = quantize_4bit(w), quantize_int8(w)
+    q, (codes, scale) = quantize_blockwise(w), quantize_int8(w)
     for y, rounded in (
         (product(q, x), dequantize(q)),
         (triton_int8(x, codes, scale), dequantize_int8(codes, scale)),

@@ -211,41 +211,6 @@ def test_shards_in_and_shards_out(full, tmp_path, monkeypatch):
         assert torch.equal(Phi.from_pretrained(tmp_path / "q")(IDS), quantize_model(phi(), "nf4")(IDS))
 
 
-def test_the_old_fused_names_are_converted(tmp_path, full):
-    """phi-msft checkpoints: Wqkv is cut into q, k and v, each with blocks of its own."""
-    old = {}
-    for name, tensor in load_file(full / "model.safetensors").items():
-        for new_part, old_part in (
-            ("model.embed_tokens.", "transformer.embd.wte."),
-            ("model.final_layernorm.", "lm_head.ln."),
-            ("model.layers.", "transformer.h."),
-            (".input_layernorm.", ".ln."),
-            (".self_attn.dense.", ".mixer.out_proj."),
-        ):
-            name = name.replace(new_part, old_part)
-        old["lm_head.linear." + name.removeprefix("lm_head.") if name in ("lm_head.weight", "lm_head.bias") else name] = (
-            tensor
-        )
-    for i in range(2):
-        for kind in ("weight", "bias"):
-            parts = [old.pop(f"transformer.h.{i}.self_attn.{p}_proj.{kind}") for p in "qkv"]
-            old[f"transformer.h.{i}.mixer.Wqkv.{kind}"] = torch.cat(parts)
-    save_file(old, full / "model.safetensors")
-    quantize_checkpoint(full, tmp_path / "q", "nf4")
-    with torch.no_grad():
-        assert torch.equal(Phi.from_pretrained(tmp_path / "q")(IDS), quantize_model(phi(), "nf4")(IDS))
-
-
-@pytest.mark.parametrize("gone", ["int4-asym", "nf3", "dynamic8"])
-def test_formats_that_are_no_longer_read_are_refused_in_one_line(full, tmp_path, gone):
-    quantize_checkpoint(full, tmp_path / "q", "int4")
-    tensors = load_file(tmp_path / "q" / "model.safetensors")
-    renamed = {name.replace("blockwise__int4", f"blockwise__{gone}"): tensor for name, tensor in tensors.items()}
-    save_file(renamed, tmp_path / "q" / "model.safetensors")
-    with pytest.raises(InputError, match=f"stored in {gone}, .* quantize the full-precision model again$"):
-        Phi.from_pretrained(tmp_path / "q")
-
-
 # ----------------------------------------------------------------------------------------------------------------- damage
 
 
