@@ -151,6 +151,7 @@ class Ledger:
     rows: int = 0
     kept: int = 0
     trimmed: int = 0
+    tokens: int = 0  # of the kept rows, a prompt counted once
     dropped: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
 
@@ -264,6 +265,7 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
         ledger.trimmed += prompt is not whole
         known = dict(texts=row.completions, choices=row.choices, answer=row.answer, truth=row.truth)
         examples.append(Example(prompt, completions, row.where, row.raw, row.messages[-1]["content"], **known))
+        ledger.tokens += len(examples[-1])
     return examples
 
 

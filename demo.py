@@ -24,7 +24,6 @@ grade a sampled answer: its method is right if formula, substitution and unit ar
 """
 
 import argparse
-import contextlib
 import itertools
 import random
 import re
@@ -40,7 +39,7 @@ from model import Phi, PhiConfig
 from runtime import parallel
 from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl
 from runtime.flags import settle
-from runtime.runs import locked, stored_settings
+from runtime.runs import stored_settings
 
 
 @dataclass(frozen=True)
@@ -331,13 +330,6 @@ def write_world(directory: str | Path, seed: int = 0, flip_rate: float = 0.2, si
             write_truth(made / f"{name}.jsonl", rows)
         write_json(made / "world.json", settings)
     return world
-
-
-def lock(settings: Any) -> contextlib.AbstractContextManager:
-    """Held while the demo's files and its SFT model are made: another process that wants the same ones waits for them."""
-    if settings.stage not in STAGES or settings.model != "demo" or not parallel.is_main():
-        return contextlib.nullcontext()
-    return locked(Path(settings.out) / f"demo-seed{settings.seed}", wait=True)
 
 
 def stages(settings: Any) -> list[Any]:

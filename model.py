@@ -94,17 +94,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1)
 
 
-def sibling_mask(example: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
+def sibling_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
     """Who sees whom where several completions follow one prompt (the layout is drawn in data.py):
 
-        t sees s  <=>  s <= t, both belong to one example, and s is in the prompt or in the segment of t
+        t sees s  <=>  s <= t, and s is in the prompt or in the segment of t
 
-    example and segment [B, T] -> [B, 1, T, T], to be added to the scores: 0 where t sees s, else -inf. Padding, -1 in both,
-    sees the padding before it, so that no row of the softmax is empty.
+    segment [B, T] -> [B, 1, T, T], to be added to the scores: 0 where t sees s, else -inf.
     """
-    same_example = example[:, :, None] == example[:, None, :]  # [B, T, T]
     same_segment = segment[:, :, None] == segment[:, None, :]  # [B, T, T]
-    seen = same_example & (same_segment | (segment[:, None, :] == 0))  # [B, T, T], later tokens too
+    seen = same_segment | (segment[:, None, :] == 0)  # [B, T, T], later tokens too
     return torch.zeros((), dtype=dtype, device=seen.device).where(seen.tril(), float("-inf"))[:, None]
 
 
@@ -192,7 +190,7 @@ class Phi(nn.Module):
 
     def predicting(self, batch: Batch) -> Tensor:
         """The outputs [M, D] of the last LayerNorm that predict the tokens of a batch's completions."""
-        mask = sibling_mask(batch.example, batch.segment, self.compute_dtype()) if batch.needs_mask else None
+        mask = sibling_mask(batch.segment, self.compute_dtype()) if batch.needs_mask else None
         return self.hidden(batch.tokens, batch.position, mask).flatten(0, 1)[batch.source]  # [B, T, D] -> [M, D]
 
     def logprobs(self, batch: Batch) -> Tensor:

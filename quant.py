@@ -209,7 +209,7 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
 
     w of any shape and floating-point dtype; the last block may be short. `double` quantizes the scales too: their mean is
     subtracted and the rest stored in 8 bits with the dynamic map, in blocks of 256. 32 bits a block become 8 + 32/256.
-    InputError if w is empty or not finite.
+    InputError if w is empty or not finite; ValueError if there is no such code or block.
 
     Error: |w - w~| <= s_b g / 2, where g is the widest gap between levels: .304 for NF4, 1/3 for FP4, 1/7 for int4, 1 for
     NF2; double quantization adds its own error of s_b. For w ~ N(0, 1), block 64, sqrt(E[s^2]) = 2.62, and evenly spaced
@@ -219,6 +219,8 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     Equal bit for bit to bitsandbytes' CUDA kernels, where w / s is w times 1 / s. (Its CPU code divides in a last, short
     block, and gives a short block of zeros the scale 1e-38, not 0.)
     """
+    if code not in TABLES or block < 1:
+        raise ValueError(f"code {code!r}, block {block}: codes are {', '.join(CODES)}, and a block has at least one value")
     if w.numel() == 0:
         raise InputError("is empty and cannot be quantized")
     flat = w.detach().flatten()
@@ -245,6 +247,13 @@ def _encode(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
     if code == "fp4":  # its levels do not ascend
         codes = levels(code, rows.device).argsort(stable=True).to(torch.uint8)[codes.int()]
     return codes, absmax
+
+
+def quantize_4bit(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
+    """`quantize_blockwise` with two codes to a byte: nf4, fp4 or int4; ValueError for another code."""
+    if code not in ("nf4", "fp4", "int4"):
+        raise ValueError(f"{code!r} is not a 4-bit code; there are nf4, fp4 and int4")
+    return quantize_blockwise(w, code, block, double)
 
 
 def scales(q: Quantized) -> Tensor:
@@ -285,6 +294,11 @@ class FakeQuantize(torch.autograd.Function):
         return grad, None, None
 
 
+def fake_quantize(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
+    """w~ of `round_to`, with the straight-through gradient."""
+    return FakeQuantize.apply(w, to, block)
+
+
 class FakeQuantLinear(nn.Linear):
     """y = x W~^T + b, with W~ rounded anew from the trained W in every forward pass. Activations are not rounded."""
 
@@ -295,7 +309,7 @@ class FakeQuantLinear(nn.Linear):
         self.rounding = to, block
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        return F.linear(x, FakeQuantize.apply(self.weight, *self.rounding), self.bias)
+        return F.linear(x, fake_quantize(self.weight, *self.rounding), self.bias)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -16,12 +16,13 @@ import sys
 
 from runtime import flags
 
-if __name__ == "__main__":  # at once, so that there is one copy of this module, and so that --help need not wait for torch
-    command = flags.parse_or_exit(sys.argv[1:])
+if __name__ == "__main__":  # at once, so that there is one copy of this module, and --help need not wait for torch
+    flags.parse_or_exit(sys.argv[1:])
     import train
 
-    sys.exit(train.run_command(command))
+    sys.exit(train.main(sys.argv[1:]))
 
+import contextlib
 import gc
 import hashlib
 import importlib
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import demo
@@ -44,12 +46,11 @@ from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics.preferences import flips, training_summary
 from metrics.text import answer_summary
-from model import Phi, all_logprobs, autocast, completion_logprobs
+from model import Phi, all_logprobs, autocast, completion_logprobs, read_config
 from prepare.rows import Inputs, load_inputs
-from quant import FORMATS, SKIP, FrozenLinear, linear_layers, round_to, train_quantized
+from quant import FORMATS, SKIP, Int8Linear, Linear4bit, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
-from runtime.files import InputError, first_line, write_json
-from runtime.flags import Command
+from runtime.files import InputError, first_line, whole_file, write_json
 from runtime.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
 from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Tuning
 
@@ -121,7 +122,7 @@ def step_gradients(
     model.train()
     torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + parallel.rank())  # of dropout, the same after a resume
     parts = parallel.deal(by_length(examples), settings.micro_batch_size)  # of similar length: little padding
-    units = lengths_of(examples).sum().item() if settings.objective == "sft" else len(examples)
+    units = {"sft": lengths_of(examples).sum().item(), "dpo": len(examples)}[settings.objective]
     sums: dict[str, Tensor] = {}
     not_finite: list[str] = []
     for part in parts:
@@ -248,8 +249,9 @@ def run(settings: Tuning) -> int:
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
     print(runs.describe_ledgers(inputs.ledgers))
     print(f"{len(inputs.train):,} to train on, {len(inputs.held_out):,} to evaluate on, no question on both sides")
+    phi = read_config(parent)
     peak = memory.watch_peak(settings.device)
-    need = memory.check_fits(parent, settings, inputs.train)
+    need = memory.check_fits(phi, parent, settings, inputs.train)
     model = load_to_tune(parent, settings)
     with runs.open_run(settings, inputs) as start:
         reference = Reference()
@@ -301,7 +303,7 @@ def load_to_tune(directory: Path, settings: Tuning) -> Phi:
     if settings.lora is None and adapters:
         merge_lora(model)
         print(f"{directory} holds adapters: merged, and all weights are tuned (--lora would go on with them)")
-    if settings.lora is None and any(isinstance(layer, FrozenLinear) for layer in model.modules()):
+    if settings.lora is None and {Int8Linear, Linear4bit} & {*map(type, model.modules())}:
         raise InputError(
             f"{directory} is quantized, and codes cannot be tuned: add --lora 16, or start from what it was made of"
         )
@@ -395,11 +397,13 @@ def reference_table(settings: Tuning, model: Phi, fingerprint: str, examples: li
     pairs = [(e.prompt, e.completions) for e in examples]
     key = json.dumps([fingerprint, settings.dtype, device, torch.__version__, pairs])
     path = Path(settings.out) / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    kept = runs.read_table(path)
+    kept = load_file(path)["logprobs"] if path.exists() else None
     if kept is None:
         size, device, dtype = settings.micro_batch_size, settings.device, settings.dtype
         table = all_logprobs(model, examples, size, device, dtype, f"reference, {label}")
-        runs.write_table(path, table)
+        if parallel.is_main():
+            with whole_file(path) as temporary:
+                save_file({"logprobs": table}, temporary)
     did = "written to" if kept is None else "reused from"
     print(f"Reference log-probabilities of {len(examples):,} {label} pairs: {did} {path}")
     return table if kept is None else kept
@@ -460,10 +464,11 @@ def dry_run(settings: Tuning, parent: Path) -> None:
     steps = settings.max_steps or settings.epochs * len(batches)
     size = f"{settings.batch_size} examples a step, in micro-batches of {settings.micro_batch_size}"
     print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {size}")
-    need = memory.find_need(parent, settings, inputs.train)
+    phi = read_config(parent)
+    need = memory.find_need(phi, parent, settings, inputs.train)
     print(f"\nMemory\n  {need}")
     if need.total > need.free:
-        print(f"It will not fit. {memory.way_out(parent, settings, inputs.train)}")
+        print(f"It will not fit. {memory.way_out(phi, parent, settings, inputs.train)}")
     else:
         seconds = time_step(settings, parent, [inputs.train[i] for i in batches[0]])
         minutes = seconds * steps / 60
@@ -519,24 +524,17 @@ MODULES |= {"eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}  # a s
 
 def main(argv: list[str]) -> int:
     """Runs a command line; returns 0 if all went well, 2 after an error, 128 + the number of the signal that stopped it."""
-    return run_command(flags.parse_or_exit(argv))
-
-
-def run_command(command: Command) -> int:
+    command = flags.parse_or_exit(argv)
     try:
         with parallel.job():
             settings = command.settings
             if getattr(settings, "resume", False):
                 settings = runs.resumed_settings(command)
             settings = parallel.on_this_machine(settings)
-            with demo.lock(settings):
-                with parallel.main_first():  # the demo's files are written once
-                    *before, last = demo.stages(settings)  # on the demo the SFT stage may come first
-                if parallel.size() > 1:
-                    parallel.gather(None)  # no rank starts a stage while another looks for its files
-                for stage in before:
-                    if status := run_stage(stage):
-                        return status
+            with parallel.main_first():  # the demo's files are written once
+                *before, last = demo.stages(settings)
+            if before and (status := run_before(settings)):
+                return status
             if getattr(last, "dry_run", False):
                 print(f"Settings\n{describe_settings(last, command.origins)}\n")
             return run_stage(last)
@@ -550,6 +548,16 @@ def run_command(command: Command) -> int:
     if parallel.first_to_report():
         print(message, file=sys.stderr)
     return status
+
+
+def run_before(settings: Any) -> int:
+    """Runs the demo's SFT stage, unless another process ran it while this one waited for it."""
+    lock = runs.locked(Path(settings.out) / f"demo-seed{settings.seed}", wait=True)
+    with lock if parallel.is_main() else contextlib.nullcontext():
+        with parallel.main_first():
+            *before, _ = demo.stages(settings)
+        parallel.gather(None)  # no rank starts the stage while another still looks for its files
+        return run_stage(before[0]) if before else 0
 
 
 def run_stage(settings) -> int:

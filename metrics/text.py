@@ -66,7 +66,7 @@ def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, lis
         return {}
     graded = [e.truth.grade(answer) for answer, e in zip(answers, examples, strict=True)]
     shared = [name for name in (graded[0] if graded else ()) if all(name in one for one in graded)]
-    return {name: [one[name] for one in graded] for name in shared}
+    return dict(zip(shared, [[one[name] for one in graded] for name in shared]))
 
 
 def answer_summary(
@@ -80,7 +80,9 @@ def answer_summary(
     if all(e.choices for e in examples):
         right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
         summary["sampled: right letter"] = sum(right) / len(right)
-    return summary | {f"sampled: {name}": sum(right) / len(right) for name, right in grades(answers, examples).items()}
+    for name, right in grades(answers, examples).items():
+        summary[f"sampled: {name}"] = sum(right) / len(right)
+    return summary
 
 
 @torch.no_grad()

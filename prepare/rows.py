@@ -121,7 +121,6 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
     """
     rows, bad = [], ledger.bad_rows
-    truths = data.read_truth(path)
     for number, line in numbered_lines(path):
         ledger.rows += 1
         try:
@@ -130,7 +129,6 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
             ledger.drop("bad row")
             bad.append(f"{path}:{number}: {error}")
             continue
-        row.truth = truths.get(question_key(row)) if truths else None
         rows.append(row)
     if not ledger.rows:
         raise InputError(f"{path}: the file holds no rows")
@@ -138,6 +136,9 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
         more = [f"... and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
         reasons = "\n  ".join([f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:", *bad[:SHOWN], *more])
         raise InputError(f"{reasons}\nCorrect them, or leave them out with --on-bad-row skip.")
+    if truths := data.read_truth(path):
+        for row in rows:
+            row.truth = truths.get(question_key(row))
     return rows
 
 

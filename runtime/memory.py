@@ -31,7 +31,7 @@ import torch
 
 from data import Example
 from lora import find_origin
-from model import LOGIT_CHUNK, PhiConfig, read_config
+from model import LOGIT_CHUNK, PhiConfig
 from runtime import parallel
 from runtime.files import InputError
 from runtime.flags import flag_name
@@ -138,9 +138,9 @@ class Need:
         return f"a training step needs about {self.total / 1e9:.1f} GB ({parts}); {self.free / 1e9:.1f} GB are free"
 
 
-def find_need(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
-    """What a run needs on its device. On the CPU that includes the process, with the libraries that it will load."""
-    phi = read_config(directory)
+def find_need(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
+    """What a run needs on its device that tunes the model in `directory`, of shape `phi`. On the CPU that includes the
+    process, with the libraries that it will load."""
     stored = phi.other.get("quantization_config", {})  # the files may hold quantized weights, or adapters of such
     code = "int8" if stored.get("load_in_8bit") else stored.get("code") or stored.get("bnb_4bit_quant_type")
     if settings.lora and not settings.base:
@@ -151,11 +151,11 @@ def find_need(directory: Path, settings: Tuning, examples: Sequence[Example]) ->
     return Need(parts, sum(parts.values()), free_bytes(settings.device))
 
 
-def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
+def check_fits(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
     """What the run needs. InputError if less is free, with the flags that would help."""
-    need = find_need(directory, settings, examples)
+    need = find_need(phi, directory, settings, examples)
     if need.total > need.free:
-        raise InputError(f"{need} on {settings.device}.\n{way_out(directory, settings, examples)}")
+        raise InputError(f"{need} on {settings.device}.\n{way_out(phi, directory, settings, examples)}")
     if not settings.device.startswith("cuda") and need.total > 10**9:
         # glibc keeps freed blocks of up to 32 MB for later, and a step took twice its tensors. Now it returns those of 1 MB.
         with contextlib.suppress(OSError, AttributeError):  # there may be another C library
@@ -176,7 +176,7 @@ def mildest_first(settings: Tuning, examples: Sequence[Example]) -> list[dict]:
     return steps
 
 
-def way_out(directory: Path, settings: Tuning, examples: Sequence[Example]) -> str:
+def way_out(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequence[Example]) -> str:
     """The flags under which the run would fit, with a tenth to spare: the mildest, and none that is not needed."""
     if settings.resume:
         return "A resumed run keeps its settings, so it needs more free memory."
@@ -185,7 +185,7 @@ def way_out(directory: Path, settings: Tuning, examples: Sequence[Example]) -> s
         return {name: value for step in steps for name, value in step.items() if value != getattr(settings, name)}
 
     def need(steps: list[dict]) -> Need:
-        return find_need(directory, replace(settings, **flags(steps)), examples)
+        return find_need(phi, directory, replace(settings, **flags(steps)), examples)
 
     steps = mildest_first(settings, examples)
     if ROOM * need(steps).total > need(steps).free:

@@ -10,7 +10,6 @@ moments and the step number are the whole state, and a resumed run repeats the u
 Nothing here knows the network: a model is its files.
 """
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -28,8 +27,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from data import ChatML, Example, Ledger, load_tokenizer, question_key, write_truth
@@ -133,18 +130,18 @@ def _end_overwrite(run: Path, keep: bool) -> None:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Lets one process at a time work on `path`. With `wait` the next one waits for it, else it is an InputError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, note = FileLock(path.with_name(f".{path.name}.lock")), path.with_name(f".{path.name}.lock.json")
+    lock, note = FileLock(path.with_name(f".{path.name}.lock")), path.with_name(f".{path.name}.holder")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = read_json(note) if note.exists() else {}
-        who = "process {process} on {host}, since {since}".format_map(collections.defaultdict(lambda: "?", holder))
+        who = note.read_text(encoding="utf-8") if note.exists() else "another process"
         if not wait:
             raise InputError(f"{path} is in use by {who}. Wait until it ends, stop it, or give another --name.") from None
         print(f"Waiting for {path}, in use by {who}")
         lock.acquire()
     try:
-        write_json(note, {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        note.write_text(f"process {os.getpid()} on {platform.node()}, since {since}", encoding="utf-8")
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -203,7 +200,8 @@ def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
     loop's counters, of which "step" is N. All ranks enter; the main one writes."""
     path = checkpoint_directory(run, state["step"])
     with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as directory:
-        save_chat(directory, chat)
+        if parallel.is_main():
+            chat.tokenizer.save(str(directory / "tokenizer.json"))
         yield directory
         if parallel.is_main():
             write_json(directory / "state.json", state)
@@ -302,7 +300,8 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: int(parallel.largest(received[0] if received else 0))
+        first = lambda: received[0] if received else 0  # noqa: E731
+        yield (lambda: int(parallel.largest(first()))) if parallel.size() > 1 else first
     finally:
         for number, action in previous.items():
             signal.signal(number, action)
@@ -318,18 +317,6 @@ def read_metrics(run: Path) -> list[dict]:
 def truncate_metrics(run: Path, step: int) -> None:
     """Drops what was logged after `step`: those steps will run again."""
     write_jsonl(run / "metrics.jsonl", [row for row in read_metrics(run) if row["step"] <= step])
-
-
-def read_table(path: Path) -> Tensor | None:
-    """A table of log-probabilities that `write_table` wrote, or None if there is none. Ranks decide together."""
-    missing = parallel.largest(not path.exists())
-    return None if missing else load_file(path)["logprobs"]
-
-
-def write_table(path: Path, table: Tensor) -> None:
-    if parallel.is_main():
-        with whole_file(path) as temporary:
-            save_file({"logprobs": table}, temporary)
 
 
 # ---------------------------------------------------------------------------------- what is known about a model's directory
@@ -364,13 +351,13 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
 
     Adapters may leave the tokenizer to their base. InputError if the tokenizer has ids that the model has no embedding for.
     """
-    own = (directory / "tokenizer.json").exists() or not is_adapter(directory)
-    run = training_run(directory)
+    run, base = training_run(directory), base_directory(directory)
+    own = directory if (directory / "tokenizer.json").exists() else base
     if system_prompt is None and run:  # an earlier version's model is used even where its run could not be resumed
         raw = read_json(run / "run.json")
         system_prompt = raw.get("settings", raw.get("config", {})).get("system_prompt")
-    chat = ChatML(load_tokenizer(directory if own else base_directory(directory)), system_prompt)
-    rows = read_json(base_directory(directory) / "config.json").get("vocab_size", 0)
+    chat = ChatML(load_tokenizer(own), system_prompt)
+    rows = read_json(base / "config.json").get("vocab_size", 0)
     largest = max(chat.tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
@@ -378,13 +365,6 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
             f"{rows:,} rows. Is tokenizer.json another model's?"
         )
     return chat
-
-
-def save_chat(directory: Path, chat: ChatML) -> None:
-    """Writes tokenizer.json, from the main rank."""
-    if parallel.is_main():
-        with whole_file(directory / "tokenizer.json") as temporary:
-            chat.tokenizer.save(str(temporary))
 
 
 def questions_seen(directory: Path, keys: Iterable[str]) -> int:
@@ -408,10 +388,8 @@ def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
     lines = []
     for name, ledger in ledgers.items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
-        lines.append(
-            f"{name}: {ledger.rows:,} rows, {ledger.kept:,} kept ({ledger.trimmed:,} with a trimmed prompt), "
-            f"dropped: {dropped}"
-        )
+        kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
+        lines.append(f"{name}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
         lines += [f"  left out: {reason}" for reason in ledger.bad_rows[:5]]
         if len(ledger.bad_rows) > 5:
             lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")

@@ -10,22 +10,22 @@ import torch.nn.functional as F
 from plain import plain_logprobs, unsorted_examples
 from rows import pair_rows
 
-from data import ChatML, Example, epoch_order, load_tokenizer
+from data import ChatML, Example, by_length, epoch_order, load_tokenizer
 from dpo import robust_loss
 from generate import sample_answers
 from lora import add_lora
 from model import Phi, PhiConfig, all_logprobs
 from prepare.rows import Inputs, load_inputs
+from runtime import parallel
 from runtime.files import InputError, read_json, write_jsonl
 from runtime.flags import settle
 from runtime.optimizer import learning_rate, make_optimizer
-from runtime.runs import read_metrics, steps_saved, stored_settings
+from runtime.runs import load_chat, read_metrics, steps_saved, stored_settings
 from runtime.weights import fingerprint
 from train import (
     Reference,
     evaluate,
     main,
-    micro_batches,
     note_best,
     objective,
     prepare,
@@ -98,7 +98,7 @@ def test_the_dpo_gradient_is_that_of_the_mean_over_the_steps_pairs(tiny):
 
 
 def test_a_forward_pass_has_at_most_a_micro_batch_of_rows_of_similar_length():
-    assert micro_batches(unsorted_examples(2), 3) == [[0, 3, 1], [5, 6, 4], [2]]
+    assert parallel.deal(by_length(unsorted_examples(2)), 3) == [[0, 3, 1], [5, 6, 4], [2]]
 
 
 @pytest.mark.parametrize("size, named", [(1, [2, 5]), (3, [0, 1, 3])])
@@ -295,7 +295,7 @@ def test_reference_tables_are_kept_by_side_model_and_compute_type(tiny, tmp_path
         wanted = plain_logprobs(model, examples)
 
     def tables(**changes):
-        made = reference_logprobs(settings_of("dpo", out=str(tmp_path), **changes), model, inputs)
+        made = reference_logprobs(settings_of("dpo", out=str(tmp_path), **changes), model, fingerprint(model), inputs)
         return made.train, made.held_out
 
     for size in (1, 3):  # computed, then read from the disk: the size of a pass does not matter
@@ -330,7 +330,7 @@ def test_a_run_takes_its_rows_in_order_and_measures_and_saves_when_it_should(tin
     run = run_stage("dpo", tiny, tmp_path, pair_rows(40), flags + " --eval-every 3 --save-every 5 --keep 2")
     rows, settings = read_metrics(run), stored_settings(run)
     steps = [row for row in rows if "loss" in row]
-    inputs = load_inputs(settings, tiny)
+    inputs = load_inputs(settings, load_chat(tiny, ""))
     count = len(inputs.train)
     assert count % 5 and count + len(inputs.held_out) == 40
     table = all_logprobs(Phi.from_pretrained(tiny), inputs.train, 8, "cpu", "fp32", "")
@@ -396,5 +396,5 @@ def test_the_model_that_a_run_leaves_is_the_best_that_it_evaluated(tiny, tmp_pat
     assert 2 < best and max(losses) == best + 2 * 3 < 40  # three evaluations without a better one, and it stops
     assert results["after"]["metrics"]["loss per token"] == pytest.approx(losses[best], rel=1e-5)
     settings = stored_settings(run)
-    before = evaluate(Phi.from_pretrained(tiny), load_inputs(settings, tiny).held_out, None, settings)
+    before = evaluate(Phi.from_pretrained(tiny), load_inputs(settings, load_chat(tiny, "")).held_out, None, settings)
     assert results["before"]["metrics"]["loss per token"] == pytest.approx(before["eval_loss"], rel=1e-5)

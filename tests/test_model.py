@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
-from data import Example, collate, collate_rows
+from data import Example, collate
 from generate import generate, sample, stream
 from model import (
     Phi,
@@ -133,49 +133,20 @@ def test_padding_does_not_matter(completions):
 
 
 MASK = """
-    1.........
-    11........
-    111.......
-    11.1......
-    ....1.....
-    ....11....
-    ....1.1...
-    .......1..
-    .......11.
-    .........1
-""".split()  # a prompt of two tokens with two completions of one; one of one; one of two with nothing; padding
+    1.....
+    11....
+    111...
+    1111..
+    11..1.
+    11...1
+""".split()  # a prompt of two tokens, completions of two and one, one token of padding
 
 
-def test_mask_of_a_packed_row_by_hand():
-    example = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, -1]])
-    segment = torch.tensor([[0, 0, 1, 2, 0, 1, 2, 0, 0, -1]])
+def test_mask_of_a_row_by_hand():
+    segment = torch.tensor([[0, 0, 1, 1, 2, -1]])
     visible = torch.tensor([[mark == "1" for mark in line] for line in MASK])
-    mask = sibling_mask(example, segment, torch.float32)
-    assert mask.shape == (1, 1, 10, 10) and torch.equal(mask[0, 0], torch.zeros(10, 10).where(visible, float("-inf")))
-
-
-@pytest.mark.parametrize("completions", [1, 2, 4])
-@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[2, 0], [3, 1]], [[3], [1, 2, 0]]])
-def test_packed_examples_have_value_and_gradient_of_separate_rows(completions, rows):
-    model, examples = make_phi(), make_examples(completions, prompts=(5, 1, 9, 20))
-    got = completion_logprobs(model, collate_rows([[examples[i] for i in row] for row in rows]))
-    expected = completion_logprobs(model, collate([examples[i] for row in rows for i in row]))
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
-    assert_same_gradients(gradients(model, got), gradients(model, expected))
-
-
-@pytest.mark.parametrize("completions", [1, 2])
-def test_an_example_does_not_see_the_others_of_its_row(completions):
-    model = make_phi()
-    before, own, other, behind = make_examples(completions, prompts=(4, 5, 6, 3))
-    before_too = Example([7] * 4, [[8] * len(c) for c in before.completions])  # other tokens, same lengths
-    with torch.no_grad():
-        one = completion_logprobs(model, collate_rows([[before, own, behind]]))
-        two = completion_logprobs(model, collate_rows([[before_too, own, other]]))
-        alone = completion_logprobs(model, collate([own]))
-    mine = slice(completions, 2 * completions)
-    torch.testing.assert_close(one[mine], alone, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(two[mine], alone, rtol=1e-6, atol=1e-6)
+    mask = sibling_mask(segment, torch.float32)
+    assert mask.shape == (1, 1, 6, 6) and torch.equal(mask[0, 0], torch.zeros(6, 6).where(visible, float("-inf")))
 
 
 def test_probabilities_of_all_answers_of_two_tokens_sum_to_one():

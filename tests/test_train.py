@@ -19,7 +19,7 @@ from model import Phi
 from prepare.rows import load_inputs, rows_to_measure
 from quant import Linear4bit
 from runtime.files import read_json, write_jsonl
-from runtime.runs import questions_seen, read_metrics, steps_saved, stored_settings
+from runtime.runs import load_chat, questions_seen, read_metrics, steps_saved, stored_settings
 from runtime.weights import fingerprint
 from train import main
 
@@ -77,7 +77,7 @@ def test_a_run_leaves_a_model_metrics_ledger_figure_results_and_its_rows(tiny, p
 
     # The two sides of the split: the rows held out, with their truth, and a hash of each question that was trained on.
     settings = stored_settings(run)
-    inputs = load_inputs(settings, tiny)
+    inputs = load_inputs(settings, load_chat(tiny, ""))
     measured = rows_to_measure(None, run)
     assert measured.kind == "pairs" and "held out" in measured.where
     assert [row.raw for row in measured.rows] == [pair_rows(40)[int(e.where.split(":")[-1]) - 1] for e in inputs.held_out]
@@ -110,22 +110,6 @@ def test_the_reference_is_reused_only_for_the_same_model_and_rows_and_checked_at
     assert status == 2 and "at step 0 the answers have drifted" in error and f"Delete {out}/reference" in error
 
 
-def test_packed_rows_give_the_same_curve_as_rows_of_their_own(tiny, pairs, tmp_path):
-    small = ["--max-steps", "3", "--samples", "0", "--lr", "1e-5"]
-    main(flags("dpo", tiny, pairs, tmp_path / "alone", *small))
-    main(flags("dpo", tiny, pairs, tmp_path / "packed", *small, "--pack", "120"))
-    for a, b in zip(curve(tmp_path / "alone" / "run"), curve(tmp_path / "packed" / "run"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
-
-
-@pytest.fixture
-def sft_rows(tmp_path) -> Path:
-    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
-    write_jsonl(tmp_path / "sft.jsonl", rows)
-    return tmp_path / "sft.jsonl"
-
-
-@pytest.mark.parametrize("extra", [[], ["--whole-text"]])
 def test_sft_on_the_completion_and_on_the_whole_text_both_learn(tiny, sft_rows, tmp_path, extra):
     assert main(flags("sft", tiny, sft_rows, tmp_path, "--max-steps", "8", "--lr", "1e-2", "--samples", "0", *extra)) == 0
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]

@@ -67,7 +67,7 @@ def test_logits_are_equal(pair, dtype, bound):
 def padded_logits(model, ids, mask):
     """Logits [B, T, V] where mask [B, T] is 1; padding (0) is neither counted in positions nor seen."""
     segment = mask - 1
-    hidden = model.hidden(ids, (mask.cumsum(1) - 1).clamp(min=0), sibling_mask(segment, segment, torch.float32))
+    hidden = model.hidden(ids, (mask.cumsum(1) - 1).clamp(min=0), sibling_mask(segment, torch.float32))
     return model.lm_head(hidden)
 
 

@@ -21,9 +21,9 @@ from data import (
 from metrics.preferences import flips
 from metrics.text import grades
 from prepare.rows import kind_of, load_inputs, parse_mcq, parse_pair, parse_sft, read_rows
-from runtime.files import InputError, read_json, write_jsonl
+from runtime.files import InputError, write_jsonl
 from runtime.flags import settle
-from train import main
+from runtime.runs import load_chat
 
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 OWN = {"answer": "3", "kind": "motion", "letter": "A", "choices": None, "flipped": "false"}
@@ -148,7 +148,7 @@ def test_a_grade_that_is_no_regex_is_named(tmp_path):
 
 def sides(tiny, tmp_path, **changes):
     usual = dict(model=str(tiny), train=str(tmp_path / "train.jsonl"), eval_share=0.5, max_length=60, max_prompt_length=24)
-    return load_inputs(settle("sft", usual | changes).settings, tiny)
+    return load_inputs(settle("sft", usual | changes).settings, load_chat(tiny, changes.get("system_prompt", "")))
 
 
 def test_both_sides_keep_to_the_limits_and_follow_the_seed(tiny, tmp_path):

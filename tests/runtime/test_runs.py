@@ -15,22 +15,23 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import train
-from data import ChatML, load_tokenizer
+from data import ChatML, Example, Row, load_tokenizer
 from lora import add_lora, lora_layers
 from model import Phi
+from prepare.rows import Inputs
 from runtime.files import InputError, read_json, write_json
 from runtime.flags import parse, settle
 from runtime.optimizer import load_optimizer, make_optimizer
 from runtime.runs import (
     checkpoint_directory,
     load_chat,
+    locked,
     open_run,
     prune,
     publish,
     questions_seen,
     read_metrics,
     read_state,
-    read_table,
     resume_command,
     resumed_settings,
     steps_saved,
@@ -38,8 +39,6 @@ from runtime.runs import (
     stored_settings,
     truncate_metrics,
     tuned_from,
-    write_questions,
-    write_table,
 )
 from runtime.weights import fingerprint
 
@@ -100,6 +99,12 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path, keep, best, left):
 # ------------------------------------------------------------------------------------------------------------------ one run
 
 
+def opened(settings, inputs=None) -> int:
+    """Opens a run and leaves it as a stage that was done with it; returns the step to go on from."""
+    with open_run(settings, inputs) as step:
+        return step
+
+
 def settings_in(directory, **changes):
     return settle("dpo", dict(model="x", train="y", out=str(directory), name="run", device="cpu") | changes).settings
 
@@ -107,7 +112,7 @@ def settings_in(directory, **changes):
 def test_a_new_run_starts_at_step_0_and_notes_its_settings(tmp_path):
     settings = settings_in(tmp_path / "deep")
     (tmp_path / "deep" / "run").mkdir(parents=True)  # an empty directory holds no run
-    assert open_run(settings) == 0
+    assert opened(settings) == 0
     stored = read_json(tmp_path / "deep" / "run" / "run.json")
     assert (stored["stage"], stored["settings"]) == ("dpo", asdict(settings))
     assert stored["versions"]["torch"] == torch.__version__ and stored["versions"]["ranks"] == 1
@@ -115,11 +120,11 @@ def test_a_new_run_starts_at_step_0_and_notes_its_settings(tmp_path):
 
 def test_a_resumed_run_goes_on_from_its_last_checkpoint(tmp_path):
     run = tmp_path / "run"
-    open_run(settings_in(tmp_path))
+    opened(settings_in(tmp_path))
     first = tree(run)
-    assert open_run(settings_in(tmp_path, resume=True)) == 0  # it was killed before its first checkpoint
+    assert opened(settings_in(tmp_path, resume=True)) == 0  # it was killed before its first checkpoint
     checkpoints(run, 9, 10)
-    assert open_run(settings_in(tmp_path, resume=True)) == 10
+    assert opened(settings_in(tmp_path, resume=True)) == 10
     assert steps_saved(run) == [9, 10] and tree(run) == first
 
 
@@ -127,24 +132,107 @@ def test_what_is_not_a_run_is_neither_resumed_nor_deleted(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     for changes, message in (
-        ({"resume": True}, "no run to resume"),
-        ({"overwrite": True}, "is not deleted"),
-        ({}, "already holds a run. Continue it with --resume, delete it with --overwrite, or give this one another --name"),
+        ({"overwrite": True}, "has no run.json, so it is not a run of this program"),
+        ({}, "has no run.json, so it is not a run of this program; give this one another --name"),
     ):
         with pytest.raises(InputError, match=message):
-            open_run(settings_in(tmp_path, **changes))
-    assert tree(tmp_path) == {"run/thesis.txt": b"years of work"}
+            opened(settings_in(tmp_path, **changes))
+    with pytest.raises(InputError, match="no run to resume"):
+        resumed(tmp_path)
+    assert {k: v for k, v in tree(tmp_path).items() if "/" in k} == {"run/thesis.txt": b"years of work"}
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(tmp_path):
-    open_run(settings_in(tmp_path))
+    opened(settings_in(tmp_path))
     checkpoints(tmp_path / "run", 3)
     (tmp_path / "run" / "results.json").write_text("{}")
-    with pytest.raises(InputError, match="already holds a run"):
-        open_run(settings_in(tmp_path, lr=0.5))
-    assert open_run(settings_in(tmp_path, lr=0.5, overwrite=True)) == 0
+    with pytest.raises(InputError, match="already holds a run. Continue it with --resume, delete it with --overwrite, or"):
+        opened(settings_in(tmp_path, lr=0.5))
+    assert opened(settings_in(tmp_path, lr=0.5, overwrite=True)) == 0
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.json"]
     assert read_json(tmp_path / "run" / "run.json")["settings"]["lr"] == 0.5
+
+
+def test_an_overwritten_run_is_back_if_the_new_one_fails_before_it_has_saved_anything(tmp_path):
+    opened(settings_in(tmp_path))
+    checkpoints(tmp_path / "run", 3)
+    (tmp_path / "run" / "model.safetensors").write_text("a month of training")
+    before = tree(tmp_path / "run")
+    with pytest.raises(InputError, match="no such row"), open_run(settings_in(tmp_path, lr=0.5, overwrite=True)):
+        assert read_json(tmp_path / "run" / "run.json")["settings"]["lr"] == 0.5  # the new run has the name
+        raise InputError("no such row")
+    assert tree(tmp_path / "run") == before
+
+    with pytest.raises(KeyboardInterrupt), open_run(settings_in(tmp_path, lr=0.5, overwrite=True)):
+        checkpoints(tmp_path / "run", 7)
+        raise KeyboardInterrupt
+    assert steps_saved(tmp_path / "run") == [7]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", ".run.lock"}
+
+
+def test_a_run_that_was_killed_while_it_replaced_another_gives_way_to_it(tmp_path):
+    """Killed between two file operations, before a checkpoint: the earlier run is back when the name is used again."""
+    opened(settings_in(tmp_path))
+    checkpoints(tmp_path / "run", 3)
+    for killed in ("before the new run.json", "after it"):
+        os.replace(tmp_path / "run", tmp_path / ".run.old")
+        (tmp_path / "run").mkdir()
+        if killed == "after it":
+            write_json(tmp_path / "run" / "run.json", {})
+        assert opened(settings_in(tmp_path, resume=True)) == 3
+
+
+def test_what_a_failed_start_left_is_nobodys_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    for leftover in (".run.json.tmp", "ledger.json", "held_out.jsonl"):
+        (tmp_path / "run" / leftover).write_text("{}")
+    assert opened(settings_in(tmp_path)) == 0 and (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("flag, file", [("model", "."), ("train", "held_out.jsonl"), ("eval", "deep/rows.jsonl")])
+def test_a_run_does_not_overwrite_what_it_reads(tmp_path, flag, file):
+    opened(settings_in(tmp_path))
+    path = tmp_path / "run" / file
+    path.parent.mkdir(exist_ok=True)
+    if flag != "model":
+        path.write_text("{}")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="--overwrite would delete .*, which this run reads; give it another --name"):
+        opened(settings_in(tmp_path, overwrite=True, **{flag: str(path)}))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("second", [dict(resume=True), dict(overwrite=True), {}])
+def test_one_process_at_a_time_writes_to_a_run(tmp_path, second):
+    with open_run(settings_in(tmp_path)):
+        before = tree(tmp_path)
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()} on .*, since 20.*Wait until it ends"):
+            opened(settings_in(tmp_path, **second))
+        assert tree(tmp_path) == before
+    assert opened(settings_in(tmp_path, resume=True)) == 0
+
+
+def test_a_process_waits_for_the_one_that_makes_the_same_demo(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "demo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    with locked(tmp_path / "demo", wait=True):
+        assert (tmp_path / "made").exists()  # by the child, before it let go
+    assert child.wait() == 0
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from runtime.runs import locked
+
+path = Path(sys.argv[1])
+with locked(path):
+    print("held", flush=True)
+    time.sleep(0.5)
+    path.with_name("made").touch()
+"""
 
 
 # ----------------------------------------------------------------------------------------------------- resumed settings
@@ -155,7 +243,7 @@ def resumed(directory, *flags):
 
 
 def test_a_resumed_run_keeps_its_settings(tmp_path):
-    open_run(settings_in(tmp_path, beta=0.7, lora=8, overwrite=True))
+    opened(settings_in(tmp_path, beta=0.7, lora=8, overwrite=True))
     got = resumed(tmp_path)
     assert got == settings_in(tmp_path, beta=0.7, lora=8, resume=True)
     assert resumed(tmp_path, "--beta", "0.7") == got  # said again
@@ -165,7 +253,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path):
 
 
 def test_a_resumed_run_takes_no_other_settings(tmp_path):
-    open_run(settings_in(tmp_path))
+    opened(settings_in(tmp_path))
     with pytest.raises(InputError, match="run was started with beta = 0.3, now --beta 0.7: a resumed run keeps"):
         resumed(tmp_path, "--beta", "0.7")
     with pytest.raises(InputError, match="is a run of --stage dpo; give that stage to resume it"):
@@ -181,7 +269,7 @@ def edit_run_json(directory, edit):
 
 def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     """There run.json held the settings of all stages in one, under "config"."""
-    open_run(settings_in(tmp_path))
+    opened(settings_in(tmp_path))
     edit_run_json(tmp_path, lambda stored: {"config": stored["settings"] | {"stage": "dpo", "reference": "cached"}})
     with pytest.raises(InputError, match="run.json: names no stage and settings, so it is .* an earlier version's"):
         resumed(tmp_path)
@@ -193,7 +281,7 @@ def test_a_setting_that_is_unknown_or_missing_is_named_in_one_line(tmp_path, cap
         (lambda settings: settings | {"sparkle": 3}, "the setting sparkle = 3 is none that this version has"),
         (lambda settings: {k: v for k, v in settings.items() if k != "beta"}, "the setting beta is missing"),
     ):
-        open_run(settings_in(tmp_path, overwrite=True))
+        opened(settings_in(tmp_path, overwrite=True))
         edit_run_json(tmp_path, lambda stored, change=change: stored | {"settings": change(stored["settings"])})
         assert train.main(command) == 2
         error = capsys.readouterr().err
@@ -212,10 +300,11 @@ def test_the_command_that_resumes_names_what_is_not_the_default(tmp_path):
 def test_a_model_knows_its_run_through_the_stages_that_did_not_tune_it(tiny, tmp_path):
     """tiny -> dpo -> quantize: what was trained on and tuned from is that of the DPO run."""
     dpo, coded = tmp_path / "run", tmp_path / "coded"
-    open_run(settings_in(tmp_path, system_prompt="Be brief."))
+    rows = [Row([{"role": "user", "content": f"What is {i} {i}?"}], ["4"], f"x:{i}", {}) for i in (2, 3, 4)]
+    examples = [Example([1], [[2]], row.where) for row in rows]
+    opened(settings_in(tmp_path, system_prompt="Be brief."), Inputs(None, examples[:2], examples[2:], rows, {}))
     write_json(dpo / "results.json", {"parent": str(tiny)})
-    write_questions(dpo, ["what is 2 2", "what is 3 3"])
-    open_run(settle("quantize", {"model": str(dpo), "to": "nf4", "out": str(tmp_path), "name": "coded"}).settings)
+    opened(settle("quantize", {"model": str(dpo), "to": "nf4", "out": str(tmp_path), "name": "coded"}).settings)
     write_json(coded / "results.json", {"parent": str(dpo)})
     for directory in (dpo, coded):
         assert tuned_from(directory) == tiny
@@ -304,8 +393,9 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import train
-from data import ChatML, load_tokenizer
+from data import ChatML, Example, Row, load_tokenizer
 from model import Phi
+from prepare.rows import Inputs
 from runtime.optimizer import make_optimizer
 from runtime.flags import settle
 
@@ -470,14 +560,6 @@ def test_codes_count_in_a_fingerprint(tiny):
 
 
 # ------------------------------------------------------------------------------------------------------------- one reference
-
-
-def test_a_table_comes_back_and_one_that_is_not_there_is_none(tmp_path):
-    path = tmp_path / "reference" / "table.safetensors"
-    assert read_table(path) is None and not path.parent.exists()
-    write_table(path, torch.tensor([[-1.5, -2.5]]))
-    assert read_table(path).tolist() == [[-1.5, -2.5]]
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_model_of_an_earlier_version_brings_its_system_prompt_even_where_its_run_cannot_go_on(tiny, tmp_path):
