@@ -9,9 +9,6 @@ other. If both were equally good, each such pair would favour either with probab
 split this uneven has a probability below 5%. Settings that do not differ significantly from the best are marked. The test
 knows the chance in the choice of test pairs, not the chance in training, which --seeds shows; and the best of many settings
 was a little lucky.
-
-**Which eps?** With noisy labels a range of eps orders pairs equally well. Among those that do not differ significantly from
-the best, the pick is the one nearest to the flip rate that the best run's margins show (`intervals.estimate_flip_rate`).
 """
 
 import math
@@ -125,17 +122,6 @@ def cannot_tell(right: Tensor, other: Tensor) -> bool:
     return 40 * tail > 2 ** (b + c)  # 2 tail / 2^(b+c) > 0.05, in whole numbers
 
 
-def pick_eps(results: list[Result], base: Dpo) -> Result | None:
-    """Among the settings that differ in eps alone and do not differ significantly from the best of them, the one whose eps
-    is nearest to the flip rate that the best one's margins show; None if eps was not varied, or all margins are 0."""
-    varied = [r for r in results if set(r.point) <= {"eps"}]
-    if len(varied) < 2 or "flip rate" not in varied[0].measures:
-        return None
-    rate = varied[0].measures["flip rate"].value
-    tied = [r for r in varied if cannot_tell(varied[0].right, r.right)]
-    return min(tied, key=lambda r: abs(r.point.get("eps", base.eps) - rate))
-
-
 # ------------------------------------------------------------------------------------------------------------ the report
 
 
@@ -159,7 +145,7 @@ def table(results: list[Result], base: Dpo) -> str:
     return markdown([*header, "own loss (not comparable)"], rows)
 
 
-def conclusions(results: list[Result], base: Dpo) -> list[str]:
+def conclusions(results: list[Result]) -> list[str]:
     """What the table says, in sentences."""
     best, pairs = results[0], results[0].right.shape[1]
     tied = [r.name for r in results[1:] if cannot_tell(best.right, r.right)]
@@ -174,10 +160,8 @@ def conclusions(results: list[Result], base: Dpo) -> list[str]:
         "much likelier tuning made an answer.)",
     ]
     if "flip rate" in best.measures:
-        lines.append(f"Flip rate of the test labels, by its margins: {percent(best.measures['flip rate'])}.")
-    if picked := pick_eps(results, base):
-        eps = picked.point.get("eps", base.eps)
-        lines.append(f"eps = {eps} is picked: of those not significantly worse than the best, the nearest to that rate.")
+        rate = percent(best.measures["flip rate"])
+        lines.append(f"Flip rate of the test labels, by its margins: {rate}. Of the eps marked best or =, take one near it.")
     lowest = min(results, key=lambda r: r.own_loss)
     lines.append(
         f"The lowest own loss, {lowest.own_loss:.3f}, would pick {lowest.name} ({percent(lowest.measures[kind])}). It is "
@@ -191,7 +175,7 @@ def report_sweep(sweep: Path, runs: list[Run], base: Dpo, failed: dict[str, str]
     """Writes and prints sweep.md and the curves; 0, or 2 if a run failed."""
     results = collect(runs, base)
     lines = [
-        *(conclusions(results, base) if results else []),
+        *(conclusions(results) if results else []),
         *(f"{name} failed: {error}" for name, error in failed.items()),
     ]
     text = "\n\n".join([*([table(results, base)] if results else []), "\n".join(f"- {line}" for line in lines)])

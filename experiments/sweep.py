@@ -111,9 +111,8 @@ def at_point(base: Dpo, point: dict) -> Dpo:
 def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
     """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`."""
     base = single(settings)
-    points = make_points(grid, base)
-    configured = [at_point(base, point) for point in points]  # checks all before any runs
-    files = {one.train for one in configured}
+    configured = [(point, at_point(base, point)) for point in make_points(grid, base)]  # checks all before any runs
+    files = {one.train for _, one in configured}
     if len({Path(file).stem for file in files}) < len(files):
         raise InputError("--grid train=...: two files have the same name; rename one")
     if len(grid.get("train", [])) > 1 and settings.data is None:
@@ -122,7 +121,7 @@ def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
     tested = test_rows(settings)
     sides = {file: training_rows(settings, file, directory, tested) for file in files}
     planned = []
-    for point, one in zip(points, configured, strict=True):
+    for point, one in configured:
         one = replace(one, **sides[one.train], model=parent, revision=None, out=str(directory), overwrite=False)
         for seed in range(settings.seed, settings.seed + settings.seeds):
             name = point_name(point) + (f",seed={seed}" if settings.seeds > 1 else "")
@@ -146,7 +145,7 @@ def read_pairs(path: str | Path, settings: Dpo) -> list[Row]:
 
 
 def test_rows(settings: Sweep) -> list[Row]:
-    """The test rows: --data, or a share of --train's questions that is set aside."""
+    """--data, or a share of --train's questions that is set aside."""
     if settings.data:
         return read_pairs(settings.data, settings)
     rows = split_by_question(read_pairs(settings.train, settings), settings.eval_share, settings.seed)[1]
@@ -166,11 +165,8 @@ def training_rows(settings: Sweep, file: str, directory: Path, tested: list[Row]
     else:
         rows, evaluation = split_by_question(rows, settings.eval_share, settings.seed + 1)
     check_no_leak([*rows, *evaluation], tested)
-    start = directory / "data" / Path(file).stem
-    return {
-        "train": write_rows(start.with_name(f"{start.name}-train.jsonl"), rows),
-        "eval": write_rows(start.with_name(f"{start.name}-eval.jsonl"), evaluation),
-    }
+    sides = {"train": rows, "eval": evaluation}
+    return {side: write_rows(directory / "data" / f"{Path(file).stem}-{side}.jsonl", part) for side, part in sides.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -201,11 +197,10 @@ def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
 def check_settings(planned: list[Run]) -> None:
     """InputError if a run of an earlier call was made with other settings than this call would give it."""
     for run in planned:
-        if not (run.directory / "run.json").exists():
-            continue
-        stored = asdict(runs_on_disk.stored_settings(run.directory))
-        for name, value in asdict(run.settings).items():
-            if name not in ("resume", "device", "overwrite", "out") and stored[name] != value:
+        begun = (run.directory / "run.json").exists()
+        stored = asdict(runs_on_disk.stored_settings(run.directory)) if begun else {}
+        for name in stored.keys() - {"resume", "device", "overwrite", "out"}:
+            if stored[name] != (value := getattr(run.settings, name)):
                 raise InputError(
                     f"{run.directory} was made with {name} = {stored[name]}, now it would be {value}. Give this sweep "
                     "another --name, or delete the earlier one with --overwrite."
