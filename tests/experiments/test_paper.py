@@ -107,7 +107,7 @@ def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys):
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(45))
     flags = ["--stage", "sweep", "--preset", "report", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl")]
     flags += ["--out", str(tmp_path), "--name", "r", "--samples", "4", "--device", "cpu"]
-    flags += "--lr 1e-3 --epochs 1 --batch-size 8 --eval-every 2".split()
+    flags += "--lr 1e-3 --max-steps 4 --batch-size 8 --eval-every 4".split()
     assert main(flags) == 0
     text = (tmp_path / "r" / "report.md").read_text()
     for part in ("## Table 1", "## Table 2", "## Table 3", "## Figure 2", "figures/figure-2.png", "**held**"):
