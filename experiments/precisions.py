@@ -92,14 +92,11 @@ def measure_format(
 def sizes(model: Phi) -> dict[str, float]:
     """Megabytes in memory (a file has a few more), and bits per weight of the linear layers, scales included."""
     memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
-    stored = weights = 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, FrozenLinear):
-            stored += sum(buffer.nbytes for buffer in layer.buffers())
-            weights += layer.in_features * layer.out_features
-        elif isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            stored += layer.weight.nbytes
-            weights += layer.weight.numel()
+    modules = [layer for name, layer in model.named_modules() if name != "lm_head"]
+    frozen = [layer for layer in modules if isinstance(layer, FrozenLinear)]
+    plain = [layer for layer in modules if isinstance(layer, torch.nn.Linear)]
+    stored = sum(x.nbytes for layer in frozen for x in layer.buffers()) + sum(layer.weight.nbytes for layer in plain)
+    weights = sum(layer.in_features * layer.out_features for layer in (*frozen, *plain))
     return {"memory, MB": memory, "bits per weight": 8 * stored / weights}
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from rows import pair_rows
 
+from experiments import paper
 from experiments.paper import FORMATS, better, claims_about_answers, claims_about_settings
 from experiments.ranking import Result
 from metrics.intervals import Estimate
+from runtime import flags
 from runtime.files import read_json, write_jsonl
 from runtime.settings import Dpo
 from train import main
@@ -103,27 +105,39 @@ def test_all_claims_of_a_sweep():
     assert "A larger mixture is better" not in verdicts([default])
 
 
-def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys):
+def command(tiny, tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(45))
-    flags = ["--stage", "sweep", "--preset", "report", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl")]
-    flags += ["--out", str(tmp_path), "--name", "r", "--samples", "4", "--device", "cpu"]
-    flags += "--lr 1e-3 --max-steps 4 --batch-size 8 --eval-every 4".split()
-    assert main(flags) == 0
+    words = ["--stage", "sweep", "--preset", "report", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl")]
+    words += ["--out", str(tmp_path), "--name", "r", "--samples", "4", "--device", "cpu"]
+    return [*words, *"--lr 1e-3 --max-steps 4 --batch-size 8 --eval-every 4".split()]
+
+
+def test_the_preset_plans_every_run_of_the_reports_tables(tiny, tmp_path):
+    runs = {run.name: run for run in paper.make_runs(flags.parse(command(tiny, tmp_path)).settings, tmp_path / "r")}
+    sizes = [name for name in runs if name.startswith("pairs=")]
+    grids = {"lr=0.0005", "lr=0.003", "lr=0.005", "beta=0.05", "beta=0.1", "beta=0.5", "eps=0.0", "eps=0.05", "eps=0.25"}
+    assert runs.keys() == {"defaults", *sizes, *grids} and len(sizes) == 3
+    files = [set(Path(runs[name].settings.train).read_text().splitlines()) for name in (*sizes, "defaults")]
+    assert files[0] < files[1] < files[2] < files[3]
+    assert {name for name, run in runs.items() if run.quarters} == {"defaults", *sizes}
+
+
+def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys, monkeypatch):
+    """With fewer sizes and values, four runs in all."""
+    monkeypatch.setattr(paper, "PARTS", (20, 54))
+    monkeypatch.setattr(paper, "GRID", {"lr": (1, 3), "beta": (0.3,), "eps": (0.0, 0.1)})
+    assert main(command(tiny, tmp_path)) == 0
     text = (tmp_path / "r" / "report.md").read_text()
     for part in ("## Table 1", "## Table 2", "## Table 3", "## Figure 2", "figures/figure-2.png", "**held**"):
         assert part in text
     names = {path.parent.name for path in (tmp_path / "r").glob("*/test.json")}
-    assert {"defaults", "lr=0.0005", "lr=0.003", "lr=0.005", "beta=0.05", "beta=0.1", "beta=0.5"} <= names
-    assert {"eps=0.0", "eps=0.05", "eps=0.25"} <= names and len(names) == 13
-    sizes = sorted(int(name.removeprefix("pairs=")) for name in names if name.startswith("pairs="))
-    files = [(tmp_path / "r" / "data" / f"pairs-{size}.jsonl").read_text().splitlines() for size in sizes]
-    assert len(sizes) == 3 and set(files[0]) < set(files[1]) < set(files[2])
+    assert {"defaults", "lr=0.003", "eps=0.0"} < names and len(names) == 4
     assert len(read_json(tmp_path / "r" / "defaults" / "test.json")["quarters"]) == 4
     measured = read_json(tmp_path / "r" / "formats" / "eval.json")
     assert [Path(one["model"]).name for one in measured["results"]] == ["defaults", "int8", "nf4", "fp4"]
     bleu = measured["results"][1]["answers"]["BLEU"]["value"]
     assert measured["rows"] == 4 and f"int8 {bleu:.1f} [" in text
     assert (tmp_path / "r" / "figures" / "figure-2.png").stat().st_size > 10_000
-    assert main(flags) == 0
+    assert main(command(tiny, tmp_path)) == 0
     printed = capsys.readouterr().out
-    assert printed.count("[13/13]") == 3 and printed.count("Reference answers") == 2  # nor is anything measured again
+    assert printed.count("[4/4]") == 3 and printed.count("Reference answers") == 2  # nor is anything measured again
