@@ -51,7 +51,7 @@ class Run:
     @property
     def tested(self) -> Path:
         """What was measured on them; a run that has it is finished."""
-        return self.directory / "test.json"
+        return self.directory / "tested.json"
 
 
 def point_name(point: dict) -> str:

@@ -4,7 +4,7 @@
 
     out/<name>/  data/       training, evaluation and test rows, the same for all runs
                  reference/  log-probabilities of the starting model, computed once for all runs that share it
-                 RUN/        a run as --stage dpo leaves it, without its checkpoints, and its test.json
+                 RUN/        a run as --stage dpo leaves it, without its checkpoints, and its tested.json
                  RUN.log     what the run printed
                  sweep.md figures/curves.png      the table and the curves of all runs
 

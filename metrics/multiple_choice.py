@@ -105,12 +105,13 @@ def position_bias(picks: Sequence[int], right: Sequence[int]) -> float:
 
 
 def summary(scored: Choices, answered: Choices | None) -> dict:
-    """Accuracies by method, chance, the position bias of the letters, the share of sampled answers that name no option, and,
+    """Accuracies by method, the share of sampled answers that name no option, chance, the position bias of the letters, and,
     if there are several topics, the accuracy by topic."""
-    made = accuracies(scored) | {"chance": sum(1 / count for count in scored.counts) / len(scored.counts)}
-    made["position bias"] = position_bias(scored.picks["letter"], scored.right)
+    made = accuracies(scored)
     if answered:
         picks = answered.picks["generated"]
         made |= accuracies(answered) | {"invalid": share(picks.count(None), len(picks))}
+    made["chance"] = sum(1 / count for count in scored.counts) / len(scored.counts)
+    made["position bias"] = position_bias(scored.picks["letter"], scored.right)
     topics = by_topic(scored)
     return {"choices": made} | ({"by topic": topics} if len(topics) > 1 else {})

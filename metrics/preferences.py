@@ -63,11 +63,8 @@ def measure_rewards(
         made["debiased accuracy"] = debiased(made["reward accuracy"], eps)
     if flipped is not None:
         made["clean accuracy"] = accuracy(for_the_right(margin, flipped))
-    made |= {
-        "ties": share((margin == 0).sum().item(), len(margin)),
-        "margin": mean(margin),
-        "DPO loss": mean(dpo.sigmoid_loss(beta * margin)),
-    }
+    made["ties"] = share((margin == 0).sum().item(), len(margin))
+    made |= {"margin": mean(margin), "DPO loss": mean(dpo.sigmoid_loss(beta * margin))}
     if margin.any():
         made["flip rate"] = estimate_flip_rate(margin)
     matched = lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values  # [E]

@@ -87,7 +87,7 @@ def section_table(section: str, models: list[dict]) -> str:
     part = [m for m in models if section in m]
     measures = list(dict.fromkeys(name for m in part for name, value in m[section].items() if value is not None))
     other = [WITH_REFERENCE[section]] if section in WITH_REFERENCE else []
-    lines = [["model", *measures, *other]]
+    lines = [["topic" if section == "by topic" else "model", *measures, *other]]
     for m in part:
         values = [(name, m[section].get(name)) for name in measures]
         cells = [decimal(value, DECIMALS[name]) if name in DECIMALS else percent(value) for name, value in values]

@@ -130,9 +130,9 @@ def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys, monkeypatch):
     text = (tmp_path / "r" / "report.md").read_text()
     for part in ("## Table 1", "## Table 2", "## Table 3", "## Figure 2", "figures/figure-2.png", "**held**"):
         assert part in text
-    names = {path.parent.name for path in (tmp_path / "r").glob("*/test.json")}
+    names = {path.parent.name for path in (tmp_path / "r").glob("*/tested.json")}
     assert {"defaults", "lr=0.003", "eps=0.0"} < names and len(names) == 4
-    assert len(read_json(tmp_path / "r" / "defaults" / "test.json")["quarters"]) == 4
+    assert len(read_json(tmp_path / "r" / "defaults" / "tested.json")["quarters"]) == 4
     measured = read_json(tmp_path / "r" / "formats" / "eval.json")
     assert [Path(one["model"]).name for one in measured["results"]] == ["defaults", "int8", "nf4", "fp4"]
     bleu = measured["results"][1]["answers"]["BLEU"]["value"]

@@ -95,7 +95,7 @@ def test_a_sweep_ranks_its_runs_and_skips_them_the_second_time(command, tmp_path
     assert set(rows) == {"beta=0.1", "defaults (beta=0.3)"}
     accuracies = [float(cells[3].split("%")[0]) for cells in rows.values()]
     assert accuracies == sorted(accuracies, reverse=True)
-    runs = [path.parent for path in (tmp_path / "s").glob("*/test.json")]
+    runs = [path.parent for path in (tmp_path / "s").glob("*/tested.json")]
     assert len(runs) == 4 and not any((run / "checkpoints").exists() for run in runs)
     assert (tmp_path / "s" / "figures" / "curves.png").stat().st_size > 0
     assert "not comparable" in (tmp_path / "s" / "sweep.md").read_text()
@@ -166,7 +166,7 @@ def test_ctrl_c_in_a_run_saves_it_and_the_same_command_goes_on(command, tmp_path
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and b"the same command goes on" in printed
-    assert not (tmp_path / "s" / "defaults" / "test.json").exists()
+    assert not (tmp_path / "s" / "defaults" / "tested.json").exists()
     assert main(flags) == 0 and len(settings_of(tmp_path / "s")) == 2, shlex.join(flags)
 
 
