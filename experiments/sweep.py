@@ -243,12 +243,10 @@ def measure_on_test(run: Run) -> dict:
     margin, flipped, lengths = margins(run.directory), flips(examples), lengths_of(examples)  # [E], [E], [E, 2]
     if not margin.isfinite().all():
         raise InputError("the model's log-probabilities of the test pairs are not finite")
+    loss = dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)  # [E]
     record = {
         "accuracy": (margin > 0).double().mean().item(),
-        "own loss": dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)
-        .double()
-        .mean()
-        .item(),
+        "own loss": loss.double().mean().item(),
         "margin": margin.tolist(),
         "reference": (reference[:, 0] - reference[:, 1]).tolist(),
         "longer": (lengths[:, 0] - lengths[:, 1]).sign().tolist(),
