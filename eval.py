@@ -6,7 +6,7 @@ The rows decide what is measured (metrics/): preferences for pairs, multiple cho
 rows the texts: loss and perplexity of the reference answers, and the model's own answers to --samples prompts beside them
 (greedy, unless --temperature is given); with --bert their BERTScore, with --teacher the verdict of a judge.
 
-    out/<name>/  eval.json  eval.md  answers.jsonl  samples.md  figures/eval.png
+    out/<name>/  eval.json  eval.md  answers.jsonl
 
 Every number is a sum over examples divided by their count, with the log-probability that training uses, so the batch size
 changes none. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
@@ -93,8 +93,7 @@ def run(settings: Eval) -> int:
                 fail(failures, f"the judge {teacher.model}: {error}")
             tables.write(results, directory)
     print("\n" + tables.report(results))
-    figure = ", figures/eval.png" if results.models else ""
-    print(f"Written to {directory}/: eval.json, eval.md, answers.jsonl, samples.md{figure}")
+    print(f"Written to {directory}/: eval.json, eval.md, answers.jsonl")
     return 2 if failures else 0
 
 
@@ -195,9 +194,6 @@ def measure_model(settings: Eval, contest: Contest, one: Contestant, asked: list
         if reference is not None:
             result["rewards"] = measure_rewards(policy, reference, lengths, flipped, settings.eps, settings.beta)
         result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
-    scored = []
-    if kind.startswith("mcq"):
-        scored.append(multiple_choice.score_options(model, examples, one.chat, *run_with))
     answers = []
     if asked:
         drawn = [examples[i] for i in asked]
@@ -206,10 +202,10 @@ def measure_model(settings: Eval, contest: Contest, one: Contestant, asked: list
         drawing = (settings.temperature, settings.seed, settings.micro_batch_size)
         answers, ended = sample_answers(model, one.chat, prompts, length, *drawing)
         result["answers"], result["BLEU signature"] = measure_answers(contest, answers, ended, drawn)
-        if scored:
-            scored.append(multiple_choice.generated(answers, drawn))
-    if scored:
-        result |= multiple_choice.summary(scored)
+    if kind.startswith("mcq"):
+        scored = multiple_choice.score_options(model, examples, one.chat, *run_with)
+        answered = multiple_choice.generated(answers, [examples[i] for i in asked]) if asked else None
+        result |= multiple_choice.summary(scored, answered)
     return result, answers
 
 

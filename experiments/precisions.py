@@ -1,4 +1,4 @@
-"""The precision report card: one model in several number formats, what each costs in bytes and time and in quality.
+"""The precision report card: one model in several number formats, what each costs in bytes, in speed and in quality.
 
     python train.py --stage eval --model out/demo-dpo --precisions fp32,bf16,int8,nf4,nf4-double,fp4,int4
 
@@ -7,8 +7,8 @@ that are not quantized (embeddings, LayerNorms, output layer) stay fp32 in every
 the first one by its format alone.
 """
 
+import math
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from eval import check_flags, find_reference
 from generate import generate
 from lora import refuse_adapters
 from metrics.multiple_choice import accuracies, score_options
-from metrics.preferences import flips, for_the_right
+from metrics.preferences import accuracy, flips, for_the_right
 from metrics.tables import markdown
 from metrics.text import divergence
 from model import Phi, all_logprobs
@@ -47,74 +47,57 @@ def run(settings: Eval) -> int:
     chat, examples, _ = encode_for(source, measured.rows, settings.system_prompt)
     check_flags(settings, measured.kind)
     parent = find_reference(settings, source, chat) if measured.kind == "pairs" else None
-    runs.open_run(settings)
-    directory = Path(settings.out) / settings.name
-    full = Phi.from_pretrained(source, device=settings.device)
-    reference = None  # [E, 2]
-    if parent:
-        model = Phi.from_pretrained(parent, device=settings.device)
-        reference = all_logprobs(model, examples, BATCH, settings.device, "fp32", "reference")
-    rows = []
-    for name in settings.precisions.split(","):
-        print(f"{name} ...", flush=True)
-        rows.append(measure_format(name, source, full, chat, examples, reference, settings.device))
-    note = (
-        f"{source}, {len(examples):,} examples of {measured.where}; decoding {NEW_TOKENS} tokens on {settings.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    write_json(directory / "eval.json", {"note": note, "rows": rows})
-    write_text(directory / "precisions.md", f"{table(rows)}\n\n{note}\n")
-    figure(rows, directory / "figures" / "precisions.png")
-    print(f"\n{table(rows)}\n\n{note}\nWritten to {directory}/: eval.json, precisions.md, figures/precisions.png")
+    with runs.open_run(settings):
+        directory = Path(settings.out) / settings.name
+        full = Phi.from_pretrained(source, device=settings.device)
+        reference = None  # [E, 2]
+        if parent:
+            model = Phi.from_pretrained(parent, device=settings.device)
+            reference = all_logprobs(model, examples, BATCH, settings.device, "fp32", "reference")
+        rows = []
+        for name in settings.precisions.split(","):
+            print(f"{name} ...", flush=True)
+            rows.append(measure_format(name, source, full, chat, examples, reference, settings.device))
+        note = (
+            f"{source}, {len(examples):,} examples of {measured.where}; decoding {NEW_TOKENS} tokens on {settings.device}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
+        write_json(directory / "eval.json", {"note": note, "rows": rows})
+        write_text(directory / "precisions.md", f"{table(rows)}\n\n{note}\n")
+        figure(rows, directory / "figures" / "precisions.png")
+        print(f"\n{table(rows)}\n\n{note}\nWritten to {directory}/: eval.json, precisions.md, figures/precisions.png")
     return 0
-
-
-def in_format(name: str, model: Phi) -> Phi:
-    """The model in the format of a row: "nf4", "nf4-double", "llm.int8", "bf16", ... Changes the model that is given."""
-    if name in ("fp32", "bf16"):
-        return model.to(torch.float32 if name == "fp32" else torch.bfloat16)
-    return quantize_model(model, name)
 
 
 def measure_format(
     name: str, source: Path, full: Phi, chat: ChatML, examples: list[Example], reference: Tensor | None, device: str
 ) -> dict:
-    """A row of the card: the model of `source` in one format, compared with the `full` one."""
-    model = Phi.from_pretrained(source, device=device)
-    began = time.perf_counter()
-    model = in_format(name, model)
-    seconds = time.perf_counter() - began
-    row = {"format": name, **sizes(model), "quantize s": None if name in ("fp32", "bf16") else seconds}
+    """A row of the card: the model of `source` in one format ("nf4", "llm.int8", "bf16", ...) beside the `full` one."""
+    model = Phi.from_pretrained(source, torch.bfloat16 if name == "bf16" else torch.float32, device)
+    if name not in ("fp32", "bf16"):
+        quantize_model(model, name)
+    row = {"format": name, **sizes(model)}
     likely = [replace(e, completions=e.completions[:1]) for e in examples]  # of a pair, the chosen answer
     measured = divergence(full, model, likely, BATCH, device)
-    row |= {"perplexity": torch.tensor(measured["loss"]).exp().item(), "KL": measured["kl"], "top 1": measured["top 1"]}
-    row |= {"reward accuracy": None, "choice accuracy": None}
+    row |= {"perplexity": math.exp(measured["loss"]), "KL, nats": measured["kl"], "same top 1": measured["top 1"]}
     if reference is not None:
         policy = all_logprobs(model, examples, BATCH, device, "fp32", "rewards")
-        margin = for_the_right(dpo.margin(policy, reference), flips(examples))  # [E]
-        row["reward accuracy"] = (margin > 0).float().mean().item()
+        row["reward accuracy"] = accuracy(for_the_right(dpo.margin(policy, reference), flips(examples))).value
     if all(e.choices for e in examples):
-        choices = score_options(model, examples, chat, BATCH, device, "fp32")
-        row["choice accuracy"] = accuracies(choices)["letter"].value
+        row["right option"] = accuracies(score_options(model, examples, chat, BATCH, device, "fp32"))["letter"].value
     prompts = [e.prompt for e in examples[:16]]
-    return row | {f"tokens/s, batch {n}": decode_speed(model, (prompts * n)[:n]) for n in (1, 16)}
+    return row | {f"tokens/s, {n}": decode_speed(model, (prompts * n)[:n]) for n in (1, 16)}
 
 
 def sizes(model: Phi) -> dict[str, float]:
-    """Bytes of the safetensors files and in memory, and bits per weight of the linear layers (scales included)."""
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        disk = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-    memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    stored = weights = 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, FrozenLinear):
-            stored += sum(buffer.nbytes for buffer in layer.buffers())
-            weights += layer.in_features * layer.out_features
-        elif isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            stored += layer.weight.nbytes
-            weights += layer.weight.numel()
-    return {"disk": disk, "memory": memory, "bits per weight": 8 * stored / weights}
+    """Megabytes in memory (a file has a few more), and bits per weight of the linear layers, scales included."""
+    memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
+    modules = [layer for name, layer in model.named_modules() if name != "lm_head"]
+    frozen = [layer for layer in modules if isinstance(layer, FrozenLinear)]
+    plain = [layer for layer in modules if isinstance(layer, torch.nn.Linear)]
+    stored = sum(x.nbytes for layer in frozen for x in layer.buffers()) + sum(layer.weight.nbytes for layer in plain)
+    weights = sum(layer.in_features * layer.out_features for layer in (*frozen, *plain))
+    return {"memory, MB": memory, "bits per weight": 8 * stored / weights}
 
 
 def decode_speed(model: Phi, prompts: list[list[int]], repeats: int = 3) -> float:
@@ -127,37 +110,31 @@ def decode_speed(model: Phi, prompts: list[list[int]], repeats: int = 3) -> floa
     return len(prompts) * NEW_TOKENS / statistics.median(seconds[1:])
 
 
-COLUMNS = {  # heading: (key, how a value is shown)
-    "format": ("format", str),
-    "disk, MB": ("disk", lambda v: f"{v / 1e6:,.2f}"),
-    "memory, MB": ("memory", lambda v: f"{v / 1e6:,.2f}"),
-    "bits per weight": ("bits per weight", lambda v: f"{v:.2f}"),
-    "quantize, s": ("quantize s", lambda v: f"{v:.2f}"),
-    "perplexity": ("perplexity", lambda v: f"{v:.4f}"),
-    "KL, nats": ("KL", lambda v: f"{v:.2g}"),
-    "same top 1": ("top 1", lambda v: f"{100 * v:.2f}%"),
-    "reward accuracy": ("reward accuracy", lambda v: f"{100 * v:.1f}%"),
-    "right option": ("choice accuracy", lambda v: f"{100 * v:.1f}%"),
-    "tokens/s, 1": ("tokens/s, batch 1", lambda v: f"{v:,.0f}"),
-    "tokens/s, 16": ("tokens/s, batch 16", lambda v: f"{v:,.0f}"),
+COLUMNS = {  # and how their values are shown
+    "format": "{}",
+    "memory, MB": "{:,.2f}",
+    "bits per weight": "{:.2f}",
+    "perplexity": "{:.4f}",
+    "KL, nats": "{:.2g}",
+    "same top 1": "{:.2%}",
+    "reward accuracy": "{:.1%}",
+    "right option": "{:.1%}",
+    "tokens/s, 1": "{:,.0f}",
+    "tokens/s, 16": "{:,.0f}",
 }
 
 
 def table(rows: list[dict]) -> str:
-    """The card as a table; a column without any value is left out."""
-    columns = {heading: (key, show) for heading, (key, show) in COLUMNS.items() if any(row[key] is not None for row in rows)}
-    cells = [["-" if row[key] is None else show(row[key]) for key, show in columns.values()] for row in rows]
-    return markdown(list(columns), cells)
+    """The card as a table, with the columns that were measured."""
+    columns = [name for name in COLUMNS if name in rows[0]]
+    return markdown(columns, [[COLUMNS[name].format(row[name]) for name in columns] for row in rows])
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """Quality against size: KL divergence to full precision, and perplexity, over the size on disk."""
-    with picture(path, columns=2, size=(12, 4)) as (kl, perplexity):
-        for i, row in enumerate(rows):
-            look = dict(marker="os^vDPX*<>hdp8"[i % 14], color=f"C{i % 10}", linestyle="none", markersize=8, alpha=0.8)
-            perplexity.plot(row["disk"] / 1e6, row["perplexity"], label=row["format"], **look)
-            if row["KL"] > 1e-9:  # full precision itself has no place on a logarithmic axis
-                kl.plot(row["disk"] / 1e6, row["KL"], **look)
-        kl.set(xlabel="size on disk (MB)", ylabel="KL to full precision (nats per token)", yscale="log")
-        perplexity.set(xlabel="size on disk (MB)", ylabel="perplexity of held-out answers")
-        perplexity.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    """Quality against size: KL divergence to full precision over the bytes in memory."""
+    with picture(path, columns=1, size=(7, 4)) as (axis,):
+        for i, row in enumerate(row for row in rows if row["KL, nats"] > 1e-9):  # full precision is off a logarithmic axis
+            look = dict(marker="os^vDPX*"[i % 8], color=f"C{i % 10}", linestyle="none", markersize=8, alpha=0.8)
+            axis.plot(row["memory, MB"], row["KL, nats"], label=row["format"], **look)
+        axis.set(xlabel="memory (MB)", ylabel="KL to full precision (nats per token)", yscale="log")
+        axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)

@@ -4,37 +4,33 @@
 
     out/<name>/  data/       training, evaluation and test rows, the same for all runs
                  reference/  log-probabilities of the starting model, computed once for all runs that share it
-                 RUN/        a run as --stage dpo leaves it, without its checkpoints; test.json, margins.safetensors, log.txt
-                 sweep.json sweep.md figures/curves.png      the table and the curves of all runs
+                 RUN/        a run as --stage dpo leaves it, without its checkpoints, and its tested.json
+                 RUN.log     what the run printed
+                 sweep.md figures/curves.png      the table and the curves of all runs
 
 Evaluation rows choose a run's best checkpoint; test rows rank the runs (ranking.py). A finished run is skipped
-when the command is given again; one that failed is recorded, and the others go on.
+when the command is given again; if one fails, the others go on.
 """
 
 import contextlib
-import io
 import shutil
-import tempfile
-import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
-from itertools import product
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import dpo
 import train
-from data import Example, Ledger, Row, check_no_leak, encode, lengths_of, split_by_question, write_truth
+from data import Ledger, Row, check_no_leak, encode, lengths_of, split_by_question, write_truth
 from experiments import ranking
-from experiments.ranking import Run, point_name
+from experiments.ranking import QUARTERS, Run, point_name
 from metrics.preferences import flips, for_the_right
 from model import Phi, all_logprobs
 from prepare.rows import read_rows
 from runtime import runs as runs_on_disk
-from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, whole_file, write_json, write_jsonl
+from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, write_json, write_jsonl
 from runtime.flags import check_limits, flag_name, parser_of
 from runtime.settings import Dpo, Sweep
 from runtime.weights import fingerprint, resolve
@@ -52,26 +48,21 @@ def run(settings: Sweep) -> int:
     grid = parse_grid(settings.grid)
     if settings.train is None:  # the flags see to it that the grid has some
         settings = replace(settings, train=grid["train"][0])
-    if settings.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            planned = plan(settings, grid, Path(scratch))
-        print(f"{len(planned)} runs: " + ", ".join(run.name for run in planned) + "\nNothing was trained.")
-        return 0
-    directory = open_sweep(settings)
-    planned = plan(settings, grid, directory)
-    return run_all(planned) or ranking.report_sweep(directory, planned, single(settings))
+    with open_sweep(settings) as directory:
+        planned = plan(settings, grid, directory)
+        status, failed = run_all(planned)
+        return status or ranking.report_sweep(directory, planned, single(settings), failed)
 
 
-def open_sweep(settings: Sweep) -> Path:
+@contextlib.contextmanager
+def open_sweep(settings: Sweep) -> Iterator[Path]:
     """The sweep's directory: a new one, or the one of an earlier call, which goes on."""
     directory = Path(settings.out) / settings.name
-    if (directory / "run.json").exists() and not settings.overwrite:
-        found = runs_on_disk.stage_of(directory)
-        if found != "sweep":
-            raise InputError(f"{directory} holds a run of --stage {found}, not a sweep; give this one another --name")
-        return directory
-    runs_on_disk.open_run(settings)
-    return directory
+    goes_on = (directory / "run.json").exists() and not settings.overwrite
+    if goes_on and (found := runs_on_disk.stage_of(directory)) != "sweep":
+        raise InputError(f"{directory} holds a run of --stage {found}, not a sweep; give this one another --name")
+    with runs_on_disk.open_run(replace(settings, resume=goes_on)):
+        yield directory
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -87,8 +78,6 @@ def parse_grid(texts: list[str]) -> dict[str, list]:
         name = flag.strip().lstrip("-").replace("-", "_")
         if name not in defaults:
             raise InputError(f"--grid {text}: {flag!r} is no flag of --stage dpo that can be varied")
-        if isinstance(defaults[name], bool):
-            raise InputError(f"--grid {text}: a flag without a value cannot be varied; make two sweeps")
         words = [word.strip() for word in values.split(",") if word.strip()]
         parsed = [getattr(parser.parse_args([f"{flag_name(name)}={word}"]), name) for word in words]
         if not parsed or name in grid or len(set(parsed)) < len(parsed):
@@ -97,15 +86,9 @@ def parse_grid(texts: list[str]) -> dict[str, list]:
     return grid
 
 
-def make_points(grid: dict[str, list], base: Dpo, full: bool) -> list[dict]:
-    """The settings to try, as {flag: value} where they differ from `base`: the defaults first, then one flag at a time, or
-    all combinations."""
-    if full:
-        combinations = [dict(zip(grid, values)) for values in product(*grid.values())]
-    else:
-        combinations = [{}, *({name: value} for name, values in grid.items() for value in values)]
-    points = [{name: v for name, v in point.items() if v != getattr(base, name)} for point in combinations]
-    return [point for i, point in enumerate(points) if point not in points[:i]]
+def make_points(grid: dict[str, list], base: Dpo) -> list[dict]:
+    """The settings to try, as {flag: value} where they differ from `base`: the defaults first, then one flag at a time."""
+    return [{}, *({name: value} for name, values in grid.items() for value in values if value != getattr(base, name))]
 
 
 def single(settings: Sweep) -> Dpo:
@@ -128,24 +111,21 @@ def at_point(base: Dpo, point: dict) -> Dpo:
 def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
     """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`."""
     base = single(settings)
-    points = make_points(grid, base, settings.full_grid)
-    configured = [at_point(base, point) for point in points]  # checks all before any runs
-    names = [point_name(point) for point in points]
-    files = {one.train for one in configured}
-    if len(set(names)) < len(names) or len({Path(file).stem for file in files}) < len(files):
-        raise InputError("--grid: two settings would have the same name; give the files different names")
+    configured = [(point, at_point(base, point)) for point in make_points(grid, base)]  # checks all before any runs
+    files = {one.train for _, one in configured}
+    if len({Path(file).stem for file in files}) < len(files):
+        raise InputError("--grid train=...: two files have the same name; rename one")
     if len(grid.get("train", [])) > 1 and settings.data is None:
         raise InputError("--grid train=... compares data sets on a test set of its own: give it with --data FILE.jsonl")
     parent = str(resolve(settings.model, settings.revision))
     tested = test_rows(settings)
     sides = {file: training_rows(settings, file, directory, tested) for file in files}
     planned = []
-    for point, name, one in zip(points, names, configured, strict=True):
-        one = replace(one, model=parent, revision=None, out=str(directory), overwrite=False, dry_run=False)
-        one = replace(one, train=sides[one.train]["train"], eval=sides[one.train]["eval"])
+    for point, one in configured:
+        one = replace(one, **sides[one.train], model=parent, revision=None, out=str(directory), overwrite=False)
         for seed in range(settings.seed, settings.seed + settings.seeds):
-            full_name = name + (f",seed={seed}" if settings.seeds > 1 else "")
-            planned.append(Run(full_name, point, replace(one, seed=seed, name=full_name)))
+            name = point_name(point) + (f",seed={seed}" if settings.seeds > 1 else "")
+            planned.append(Run(name, point, replace(one, seed=seed, name=name)))
     write_rows(planned[0].test, tested)  # last: the training rows do not leak
     return planned
 
@@ -165,7 +145,7 @@ def read_pairs(path: str | Path, settings: Dpo) -> list[Row]:
 
 
 def test_rows(settings: Sweep) -> list[Row]:
-    """The test rows: --data, or a share of --train's questions that is set aside."""
+    """--data, or a share of --train's questions that is set aside."""
     if settings.data:
         return read_pairs(settings.data, settings)
     rows = split_by_question(read_pairs(settings.train, settings), settings.eval_share, settings.seed)[1]
@@ -185,44 +165,42 @@ def training_rows(settings: Sweep, file: str, directory: Path, tested: list[Row]
     else:
         rows, evaluation = split_by_question(rows, settings.eval_share, settings.seed + 1)
     check_no_leak([*rows, *evaluation], tested)
-    start = directory / "data" / Path(file).stem
-    return {
-        "train": write_rows(start.with_name(f"{start.name}-train.jsonl"), rows),
-        "eval": write_rows(start.with_name(f"{start.name}-eval.jsonl"), evaluation),
-    }
+    sides = {"train": rows, "eval": evaluation}
+    return {side: write_rows(directory / "data" / f"{Path(file).stem}-{side}.jsonl", part) for side, part in sides.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def run_all(planned: list[Run]) -> int:
-    """Makes and measures every run that is not finished; returns 0, or the status of the signal that stopped a run."""
+def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
+    """Makes and measures every run that is not finished. Returns the status of the signal that stopped a run, or 0, and
+    {run: error} of the runs that failed."""
     check_settings(planned)
-    began, made = time.perf_counter(), 0
+    failed = {}
     for number, run in enumerate(planned, start=1):
-        done = run.directory / "test.json"
-        if not done.exists():
-            print(f"[{number}/{len(planned)}] {run.name} ...", flush=True)
-            status = run_one(run)
-            if status > 128:
+        label = f"[{number}/{len(planned)}] {run.name}"
+        if not run.tested.exists():
+            print(f"{label} ...", flush=True)
+            try:
+                status = run_one(run)
+            except Exception as error:  # whatever ends one run, the others go on
+                failed[run.name] = f"{type(error).__name__}: {first_line(error)}"
+                print(f"{label}: FAILED, {failed[run.name]}", flush=True)
+                continue
+            if status:
                 print("Stopped and saved; the same command goes on.")
-                return status
-            made += 1
-        state = read_json(done if done.exists() else run.directory / "failed.json")
-        left = (time.perf_counter() - began) / max(1, made) * (len(planned) - number)
-        went = f"FAILED, {state['error']}" if "error" in state else f"reward accuracy {100 * state['accuracy']:.1f}%"
-        print(f"[{number}/{len(planned)}] {run.name}: {went}; about {left / 60:.0f} min left", flush=True)
-    return 0
+                return status, failed
+        print(f"{label}: reward accuracy {100 * read_json(run.tested)['accuracy']:.1f}%", flush=True)
+    return 0, failed
 
 
 def check_settings(planned: list[Run]) -> None:
     """InputError if a run of an earlier call was made with other settings than this call would give it."""
     for run in planned:
-        if not (run.directory / "run.json").exists():
-            continue
-        stored = asdict(runs_on_disk.stored_settings(run.directory))
-        for name, value in asdict(run.settings).items():
-            if name not in ("resume", "device", "overwrite", "out") and stored[name] != value:
+        begun = (run.directory / "run.json").exists()
+        stored = asdict(runs_on_disk.stored_settings(run.directory)) if begun else {}
+        for name in stored.keys() - {"resume", "device", "overwrite", "out"}:
+            if stored[name] != (value := getattr(run.settings, name)):
                 raise InputError(
                     f"{run.directory} was made with {name} = {stored[name]}, now it would be {value}. Give this sweep "
                     "another --name, or delete the earlier one with --overwrite."
@@ -230,79 +208,55 @@ def check_settings(planned: list[Run]) -> None:
 
 
 def run_one(run: Run) -> int:
-    """Trains (or resumes) and measures one run. What it prints goes to log.txt; an error to failed.json."""
-    printed, began = io.StringIO(), time.perf_counter()
-    begun, status = (run.directory / "run.json").exists(), 0
-    if not begun:
-        shutil.rmtree(run.directory, ignore_errors=True)  # it failed before it began
-    try:
-        with contextlib.redirect_stdout(printed):
+    """Trains (or resumes) and measures one run; what it prints goes to RUN.log."""
+    begun = (run.directory / "run.json").exists()
+    with open(run.directory.with_name(f"{run.name}.log"), "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        try:
             status = train.run(replace(run.settings, resume=begun))
             if not status:
-                record = measure_on_test(run)
-                write_json(run.directory / "test.json", record | {"seconds": time.perf_counter() - began})
+                write_json(run.tested, measure_on_test(run))
                 shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)  # the best one is the run's model
-                (run.directory / "failed.json").unlink(missing_ok=True)
-    except Exception as error:  # whatever ends one run, the others go on
-        write_json(run.directory / "failed.json", {"error": f"{type(error).__name__}: {first_line(error)}"})
-        printed.write(traceback.format_exc())
-    run.directory.mkdir(parents=True, exist_ok=True)
-    with open(run.directory / "log.txt", "a", encoding="utf-8") as log:
-        log.write(printed.getvalue())
-    return status
+            return status
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
 
 
-def test_examples(run: Run) -> list[Example]:
-    """The test pairs as a run's model reads them."""
+def measure_on_test(run: Run) -> dict:
+    """For each test pair the margin in nats, and what the starting model and the lengths say of it, all positive where they
+    speak for the answer labelled "chosen"; whether its label is flipped (None if that is not known); and the run's own
+    loss. For a run with `quarters`, the accuracy after each quarter of the training."""
     settings = run.settings
     chat = runs_on_disk.load_chat(run.directory, settings.system_prompt or "")
     examples = encode(read_pairs(run.test, settings), chat, settings.max_length, settings.max_prompt_length, Ledger())
     if not examples:
         raise InputError(f"{run.test}: no row fits into --max-length {settings.max_length}")
-    return examples
-
-
-def test_reference(settings: Dpo, examples: list[Example]) -> Tensor:
-    """Log-probabilities [E, 2] of the test pairs under the starting model, which is in memory only here."""
     parent = train.load_model(Path(settings.model), settings)
-    return train.reference_table(settings, parent, fingerprint(parent), examples, "test")
+    reference = train.reference_table(settings, parent, fingerprint(parent), examples, "test")  # [E, 2]
+    del parent  # one model in memory
 
+    def margins(directory: Path) -> Tensor:  # [E]
+        model = Phi.from_pretrained(directory, device=settings.device)
+        policy = all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "testing")
+        return dpo.margin(policy, reference)
 
-def test_margins(directory: Path, settings: Dpo, examples: list[Example], reference: Tensor) -> Tensor:
-    """The log-ratio margins [E] of the test pairs, in nats, of the model in a directory."""
-    model = Phi.from_pretrained(directory, device=settings.device)
-    policy = all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "testing")
-    return dpo.margin(policy, reference)
-
-
-def measure_on_test(run: Run) -> dict:
-    """Measures a run on the test pairs and saves, for each pair, the margin in nats, what the length and the starting model
-    say of it, and whether its label is flipped; at every checkpoint, if the run asks for it, the accuracy."""
-    settings, examples = run.settings, test_examples(run)
-    reference = test_reference(settings, examples)  # [E, 2]
-    flipped, lengths = flips(examples), lengths_of(examples)  # [E], [E, 2]
-    margin = test_margins(run.directory, settings, examples, reference)  # [E]
+    margin, flipped, lengths = margins(run.directory), flips(examples), lengths_of(examples)  # [E], [E], [E, 2]
     if not margin.isfinite().all():
         raise InputError("the model's log-probabilities of the test pairs are not finite")
-    tensors = {
-        "margin": margin,
-        "reference": reference[:, 0] - reference[:, 1],
-        "longer": (lengths[:, 0] - lengths[:, 1]).sign(),
-        "flipped": torch.zeros(len(examples), dtype=torch.bool) if flipped is None else flipped,
-    }  # all [E], positive where they speak for the answer labelled "chosen"
-    with whole_file(run.directory / "margins.safetensors") as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    loss = dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)
+    loss = dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)  # [E]
     record = {
         "accuracy": (margin > 0).double().mean().item(),
-        "labels known": flipped is not None,
-        "best step": read_json(run.directory / "results.json")["best_step"],
         "own loss": loss.double().mean().item(),
+        "margin": margin.tolist(),
+        "reference": (reference[:, 0] - reference[:, 1]).tolist(),
+        "longer": (lengths[:, 0] - lengths[:, 1]).sign().tolist(),
+        "flipped": None if flipped is None else flipped.tolist(),
     }
-    if run.checkpoints:
-        record["checkpoints"] = {}
-        for step in runs_on_disk.steps_saved(run.directory):
-            checkpoint = runs_on_disk.checkpoint_directory(run.directory, step)
-            margin = test_margins(checkpoint, settings, examples, reference)
-            record["checkpoints"][step] = (for_the_right(margin, flipped) > 0).double().mean().item()
+    if run.quarters:
+        record["quarters"] = []
+        saved = runs_on_disk.steps_saved(run.directory)
+        for quarter in QUARTERS:
+            step = min(saved, key=lambda step: abs(step / saved[-1] - quarter))
+            score = for_the_right(margins(runs_on_disk.checkpoint_directory(run.directory, step)), flipped)
+            record["quarters"].append((score > 0).double().mean().item())
     return record

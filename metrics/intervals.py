@@ -20,7 +20,6 @@ label agrees with it), and the model is right where it is surest. Where it is no
 estimate as "at most about". A model that knows nothing fits every eps: then the interval is wide.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,41 +54,33 @@ def debiased(estimate: Estimate, eps: float) -> Estimate:
     return Estimate(value, low, high, estimate.n)
 
 
-def bootstrap(statistic: Callable[[Tensor], float], n: int, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """`statistic` of indices [n] into the examples, for all of them and for `resamples` draws with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
-    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(statistic(torch.arange(n))), low, high, n)
+def ratio(sums: Tensor, counts: Tensor) -> Estimate:
+    """sum(sums) / sum(counts), both [n], such as nats per token, bootstrapped: examples are drawn, not tokens."""
+    both, n = torch.stack((sums, counts)).double(), len(sums)  # [2, n]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [both[:, torch.randint(n, (n,), generator=generator)].sum(dim=1) for _ in range(RESAMPLES)]
+    total, count = torch.stack([both.sum(dim=1), *drawn]).unbind(dim=1)  # [1 + RESAMPLES], that of all examples first
+    values = total / count
+    low, high = values[1:].quantile(values.new_tensor([0.025, 0.975])).tolist()
+    return Estimate(values[0].item(), low, high, n)
 
 
 def mean(values: Tensor) -> Estimate:
     """The mean of values [n], bootstrapped."""
-    values = values.double()
-    return bootstrap(lambda index: values[index].mean().item(), len(values))
-
-
-def ratio(sums: Tensor, counts: Tensor) -> Estimate:
-    """sum(sums) / sum(counts), both [n], such as nats per token: examples are drawn, not tokens."""
-    sums, counts = sums.double(), counts.double()
-    return bootstrap(lambda index: (sums[index].sum() / counts[index].sum()).item(), len(sums))
+    return ratio(values, torch.ones(len(values)))
 
 
 def estimate_flip_rate(margins: Tensor) -> Estimate:
     """The flip rate eps of the labels of held-out pairs, from reward margins [n] (chosen minus rejected, in any unit), with
     the assumptions in the head of this file. ValueError without a margin other than 0."""
     margins = margins.double()
-    if not margins.abs().max() > 0:
+    if not margins.any():
         raise ValueError("all margins are 0: there is no model to compare the labels with")
     rates = torch.linspace(0, 0.499, 500, dtype=torch.float64)
     slopes = torch.logspace(-2, 3, 60, dtype=torch.float64) / margins.abs().median().clamp(min=1e-12)
-    likelihood = torch.full((len(rates),), float("-inf"), dtype=torch.float64)
-    for slope in slopes:
-        agree = (slope * margins).sigmoid()  # [n]
-        for start in range(0, len(rates), 50):  # 50 x n at a time
-            eps = rates[start : start + 50, None]  # [50, 1]
-            profile = (eps + (1 - 2 * eps) * agree).clamp(min=1e-300).log().sum(dim=1)  # [50]
-            likelihood[start : start + 50] = likelihood[start : start + 50].maximum(profile)
+    agree = (slopes[:, None] * margins).sigmoid()  # [60, n]
+    profile = [(eps + (1 - 2 * eps) * agree).clamp(min=1e-300).log().sum(dim=1).max() for eps in rates]
+    likelihood = torch.stack(profile)  # [500], of the best slope for each rate
     best = int(likelihood.argmax())
     inside = rates[likelihood >= likelihood[best] - Z**2 / 2]
     return Estimate(rates[best].item(), inside.min().item(), inside.max().item(), len(margins))

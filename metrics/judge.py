@@ -1,7 +1,7 @@
 """A judge: the teacher's model says which of two answers is better, and is not believed where it contradicts itself.
 
-Judges favour a place: many prefer the first answer whatever it says (Zheng et al. 2023, "Judging LLM-as-a-judge"). So each
-pair of answers is shown twice, in both orders:
+Many judges prefer the first answer whatever it says (Zheng et al. 2023, "Judging LLM-as-a-judge"). So each pair of answers
+is shown twice, in both orders:
 
     win            both times the same answer is better
     tie            both times neither is; two answers that are the same text are a tie, and nobody is asked
@@ -18,7 +18,6 @@ from metrics.intervals import Estimate, share
 from prepare.teacher import Request, judgement
 
 Ask = Callable[[list[Request]], list[str | None]]
-OUTCOMES = ("win", "loss", "tie", "inconsistent", "unjudged")
 
 
 def outcome(forward: str | None, backward: str | None) -> str:
@@ -28,15 +27,10 @@ def outcome(forward: str | None, backward: str | None) -> str:
     return {("A", "B"): "win", ("B", "A"): "loss", ("tie", "tie"): "tie"}.get((forward, backward), "inconsistent")
 
 
-def requests(questions: list[str], ours: list[str], theirs: list[str]) -> list[Request]:
-    """Both orders of every pair of answers that differ."""
-    pairs = [(q, a, b) for q, a, b in zip(questions, ours, theirs, strict=True) if a != b]
-    return [request for q, a, b in pairs for request in (judgement(q, a, b), judgement(q, b, a))]
-
-
 def compare(questions: list[str], ours: list[str], theirs: list[str], ask: Ask) -> list[str]:
-    """One of OUTCOMES for each question, seen from `ours`."""
-    verdicts = iter(ask(requests(questions, ours, theirs)))
+    """The outcome for each question, seen from `ours`. Pairs of answers that differ are shown in both orders."""
+    pairs = [(q, a, b) for q, a, b in zip(questions, ours, theirs, strict=True) if a != b]
+    verdicts = iter(ask([request for q, a, b in pairs for request in (judgement(q, a, b), judgement(q, b, a))]))
     return ["tie" if a == b else outcome(next(verdicts), next(verdicts)) for a, b in zip(ours, theirs, strict=True)]
 
 

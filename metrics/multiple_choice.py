@@ -8,7 +8,7 @@
 
 For the first three all replies of a question stand behind its prompt in one row, so the prompt is run once for all of them.
 A reply ends with `<|im_end|>`, whose log-probability counts. Chance is the mean of 1/options. *Position bias* is half of
-sum_i |share of picks of letter i - share of right answers at letter i|: 0 for a model that picks each place as often as it
+sum_i |share of picks of letter i - share of right answers at letter i|: 0 for a model that picks each letter as often as it
 is right; for one that always says the same, 1 less the share of questions where that is right (3/4 of four options).
 """
 
@@ -40,13 +40,15 @@ class Choices:
     picks: dict[str, list[int | None]]
 
 
-def topic(example: Example) -> str:
-    """The row's topic, under the names that the report's files and the course's use."""
-    return str(example.raw.get("topic") or example.raw.get("subject") or "Unknown")
+def unanswered(examples: Sequence[Example], methods: Sequence[str]) -> Choices:
+    """No picks yet, for examples with `choices` and `answer`. Topics go by the report's name or the course's."""
+    topics = [str(e.raw.get("topic") or e.raw.get("subject") or "Unknown") for e in examples]
+    picks = {name: [None] * len(examples) for name in methods}
+    return Choices([e.answer for e in examples], [len(e.choices) for e in examples], topics, picks)
 
 
 def parse_letter(reply: str, count: int) -> int | None:
-    """The option that a reply settles on: the last one it names, or the letter that its last line or its first begins with.
+    """The option that a reply chooses: the last one it names, or the letter that its last line or its first begins with.
     None if there is none among `count` options."""
     named = NAMED.findall(reply)
     lines = [line for line in reply.splitlines() if line.strip()]
@@ -58,16 +60,14 @@ def parse_letter(reply: str, count: int) -> int | None:
 def score_options(
     model: Phi, examples: Sequence[Example], chat: ChatML, batch_size: int, device: str, dtype: str
 ) -> Choices:
-    """Picks by the three scored methods. Every example has `choices` and `answer`."""
-    made = Choices(
-        right=[e.answer for e in examples],
-        counts=[len(e.choices) for e in examples],
-        topics=[topic(e) for e in examples],
-        picks={name: [None] * len(examples) for name in SCORED},
-    )
+    """Picks by the three scored methods."""
+    made = unanswered(examples, SCORED)
     for count in sorted(set(made.counts)):
         part = [i for i, n in enumerate(made.counts) if n == count]
-        asked = [replace(examples[i], completions=replies(examples[i], chat)) for i in part]
+        asked = []
+        for i in part:
+            replies = (*LETTERS[:count], *examples[i].choices)
+            asked.append(replace(examples[i], completions=[chat.reply(text) for text in replies]))
         table = all_logprobs(model, asked, batch_size, device, dtype, f"{count} options")  # [E, 2 count]
         for i, (letters, options) in zip(part, table.view(len(part), 2, count), strict=True):  # [count], [count]
             characters = options.new_tensor([len(choice) for choice in examples[i].choices])  # [count]
@@ -77,9 +77,11 @@ def score_options(
     return made
 
 
-def replies(example: Example, chat: ChatML) -> list[list[int]]:
-    """Token ids of all letters, then of all options' texts."""
-    return [chat.reply(text) for text in (*LETTERS[: len(example.choices)], *example.choices)]
+def generated(answers: Sequence[str], examples: Sequence[Example]) -> Choices:
+    """The letters that sampled answers name."""
+    made = unanswered(examples, ())
+    made.picks["generated"] = [parse_letter(answer, count) for answer, count in zip(answers, made.counts, strict=True)]
+    return made
 
 
 def accuracies(choices: Choices) -> dict[str, Estimate]:
@@ -88,54 +90,28 @@ def accuracies(choices: Choices) -> dict[str, Estimate]:
     return {name: share(sum(pick == right for pick, right in pair), len(choices.right)) for name, pair in pairs.items()}
 
 
-def by_topic(choices: Choices, method: str) -> dict[str, Estimate]:
-    """Accuracy of one method on the questions of each topic, the largest topic first."""
+def by_topic(choices: Choices) -> dict[str, Estimate]:
+    """Accuracy by letter on the questions of each topic, the largest topic first."""
     hits: dict[str, list[bool]] = {}
-    for topic, pick, right in zip(choices.topics, choices.picks[method], choices.right, strict=True):
+    for topic, pick, right in zip(choices.topics, choices.picks["letter"], choices.right, strict=True):
         hits.setdefault(topic, []).append(pick == right)
     return {topic: share(sum(part), len(part)) for topic, part in sorted(hits.items(), key=lambda item: -len(item[1]))}
 
 
-def chance(choices: Choices) -> float:
-    return sum(1 / count for count in choices.counts) / len(choices.counts)
+def position_bias(picks: Sequence[int], right: Sequence[int]) -> float:
+    """Half of the summed difference between the picked and the right letters' shares."""
+    picked, expected = Counter(picks), Counter(right)
+    return sum(abs(picked[i] - expected[i]) for i in picked | expected) / (2 * len(right))
 
 
-def invalid(choices: Choices) -> Estimate:
-    """Share of generated answers that name no option."""
-    picks = choices.picks["generated"]
-    return share(picks.count(None), len(picks))
-
-
-def letter_shares(indices: Sequence[int | None]) -> dict[str, float]:
-    """How often each letter stands among the indices; None counts for no letter."""
-    counts = Counter(LETTERS[i] for i in indices if i is not None)
-    return {letter: counts[letter] / len(indices) for letter in LETTERS if counts[letter]}
-
-
-def position_bias(choices: Choices, method: str) -> float | None:
-    """Half of the summed difference of picked and right letters' shares, over answers that name a letter; None without."""
-    valid = [(pick, right) for pick, right in zip(choices.picks[method], choices.right, strict=True) if pick is not None]
-    if not valid:
-        return None
-    picked, right = (letter_shares(side) for side in zip(*valid))
-    return sum(abs(picked.get(letter, 0) - right.get(letter, 0)) for letter in LETTERS) / 2
-
-
-def generated(answers: Sequence[str], examples: Sequence[Example]) -> Choices:
-    """The letters that sampled answers name."""
-    counts = [len(e.choices) for e in examples]
-    picks = [parse_letter(answer, count) for answer, count in zip(answers, counts, strict=True)]
-    return Choices([e.answer for e in examples], counts, [topic(e) for e in examples], {"generated": picks})
-
-
-def summary(scored: Sequence[Choices]) -> dict:
-    """Accuracy, position bias and picks by method, accuracy by topic (letters), chance, and the share of invalid answers."""
-    made = {"choices": {}, "position bias": {}, "picks": {"right": letter_shares(scored[0].right)}}
-    for part in scored:
-        made["choices"] |= accuracies(part)
-        for method, picks in part.picks.items():
-            made["position bias"][method] = position_bias(part, method)
-            made["picks"][method] = letter_shares(picks)
-            if method == "generated":
-                made["invalid"] = invalid(part)
-    return made | {"chance": chance(scored[0]), "by topic": by_topic(scored[0], "letter")}
+def summary(scored: Choices, answered: Choices | None) -> dict:
+    """Accuracies by method, the share of sampled answers that name no option, chance, the position bias of the letters, and,
+    if there are several topics, the accuracy by topic."""
+    made = accuracies(scored)
+    if answered:
+        picks = answered.picks["generated"]
+        made |= accuracies(answered) | {"invalid": share(picks.count(None), len(picks))}
+    made["chance"] = sum(1 / count for count in scored.counts) / len(scored.counts)
+    made["position bias"] = position_bias(scored.picks["letter"], scored.right)
+    topics = by_topic(scored)
+    return {"choices": made} | ({"by topic": topics} if len(topics) > 1 else {})

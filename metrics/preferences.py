@@ -13,8 +13,8 @@ which changes no sign):
 
 Beside it, what needs no training, because an accuracy means nothing alone:
 
-    longer, shorter    accuracy of "the longer answer wins" and of its opposite; equal lengths count one half
-    reference          accuracy of log pi_ref, as a sum over the answer and per token
+    longer wins        accuracy of always picking the longer answer; equal lengths count one half
+    reference, model   accuracy of log pi_ref and of log pi, as a sum over the answer and per token
     matched            reward accuracy on pairs of nearly equal length, where lengths are no help
 """
 
@@ -46,6 +46,12 @@ def accuracy(score: Tensor) -> Estimate:
     return share((score > 0).sum().item(), len(score))
 
 
+def longer_wins(lengths: Tensor) -> Estimate:
+    """Accuracy of always picking the longer answer, of lengths [E, 2]; equal lengths count one half."""
+    longer = (lengths[:, 0] - lengths[:, 1]).sign()  # [E]
+    return share(((longer + 1) / 2).sum().item(), len(longer))
+
+
 def measure_rewards(
     policy: Tensor, reference: Tensor, lengths: Tensor, flipped: Tensor | None, eps: float | None, beta: float
 ) -> dict[str, Estimate]:
@@ -57,14 +63,11 @@ def measure_rewards(
         made["debiased accuracy"] = debiased(made["reward accuracy"], eps)
     if flipped is not None:
         made["clean accuracy"] = accuracy(for_the_right(margin, flipped))
-    made |= {
-        "ties": share((margin == 0).sum().item(), len(margin)),
-        "margin": mean(margin),
-        "DPO loss": mean(dpo.sigmoid_loss(beta * margin)),
-    }
+    made["ties"] = share((margin == 0).sum().item(), len(margin))
+    made |= {"margin": mean(margin), "DPO loss": mean(dpo.sigmoid_loss(beta * margin))}
     if margin.any():
         made["flip rate"] = estimate_flip_rate(margin)
-    matched = matched_lengths(lengths)
+    matched = lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values  # [E]
     if matched.any():
         made["matched"] = accuracy(margin[matched])
     return made
@@ -74,9 +77,7 @@ def measure_baselines(
     policy: Tensor, reference: Tensor | None, lengths: Tensor, flipped: Tensor | None
 ) -> dict[str, Estimate]:
     """What needs no reward: lengths, and log-probabilities as they are. Shapes as in `measure_rewards`."""
-    longer = (lengths[:, 0] - lengths[:, 1]).sign()  # [E]
-    wins = ((longer + 1) / 2).sum().item()
-    made = {"longer wins": share(wins, len(longer)), "shorter wins": share(len(longer) - wins, len(longer))}
+    made = {"longer wins": longer_wins(lengths)}
     for name, table in (("reference", reference), ("model alone", policy)):
         if table is not None:
             made[f"{name}, sum"] = accuracy(table[:, 0] - table[:, 1])
@@ -87,30 +88,22 @@ def measure_baselines(
     return made
 
 
-def matched_lengths(lengths: Tensor) -> Tensor:
-    """Which pairs [E] have answers of nearly equal lengths [E, 2]."""
-    return lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values
-
-
 def training_summary(
     policy: Tensor, reference: Tensor, lengths: Tensor, flipped: Tensor | None, eps: float | None
 ) -> dict[str, float]:
     """The few numbers in the table at the end of a training run, without intervals. Shapes as in `measure_rewards`."""
-    margin = dpo.margin(policy, reference)  # [E]
-    longer = lengths[:, 0] - lengths[:, 1]  # [E]
-    own = policy[:, 0] - policy[:, 1]  # [E]
+    margin, own = dpo.margin(policy, reference), policy[:, 0] - policy[:, 1]  # two of [E]
     per_token = policy.sum(dim=0) / lengths.sum(dim=0)  # [2]
-    accuracy = (margin > 0).double().mean().item()
     made = {
-        "reward accuracy": accuracy,
-        "debiased accuracy": dpo.debiased_accuracy(accuracy, eps),
+        "reward accuracy": accuracy(margin).value,
+        "debiased accuracy": dpo.debiased_accuracy(accuracy(margin).value, eps),
         "ties": (margin == 0).double().mean().item(),
-        "longer answer wins": ((longer.sign() + 1) / 2).double().mean().item(),
-        "chosen likelier": (own > 0).double().mean().item(),
+        "longer answer wins": longer_wins(lengths).value,
+        "chosen likelier": accuracy(own).value,
         "logp per token, chosen": per_token[0].item(),
         "logp per token, rejected": per_token[1].item(),
     }
     if flipped is not None:
-        made["clean reward accuracy"] = ((margin > 0) != flipped)[margin != 0].double().sum().item() / len(margin)
-        made["right answer likelier"] = ((own > 0) != flipped)[own != 0].double().sum().item() / len(own)
+        made["clean reward accuracy"] = accuracy(for_the_right(margin, flipped)).value
+        made["right answer likelier"] = accuracy(for_the_right(own, flipped)).value
     return made

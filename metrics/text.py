@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import ChatML, Example, collate
+from data import ChatML, Example, by_length, collate
 from metrics.intervals import Estimate, mean, ratio
 from metrics.multiple_choice import parse_letter
 from model import LOGIT_CHUNK, Phi
@@ -32,8 +32,9 @@ def likelihood(logprobs: Tensor, lengths: Tensor) -> dict[str, Estimate]:
     return {"loss": loss, "perplexity": Estimate(*(math.exp(x) for x in (loss.value, loss.low, loss.high)), loss.n)}
 
 
-def bleu(answers: list[str], references: list[str]) -> tuple[Estimate, str]:
-    """Corpus BLEU, its interval by sacrebleu's own bootstrap over answers, and its signature."""
+def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Estimate], str]:
+    """Corpus BLEU, its interval by sacrebleu's own bootstrap over answers; mean F-measures of ROUGE; BLEU's signature."""
+    from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 
     metric = BLEU()
@@ -41,42 +42,25 @@ def bleu(answers: list[str], references: list[str]) -> tuple[Estimate, str]:
     signature = str(metric.get_signature())
     shown = json.loads(score.format(width=6, signature=signature, is_json=True))
     middle, spread = shown.get("confidence_mean", score.score), shown.get("confidence_var", 0.0)  # none for a score of 0
-    return Estimate(score.score, max(0.0, middle - spread), min(100.0, middle + spread), len(answers)), signature
-
-
-def rouge(answers: list[str], references: list[str]) -> dict[str, Estimate]:
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
-    from rouge_score.rouge_scorer import RougeScorer
-
+    made = {"BLEU": Estimate(score.score, max(0.0, middle - spread), min(100.0, middle + spread), len(answers))}
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
-    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-    return {name: mean(torch.tensor([score[key].fmeasure for score in scores])) for key, name in names.items()}
-
-
-def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Estimate], str]:
-    """BLEU and ROUGE, and BLEU's signature."""
-    score, signature = bleu(answers, references)
-    return {"BLEU": score, **rouge(answers, references)}, signature
+    for kind in "12L":
+        made[f"ROUGE-{kind}"] = mean(torch.tensor([score[f"rouge{kind}"].fmeasure for score in scores]))
+    return made, signature
 
 
 def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, list[bool]]:
     """{grade: which answers have it}, for the grades that the truth of every example has (`data.Truth`)."""
-    if not all(e.truth and e.truth.grades for e in examples):
-        return {}
-    graded = [e.truth.grade(answer) for answer, e in zip(answers, examples, strict=True)]
+    graded = [e.truth.grade(answer) if e.truth else {} for answer, e in zip(answers, examples, strict=True)]
     shared = [name for name in (graded[0] if graded else ()) if all(name in one for one in graded)]
     return dict(zip(shared, [[one[name] for one in graded] for name in shared]))
 
 
-def answer_summary(
-    answers: list[str], ended_flags: list[bool], examples: Sequence[Example], chat: ChatML
-) -> dict[str, float]:
+def answer_summary(answers: list[str], ended: list[bool], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
     """The few numbers about sampled answers that the table at the end of a training run shows."""
-    summary = {
-        "tokens per answer": sum(len(chat.encode_text(a)) for a in answers) / len(answers),
-        "answers that end": sum(ended_flags) / len(answers),
-    }
+    tokens = sum(len(chat.encode_text(answer)) for answer in answers)
+    summary = {"tokens per answer": tokens / len(answers), "answers that end": sum(ended) / len(answers)}
     if all(e.choices for e in examples):
         right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
         summary["sampled: right letter"] = sum(right) / len(right)
@@ -93,13 +77,12 @@ def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: i
     top 1   share of tokens whose likeliest successor is the same
     loss    -log p'(the token that follows), in nats
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    count = 0
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    order = by_length(examples)
+    chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
     for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
         batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
         states = [full.predicting(batch), other.predicting(batch)]  # two of [M, D]
-        chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
         for h, h_other, target in zip(*(state.split(chunk) for state in states), batch.target.split(chunk), strict=True):
             p = full.lm_head(h).float().log_softmax(-1)  # [m, V]
             q = other.lm_head(h_other).float().log_softmax(-1)  # [m, V]

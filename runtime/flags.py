@@ -410,16 +410,14 @@ def _check_sweep(command: Command) -> None:
     settings = command.settings
     if settings.resume:
         raise InputError("a sweep needs no --resume: give the same command again and it goes on")
-    if settings.dry_run and settings.preset:
-        raise InputError("--dry-run is for --grid; --preset report has none")
+    if settings.dry_run:
+        raise InputError("a sweep has no --dry-run; try one of its runs: --stage dpo --dry-run")
     if settings.preset not in (None, "report"):
         raise InputError(f"--preset {settings.preset} is for the training stages; a sweep has --preset report")
     if bool(settings.grid) == bool(settings.preset):
         raise InputError("--stage sweep takes either --grid FLAG=VALUES (such as --grid beta=0.1,0.3) or --preset report")
     if settings.preset and settings.loss != "robust":
         raise InputError(f"--loss {settings.loss}: --preset report is about the robust loss; leave it out, or use --grid")
-    if settings.preset and settings.full_grid:
-        raise InputError("--full-grid is for --grid; --preset report varies one flag at a time")
 
 
 # Flags that have no effect beside --precisions.

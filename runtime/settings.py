@@ -309,8 +309,7 @@ class Sweep(Dpo):
     """Compare the settings of DPO runs"""
 
     stage: ClassVar[str] = "sweep"
-    grid: list[str] = settings_list("values to try, such as beta=0.1,0.3; once for each flag to vary", "FLAG=VALUES")
-    full_grid: bool = setting(False, "try all combinations (default: vary one flag at a time)")
+    grid: list[str] = settings_list("values to try, one flag at a time, such as beta=0.1,0.3", "FLAG=VALUES")
     seeds: int = setting(1, "runs of each setting, with seeds SEED, SEED + 1, ...", limit=POSITIVE)
     data: str | None = setting(None, "JSONL file of test pairs (default: questions that are set aside)")
 

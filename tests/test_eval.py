@@ -64,11 +64,15 @@ def test_every_file_is_written_and_every_number_has_its_interval(run, tmp_path, 
     status, made = run("mcq", "--samples", "5")
     assert status == 0 and made["rows"] == 12 and made["failed"] == []
     (result,) = made["results"]
-    assert set(result["choices"]) == {"letter", "summed", "per char", "generated"}
+    methods = {"letter", "summed", "per char", "generated"}
+    assert set(result["choices"]) == methods | {"chance", "position bias", "invalid"}
     assert result["choices"]["letter"]["n"] == 12 and result["choices"]["generated"]["n"] == 5
-    assert result["chance"] == pytest.approx((6 / 2 + 6 / 3) / 12) and set(result["by topic"]) == {"t0", "t1", "t2"}
-    for name in ("eval.md", "samples.md", "answers.jsonl", "figures/eval.png"):
-        assert (tmp_path / "e" / name).stat().st_size > 0
+    assert result["choices"]["chance"] == pytest.approx((6 / 2 + 6 / 3) / 12) and set(result["by topic"]) == {
+        "t0",
+        "t1",
+        "t2",
+    }
+    assert "| model" in (tmp_path / "e" / "eval.md").read_text()
     answers = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 5 and all(len(a["answers"]) == 1 for a in answers)
     printed = capsys.readouterr().out
@@ -80,16 +84,16 @@ def test_models_stand_side_by_side(run, tiny, tmp_path):
     assert main(["--stage", "quantize", "--model", str(tiny), "--to", "nf4", "--out", str(tmp_path), "--name", "other"]) == 0
     status, made = run("pairs", "--samples", "3", models=(tiny, other))
     assert status == 0 and [r["model"] for r in made["results"]] == [str(tiny), str(other)]
-    text = (tmp_path / "e" / "samples.md").read_text()
+    text = (tmp_path / "e" / "eval.md").read_text()
     assert text.count(f"**{tiny}**") == text.count(f"**{other}**") == 3
     assert made["results"][0]["text"]["loss"]["value"] != made["results"][1]["text"]["loss"]["value"]
 
 
-def test_texts_in_samples_cannot_become_markup(run, tmp_path):
+def test_texts_of_answers_cannot_become_markup(run, tmp_path):
     write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "```\n# Not a heading", "completion": "````"}])
     assert run("sft", "--samples", "1")[0] == 0
-    text = (tmp_path / "e" / "samples.md").read_text()
-    assert "````text\n```\n# Not a heading\n````" in text and "`````text\n````\n`````" in text
+    text = (tmp_path / "e" / "eval.md").read_text()
+    assert "\n    ```\n    # Not a heading\n" in text and "\n    ````\n" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- the judge

@@ -1,26 +1,16 @@
 """The preset makes every run of the report's tables; its verdicts from results by hand, each with a twin that turns it."""
 
-import json
+from pathlib import Path
 
 import torch
 from rows import pair_rows
 
-from data import Example, Truth
-from experiments.paper import (
-    FORMATS,
-    answer_claims,
-    best_of_grids,
-    better,
-    checkpoints,
-    claims,
-    last_checkpoint,
-    nearest,
-    noise_claims,
-    right_text,
-)
-from experiments.ranking import Result, Run
+from experiments import paper
+from experiments.paper import FORMATS, better, claims_about_answers, claims_about_settings
+from experiments.ranking import Result
 from metrics.intervals import Estimate
-from runtime.files import write_json, write_jsonl
+from runtime import flags
+from runtime.files import read_json, write_jsonl
 from runtime.settings import Dpo
 from train import main
 
@@ -36,23 +26,21 @@ def result(right, point=None, loss=0.0, rate=0.2, start=0.5, tuned=0.5):
     baselines = {"starting model": first(start).double(), "tuned model": first(tuned).double()}
     measures = {"flip rate": Estimate(rate, 0, 0.5, E)}
     name = ",".join(f"{key}={value}" for key, value in (point or {}).items()) or "defaults"
-    return Result(name, point or {}, first(right)[None], baselines, measures, loss, [1], 1.0)
+    return Result(name, point or {}, first(right)[None], baselines, measures, loss)
 
 
-def write_checkpoints(directory, saved):
-    (directory / "defaults").mkdir(exist_ok=True)
-    write_json(directory / "defaults" / "test.json", {"checkpoints": saved})
-    return [Run("defaults", {}, Dpo(out=str(directory)))]
-
-
-def bleus(fp32=50.0, int8=50.0, nf4=50.0, fp4=50.0):
-    values = zip(FORMATS, (fp32, int8, nf4, fp4), strict=True)
-    return {f"format {name}": {"BLEU": vars(Estimate(value, 0, 99, 9))} for name, value in values}
-
-
-def ends(before, after):
+def answers(before=0.5, after=0.5, fp32=50.0, int8=50.0, nf4=50.0, fp4=50.0):
+    """Shares of answers that end, each within 0.1, and BLEU in every format."""
     shares = {"before": before, "after": after}
-    return {f"ends, {label}": vars(Estimate(share, share - 0.1, share + 0.1, 9)) for label, share in shares.items()}
+    made = {label: {"ends": Estimate(share, share - 0.1, share + 0.1, 9)} for label, share in shares.items()}
+    scores = zip(("fp32", *FORMATS), (fp32, int8, nf4, fp4), strict=True)
+    return made | {name: {"BLEU": Estimate(value, 0, 99, 9)} for name, value in scores}
+
+
+def verdicts(results, quarters=(0.5, 0.5)):
+    """{the beginning of a claim: (verdict, what was measured)}."""
+    made = claims_about_settings(Dpo(lr=1e-3, beta=0.3, eps=0.1), results, list(quarters))
+    return {claim.split(" (")[0]: (verdict, here) for claim, here, verdict in made}
 
 
 def test_one_setting_is_better_than_another_only_beyond_chance():
@@ -60,47 +48,37 @@ def test_one_setting_is_better_than_another_only_beyond_chance():
     assert better(good, bad) == "held" and better(bad, good) == "did not hold" and better(good, good) == "cannot be told"
 
 
-def test_checkpoints_are_shares_of_the_training_in_order_of_their_steps(tmp_path):
-    (run,) = write_checkpoints(tmp_path, {"100": 0.9, "20": 0.6, "9": 0.5})
-    saved = checkpoints(run)
-    assert list(saved.items()) == [(0.09, 0.5), (0.2, 0.6), (1.0, 0.9)]
-    assert nearest(saved, 0.25) == 0.6 and nearest(saved, 0.05) == 0.5 and nearest(saved, 1.0) == 0.9
-
-
-def test_later_checkpoints_are_better_only_beyond_both_intervals(tmp_path):
+def test_later_checkpoints_are_better_only_beyond_both_intervals():
     """Of 200 pairs 60% have the interval 53.1 to 66.5%, 80% that of 73.9 to 85.0%, 65% that of 58.2 to 71.3%."""
-    default = result(0.5)
 
     def verdict(first, last):
-        return last_checkpoint(write_checkpoints(tmp_path, {"10": first, "40": last}), default).verdict
+        return verdicts([result(0.5)], (first, 0.1, 0.9, last))["Later checkpoints are better"][0]
 
     assert verdict(0.6, 0.8) == "held" and verdict(0.8, 0.6) == "did not hold"
     assert verdict(0.6, 0.65) == verdict(0.65, 0.6) == "cannot be told"
 
 
-def test_a_value_is_the_best_of_its_grid_if_no_other_is_surely_better():
-    base = Dpo(lr=1e-3, beta=0.3, eps=0.1)
+def test_a_value_is_the_best_of_its_grid_if_no_other_is_significantly_better():
+    claim = "lr = 1e-5, here the recipe's is the best of its grid."
     default, worse, better = result(0.7), result(0.6, {"lr": 2e-3}), result(0.9, {"lr": 3e-3})
-    other = result(0.95, {"lr": 3e-3, "beta": 1.0})  # not of a grid of one flag
-    (made,) = best_of_grids(base, [default, worse, other], default)
-    assert made.verdict == "held" and made.text.startswith("lr = ") and "best 0.001" in made.here
-    (made,) = best_of_grids(base, [default, worse, better], default)
-    assert made.verdict == "did not hold" and "0.001: 70.0%; best 0.003: 90.0%" in made.here
+    verdict, here = verdicts([default, worse])[claim]
+    assert verdict == "held" and "best 0.001" in here
+    verdict, here = verdicts([better, default, worse])[claim]
+    assert verdict == "did not hold" and "0.001: 70.0%; best 0.003: 90.0%" in here
 
 
-def test_noise_is_assumed_with_the_eps_that_is_picked():
-    base = Dpo(eps=0.1)
-    plain, robust = result(0.6, {"eps": 0.0}), result(0.8, {"eps": 0.2})
-    (made,) = noise_claims(base, [robust, result(0.8), plain])
-    assert made.verdict == "held" and "eps 0: 60.0%; eps 0.2: 80.0%" in made.here  # 0.2 is the flip rate
-    (made,) = noise_claims(base, [robust, result(0.8), result(0.8, {"eps": 0.0})])
-    assert made.verdict == "cannot be told"
-    assert noise_claims(base, [robust, result(0.8)]) == []  # without an eps of 0 there is nothing to compare with
+def test_noise_is_assumed_with_the_best_eps():
+    claim = "Assuming that labels are noisy helps"
+    plain, robust = result(0.6, {"eps": 0.0}), result(0.9, {"eps": 0.2})
+    verdict, here = verdicts([robust, result(0.8), plain])[claim]
+    assert verdict == "held" and "eps 0: 60.0%; eps 0.2: 90.0%" in here
+    assert verdicts([result(0.8), result(0.8, {"eps": 0.0})])[claim][0] == "cannot be told"
+    assert claim not in verdicts([robust, result(0.8)])  # without an eps of 0 there is nothing to compare with
 
 
 def test_answers_end_less_often_only_beyond_both_intervals():
     for before, after, verdict in ((0.9, 0.6, "held"), (0.9, 0.75, "did not hold"), (0.6, 0.9, "did not hold")):
-        assert answer_claims(ends(before, after) | bleus())[0].verdict == verdict
+        assert claims_about_answers(answers(before, after))[0][2] == verdict
 
 
 def test_every_format_may_lose_5_percent():
@@ -110,16 +88,10 @@ def test_every_format_may_lose_5_percent():
         (dict(fp4=47.4), "did not hold"),
         (dict(fp32=40.0, int8=50.0), "held"),
     ):
-        assert answer_claims(ends(0.5, 0.5) | bleus(**scores))[1].verdict == verdict
+        assert claims_about_answers(answers(**scores))[1][2] == verdict
 
 
-def test_all_claims_of_a_sweep(tmp_path):
-    runs, extra = write_checkpoints(tmp_path, {"10": 0.6, "40": 0.8}), ends(0.9, 0.5) | bleus()
-
-    def verdicts(results):
-        made = claims(Dpo(lr=1e-3, beta=0.3, eps=0.1), runs, results, extra)
-        return {claim.text.split(" (")[0]: (claim.verdict, claim.here) for claim in made}
-
+def test_all_claims_of_a_sweep():
     default = result(0.8, start=0.5, tuned=0.7)
     small, smaller = result(0.75, {"pairs": 50}), result(0.6, {"pairs": 20}, loss=-9.0)
     made = verdicts([default, small, smaller])
@@ -133,27 +105,39 @@ def test_all_claims_of_a_sweep(tmp_path):
     assert "A larger mixture is better" not in verdicts([default])
 
 
-def test_the_right_answer_of_a_flipped_pair_is_the_one_labelled_rejected():
-    assert right_text(Example([1], [[2], [3]], truth=Truth(flipped=True), texts=["wrong", "right"])) == "right"
-    assert right_text(Example([1], [[2], [3]], texts=["chosen", "rejected"])) == "chosen"
-
-
-def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys):
+def command(tiny, tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(45))
-    flags = ["--stage", "sweep", "--preset", "report", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl")]
-    flags += ["--out", str(tmp_path), "--name", "r", "--samples", "4", "--device", "cpu"]
-    flags += "--lr 1e-3 --epochs 1 --batch-size 8 --eval-every 2".split()
-    assert main(flags) == 0
+    words = ["--stage", "sweep", "--preset", "report", "--model", str(tiny), "--train", str(tmp_path / "pairs.jsonl")]
+    words += ["--out", str(tmp_path), "--name", "r", "--samples", "4", "--device", "cpu"]
+    return [*words, *"--lr 1e-3 --max-steps 4 --batch-size 8 --eval-every 4".split()]
+
+
+def test_the_preset_plans_every_run_of_the_reports_tables(tiny, tmp_path):
+    runs = {run.name: run for run in paper.make_runs(flags.parse(command(tiny, tmp_path)).settings, tmp_path / "r")}
+    sizes = [name for name in runs if name.startswith("pairs=")]
+    grids = {"lr=0.0005", "lr=0.003", "lr=0.005", "beta=0.05", "beta=0.1", "beta=0.5", "eps=0.0", "eps=0.05", "eps=0.25"}
+    assert runs.keys() == {"defaults", *sizes, *grids} and len(sizes) == 3
+    files = [set(Path(runs[name].settings.train).read_text().splitlines()) for name in (*sizes, "defaults")]
+    assert files[0] < files[1] < files[2] < files[3]
+    assert {name for name, run in runs.items() if run.quarters} == {"defaults", *sizes}
+
+
+def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys, monkeypatch):
+    """With fewer sizes and values, four runs in all."""
+    monkeypatch.setattr(paper, "PARTS", (20, 54))
+    monkeypatch.setattr(paper, "GRID", {"lr": (1, 3), "beta": (0.3,), "eps": (0.0, 0.1)})
+    assert main(command(tiny, tmp_path)) == 0
     text = (tmp_path / "r" / "report.md").read_text()
     for part in ("## Table 1", "## Table 2", "## Table 3", "## Figure 2", "figures/figure-2.png", "**held**"):
         assert part in text
-    names = {path.parent.name for path in (tmp_path / "r").glob("*/test.json")}
-    assert {"defaults", "lr=0.0005", "lr=0.003", "lr=0.005", "beta=0.05", "beta=0.1", "beta=0.5"} <= names
-    assert {"eps=0.0", "eps=0.05", "eps=0.25"} <= names and len(names) == 13
-    sizes = sorted(int(name.removeprefix("pairs=")) for name in names if name.startswith("pairs="))
-    files = [(tmp_path / "r" / "data" / f"pairs-{size}.jsonl").read_text().splitlines() for size in sizes]
-    assert len(sizes) == 3 and set(files[0]) < set(files[1]) < set(files[2])
-    assert len(json.loads((tmp_path / "r" / "defaults" / "test.json").read_text())["checkpoints"]) >= 4
+    names = {path.parent.name for path in (tmp_path / "r").glob("*/tested.json")}
+    assert {"defaults", "lr=0.003", "eps=0.0"} < names and len(names) == 4
+    assert len(read_json(tmp_path / "r" / "defaults" / "tested.json")["quarters"]) == 4
+    measured = read_json(tmp_path / "r" / "formats" / "eval.json")
+    assert [Path(one["model"]).name for one in measured["results"]] == ["defaults", "int8", "nf4", "fp4"]
+    bleu = measured["results"][1]["answers"]["BLEU"]["value"]
+    assert measured["rows"] == 4 and f"int8 {bleu:.1f} [" in text
     assert (tmp_path / "r" / "figures" / "figure-2.png").stat().st_size > 10_000
-    assert main(flags) == 0  # nothing is run again
-    assert capsys.readouterr().out.count("[13/13]") == 3  # begun, done; then done
+    assert main(command(tiny, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("[4/4]") == 3 and printed.count("Reference answers") == 2  # nor is anything measured again

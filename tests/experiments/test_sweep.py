@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from rows import pair_rows
-from safetensors.torch import save_file
 
-from experiments.ranking import Result, Run, cannot_tell, collect, pick_eps, point_name, summarise
+from experiments.ranking import Run, cannot_tell, collect, point_name, summarise, table
 from experiments.sweep import make_points, parse_grid
-from metrics.intervals import Estimate
 from runtime.files import InputError, read_json, write_json, write_jsonl
 from runtime.settings import Dpo
 from train import main
@@ -36,6 +34,13 @@ def command(tiny, tmp_path):
         return [str(part) for part in (*fixed, *flags)]
 
     return make
+
+
+def settings_of(sweep):
+    """{setting: the cells of its row} of sweep.md, from the best setting to the worst."""
+    lines = [line for line in (sweep / "sweep.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+    return {first: [first, *others] for first, *others in cells}
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -61,7 +66,7 @@ def test_a_grid_is_read_with_the_flags_own_types():
         (["beta=0.1", "beta=0.2"], "give each flag once"),
         (["beta=high"], "--beta: .high. is not a number"),
         (["batch_size=1.5"], "--batch-size: .1.5. is not a whole number"),
-        (["gradient_checkpointing=1"], "without a value"),
+        (["gradient_checkpointing=1"], "--gradient-checkpointing: "),
         (["schedule=cosine,wavy"], "--schedule: invalid choice: .wavy."),
     ],
 )
@@ -70,11 +75,9 @@ def test_a_grid_that_makes_no_sense(texts, message):
         parse_grid(texts)
 
 
-def test_one_flag_at_a_time_or_all_combinations():
-    base = Dpo(beta=0.3, eps=0.1)
+def test_one_flag_at_a_time_differs_from_the_defaults():
     grid = {"beta": [0.1, 0.3], "eps": [0.0, 0.1]}
-    assert make_points(grid, base, full=False) == [{}, {"beta": 0.1}, {"eps": 0.0}]
-    assert make_points(grid, base, full=True) == [{"beta": 0.1, "eps": 0.0}, {"beta": 0.1}, {"eps": 0.0}, {}]
+    assert make_points(grid, Dpo(beta=0.3, eps=0.1)) == [{}, {"beta": 0.1}, {"eps": 0.0}]
 
 
 def test_names_are_fit_for_directories():
@@ -86,25 +89,24 @@ def test_names_are_fit_for_directories():
 
 
 def test_a_sweep_ranks_its_runs_and_skips_them_the_second_time(command, tmp_path, capsys):
-    flags = command("--grid", "beta=0.1,0.3", "--grid", "eps=0,0.1", "--seeds", "2")
+    flags = command("--grid", "beta=0.1,0.3", "--seeds", "2")
     assert main(flags) == 0
-    made = read_json(tmp_path / "s" / "sweep.json")
-    assert sorted(r["setting"] for r in made["results"]) == ["beta=0.1", "defaults", "eps=0.0"] and made["failed"] == {}
-    accuracies = [r["debiased"]["value"] for r in made["results"]]
-    assert accuracies == sorted(accuracies, reverse=True) and all(r["reward accuracy"]["n"] > 3 for r in made["results"])
-    runs = [path.parent for path in (tmp_path / "s").glob("*/test.json")]
-    assert len(runs) == 6 and not any((run / "checkpoints").exists() for run in runs)
-    for name in ("sweep.md", "figures/curves.png"):
-        assert (tmp_path / "s" / name).stat().st_size > 0
+    rows = settings_of(tmp_path / "s")
+    assert set(rows) == {"beta=0.1", "defaults (beta=0.3)"}
+    accuracies = [float(cells[3].split("%")[0]) for cells in rows.values()]
+    assert accuracies == sorted(accuracies, reverse=True)
+    runs = [path.parent for path in (tmp_path / "s").glob("*/tested.json")]
+    assert len(runs) == 4 and not any((run / "checkpoints").exists() for run in runs)
+    assert (tmp_path / "s" / "figures" / "curves.png").stat().st_size > 0
     assert "not comparable" in (tmp_path / "s" / "sweep.md").read_text()
     tables = list((tmp_path / "s" / "reference").iterdir())
-    assert len(tables) == 3  # of the training, evaluation and test rows, for all six runs
+    assert len(tables) == 3  # of the training, evaluation and test rows, for all four runs
 
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir()}
-    assert main(command("--grid", "beta=0.1,0.3", "--grid", "eps=0,0.1", "--seeds", "2")) == 0
+    assert main(flags) == 0
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir()} == before
     capsys.readouterr()
-    assert main(command("--grid", "beta=0.1,0.3", "--seeds", "2", "--lr", "1e-4")) == 2
+    assert main([*flags, "--lr", "1e-4"]) == 2
     assert "was made with lr = 0.001, now it would be 0.0001" in capsys.readouterr().err
 
 
@@ -119,12 +121,11 @@ def test_no_question_is_on_two_sides(command, tmp_path):
 
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(command, tmp_path, capsys):
     assert main(command("--grid", "lr=1e-3,1e30", "--clip", "1e30")) == 2
-    made = read_json(tmp_path / "s" / "sweep.json")
-    assert list(made["failed"]) == ["lr=1e+30"]
-    assert [r["setting"] for r in made["results"]] == ["defaults"]
+    assert list(settings_of(tmp_path / "s")) == ["defaults"]
+    assert "- lr=1e+30 failed: InputError: " in (tmp_path / "s" / "sweep.md").read_text()
     printed = capsys.readouterr()
     assert "FAILED" in printed.out and "Traceback" not in printed.out + printed.err
-    assert "Traceback" in (tmp_path / "s" / "lr=1e+30" / "log.txt").read_text()
+    assert "Traceback" in (tmp_path / "s" / "lr=1e+30.log").read_text()
 
 
 def test_data_sets_are_compared_on_given_test_rows(command, tmp_path, capsys):
@@ -137,12 +138,7 @@ def test_data_sets_are_compared_on_given_test_rows(command, tmp_path, capsys):
     assert main([*flags, "--data", str(tmp_path / "pairs.jsonl")]) == 2
     assert "ask a question of the training rows" in capsys.readouterr().err
     assert main([*flags, "--data", str(tmp_path / "test.jsonl")]) == 0
-    assert {r["setting"] for r in read_json(tmp_path / "s" / "sweep.json")["results"]} == {"defaults", "train=b"}
-
-
-def test_a_dry_run_lists_the_runs_and_leaves_nothing(command, tmp_path, capsys):
-    assert main(command("--grid", "beta=0.1,0.2", "--full-grid", "--dry-run")) == 0
-    assert "2 runs: beta=0.1, beta=0.2" in capsys.readouterr().out and not (tmp_path / "s").exists()
+    assert set(settings_of(tmp_path / "s")) == {"defaults", "train=b"}
 
 
 def test_values_of_a_grid_are_checked_as_those_of_flags_are(command, capsys):
@@ -160,7 +156,7 @@ def test_a_directory_that_holds_a_run_of_another_stage_is_refused(command, tiny,
 
 
 def test_ctrl_c_in_a_run_saves_it_and_the_same_command_goes_on(command, tmp_path):
-    flags = command("--grid", "beta=0.1,0.3", "--epochs", "30")
+    flags = command("--grid", "beta=0.1,0.3", "--epochs", "5", "--eval-every", "20")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -170,16 +166,11 @@ def test_ctrl_c_in_a_run_saves_it_and_the_same_command_goes_on(command, tmp_path
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and b"the same command goes on" in printed
-    assert not (tmp_path / "s" / "defaults" / "test.json").exists()
-    assert main(flags) == 0 and len(read_json(tmp_path / "s" / "sweep.json")["results"]) == 2, shlex.join(flags)
+    assert not (tmp_path / "s" / "defaults" / "tested.json").exists()
+    assert main(flags) == 0 and len(settings_of(tmp_path / "s")) == 2, shlex.join(flags)
 
 
 # ----------------------------------------------------------------------------------------------------------- the ranking
-
-
-def result(name, right, point, rate=0.2, loss=0.0):
-    rows = torch.tensor(right, dtype=torch.bool)[None]
-    return Result(name, point, rows, {}, {"flip rate": Estimate(rate, 0, 1, 9)}, loss, [1], 1.0)
 
 
 def test_mcnemar_by_hand():
@@ -194,22 +185,6 @@ def test_mcnemar_by_hand():
     assert cannot_tell(a[:, :24].repeat(3, 1), b[:, :24].repeat(3, 1))  # three seeds do not make a pair three pairs
     many = torch.arange(4000) % 2 == 0
     assert cannot_tell(many[None], ~many[None])  # 2,000 against 2,000: whole numbers that no float holds
-
-
-def test_the_pick_is_the_eps_nearest_to_the_flip_rate_among_those_tied():
-    base = Dpo(eps=0.1)
-    good, bad = [1] * 95 + [0] * 5, [1] * 60 + [0] * 40
-    results = [
-        result("eps=0.0", [1] * 96 + [0] * 4, {"eps": 0.0}, rate=0.25, loss=0.5),
-        result("defaults", good, {}, loss=0.4),
-        result("eps=0.3", good, {"eps": 0.3}, loss=-1.0),
-        result("eps=0.22", bad, {"eps": 0.22}, loss=-9.0),
-        result("beta=1", good, {"beta": 1.0}),
-    ]
-    picked = pick_eps(results, base)
-    assert picked.name == "eps=0.3"  # .05 from the rate of .25; 0.22 is nearer, but worse
-    assert pick_eps(results[4:], base) is None
-    assert min(results, key=lambda r: r.own_loss).name == "eps=0.22"  # what the robust loss would have picked
 
 
 def test_losses_are_compared_each_with_the_eps_that_it_has(command, tmp_path):
@@ -227,18 +202,16 @@ def test_other_rows_under_the_same_name_are_an_error(command, tmp_path, capsys):
 
 
 def write_run(directory, base, seed, margin, point=None, **changes):
-    """The files of one run on four test pairs: margins, and what the labels, lengths and the starting model say."""
+    """The record of one run on four test pairs: margins, and what the labels, lengths and the starting model say."""
     run = Run(f"{point or 'd'}-{seed}", point or {}, replace(base, out=str(directory)))
-    tensors = {
-        "margin": torch.tensor(margin),
-        "reference": torch.tensor([1.0, 1.0, -1.0, 0.0]),
-        "longer": torch.tensor([1, 0, -1, 1]),
-        "flipped": torch.tensor([False, True, False, False]),
+    record = {
+        "margin": margin,
+        "reference": [1.0, 1.0, -1.0, 0.0],
+        "longer": [1, 0, -1, 1],
+        "flipped": [False, True, False, False],
+        "own loss": -1.0 - seed,
     }
-    (directory / run.name).mkdir()
-    save_file(tensors, directory / run.name / "margins.safetensors")
-    record = {"labels known": True, "own loss": -1.0 - seed, "seconds": 10.0, "best step": 5 + seed, **changes}
-    write_json(directory / run.name / "test.json", record)
+    write_json(run.tested, record | changes)
     return run
 
 
@@ -257,26 +230,23 @@ def test_measures_of_a_setting_by_hand(tmp_path):
     baselines = {name: credit.tolist() for name, credit in made.baselines.items()}
     assert baselines["longer answer"] == [1, 0.5, 0, 1] and baselines["starting model"] == [1, 0, 0, 0.5]
     assert baselines["tuned model"] == [1, 0, 0, 0]  # the starting model's 1, 1, -1, 0 and the first seed's margins
-    assert (made.own_loss, made.best_steps, made.seconds) == (-1.5, [5, 6], 20.0)
+    assert made.own_loss == -1.5
 
 
-def test_settings_are_ranked_by_what_they_get_right_and_failures_are_reported(tmp_path):
+def test_settings_are_ranked_by_what_they_get_right(tmp_path):
     base = Dpo(eps=0.25, beta=0.5)
     worse = write_run(tmp_path, base, 0, [-1.0, 1.0, -1.0, 1.0], {"lr": 1}, **{"own loss": -99.0})
     better = write_run(tmp_path, base, 0, [1.0, -1.0, 1.0, 1.0], {"lr": 2})
     again = write_run(tmp_path, base, 1, [1.0, -1.0, 1.0, -1.0], {"lr": 2})
-    failed, missing = (Run(name, {"lr": 3}, better.settings) for name in ("failed", "never begun"))
-    (tmp_path / "failed").mkdir()
-    write_json(tmp_path / "failed" / "failed.json", {"error": "out of memory"})
-    results, failures = collect([worse, better, again, failed, missing], base)
-    assert [(r.name, len(r.right)) for r in results] == [("lr=2", 2), ("lr=1", 1)] and failures == {
-        "failed": "out of memory"
-    }
-    assert results[0].tied and results[1].tied  # four pairs show no difference
+    unfinished = Run("unfinished", {"lr": 3}, better.settings)
+    results = collect([worse, better, again, unfinished], base)
+    assert [(r.name, len(r.right)) for r in results] == [("lr=2", 2), ("lr=1", 1)]
+    best, other = table(results, base).splitlines()[2:]
+    assert "| best |" in best and "|    = |" in other and "75.0 to 100.0%" in best  # four pairs show no difference
 
 
 def test_without_known_labels_there_is_no_clean_accuracy(tmp_path):
     base = Dpo(eps=None, beta=0.5)
-    made = summarise("x", [write_run(tmp_path, base, 0, [0.0] * 4, **{"labels known": False})], base)
+    made = summarise("x", [write_run(tmp_path, base, 0, [0.0] * 4, flipped=None)], base)
     assert "clean" not in made.measures and "flip rate" not in made.measures  # nor a flip rate of margins that are all 0
     assert made.measures["debiased"].value == made.measures["reward accuracy"].value == 0

@@ -8,7 +8,7 @@ import torch
 
 import demo
 from data import ChatML, Ledger, encode, load_tokenizer
-from metrics.intervals import bootstrap, debiased, estimate_flip_rate, mean, ratio, share
+from metrics.intervals import debiased, estimate_flip_rate, mean, ratio, share
 from model import Phi, all_logprobs
 from runtime.flags import settle
 from train import step_gradients
@@ -74,7 +74,8 @@ def test_a_ratio_is_of_sums_not_a_mean_of_ratios():
 
 
 def test_a_bootstrap_of_one_example_knows_nothing_but_it():
-    assert bootstrap(lambda index: float(index.sum()), 1) == (bootstrap(lambda index: 0.0, 1))
+    estimate = mean(torch.tensor([3.0]))
+    assert (estimate.value, estimate.low, estimate.high, estimate.n) == (3, 3, 3, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- the flip rate
@@ -96,13 +97,13 @@ def test_the_flip_rate_of_pairs_that_follow_the_model(eps, slope):
 
 def test_the_interval_covers_the_rate_in_about_95_of_100_data_sets():
     generator, covered = torch.Generator().manual_seed(0), 0
-    for _ in range(60):
+    for _ in range(40):
         m = 2 * torch.randn(400, generator=generator)
         agrees = torch.rand(400, generator=generator) < (2 * m).sigmoid()
         flipped = torch.rand(400, generator=generator) < 0.2
         estimate = estimate_flip_rate(torch.where(agrees != flipped, m, -m))
         covered += estimate.low <= 0.2 <= estimate.high
-    assert covered >= 52
+    assert covered >= 35
 
 
 def test_the_interval_ends_where_the_likelihood_has_fallen_by_1_92_nats():
@@ -136,13 +137,13 @@ def clean_margins(tiny):
     """Reward margins, right answer minus wrong one, of 400 held-out demo questions under a model tuned by DPO on 20% flipped
     labels, and a reference that knows nothing."""
     model, chat = Phi.from_pretrained(tiny), ChatML(load_tokenizer(tiny))
-    questions = demo.make_questions(1200, 0)
+    questions = demo.make_questions(900, 0)
 
     def examples(rows):
         return encode(rows, chat, 512, 256, Ledger())
 
-    train = examples(demo.make_pair_rows(questions[:800], 0.2, 0))
-    held_out = examples(demo.make_pair_rows(questions[800:], 0.0, 0))
+    train = examples(demo.make_pair_rows(questions[:500], 0.2, 0))
+    held_out = examples(demo.make_pair_rows(questions[500:], 0.0, 0))
     flags = dict(loss="robust", beta=0.3, eps=0.2, nll_weight=0.0, micro_batch_size=16, device="cpu", dtype="fp32")
     settings = settle("dpo", flags).settings
     before = all_logprobs(model, held_out, 64, "cpu", "fp32", "")

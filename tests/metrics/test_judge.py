@@ -2,7 +2,7 @@
 
 import pytest
 
-from metrics.judge import compare, outcome, requests, summary
+from metrics.judge import compare, outcome, summary
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,6 @@ def test_equal_answers_are_a_tie_and_cost_nothing():
 
     made = compare(["q1", "q2"], ["same", "long answer"], ["same", "short"], ask)
     assert made == ["tie", "win"]
-    assert requests(["q"], ["same"], ["same"]) == []
     counted = summary(made, ["same", "long answer"], ["same", "short"])
     assert counted["win rate"].value == 1 and counted["win rate"].n == 1
     assert counted["tie"].value == 0.5 and counted["longer answer wins"].value == 1

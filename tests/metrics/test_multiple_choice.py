@@ -6,15 +6,11 @@ import torch
 from data import ChatML, Example, load_tokenizer
 from metrics.multiple_choice import (
     Choices,
-    accuracies,
-    by_topic,
-    chance,
-    invalid,
-    letter_shares,
     parse_letter,
     position_bias,
     score_options,
-    topic,
+    summary,
+    unanswered,
 )
 from model import Phi
 
@@ -61,7 +57,7 @@ def logprob(model, prompt, reply):
 def questions(chat):
     examples = []
     for i, letter in enumerate("ABCAB"):
-        # Neither ascending nor descending in length: the passes sort their rows, and must put the results back in place.
+        # Neither ascending nor descending in length: batches are sorted by length, and the results must come back in order.
         prompt = chat.prompt([{"role": "user", "content": f"Question {i}" + "?" * (1 + 5 * i % 7)}])
         options = ["9 m", "a much longer option of 12 km", "force"][: 2 + i % 2]
         letter = letter if letter in "AB" or i % 2 else "A"
@@ -85,27 +81,28 @@ def test_scores_equal_a_plain_forward_pass_for_each_option(tiny):
         assert score_options(model, examples, chat, size, "cpu", "fp32") == scored
 
 
-MADE = Choices([0, 1, 2, 3], [4, 4, 4, 2], ["x", "x", "y", "x"], {"letter": [0, 0, 0, 0], "generated": [0, 1, None, None]})
+RIGHT = [0, 1, 2, 3]
+LETTERS = Choices(RIGHT, [4, 4, 4, 2], ["x", "x", "y", "x"], {"letter": [0, 0, 0, 0]})
+ANSWERS = Choices(RIGHT, [4, 4, 4, 2], ["x", "x", "y", "x"], {"generated": [0, 1, None, None]})
 
 
 def test_accuracies_chance_and_topics():
-    assert accuracies(MADE)["letter"].value == 0.25 and accuracies(MADE)["generated"].value == 0.5
-    assert chance(MADE) == pytest.approx((3 * 0.25 + 0.5) / 4)
-    topics = by_topic(MADE, "letter")
-    assert list(topics) == ["x", "y"] and topics["x"].value == pytest.approx(1 / 3) and topics["y"].value == 0
-    assert invalid(MADE).value == 0.5
+    made = summary(LETTERS, ANSWERS)
+    assert made["choices"]["letter"].value == 0.25 and made["choices"]["generated"].value == 0.5
+    assert made["choices"]["chance"] == pytest.approx((3 * 0.25 + 0.5) / 4) and made["choices"]["invalid"].value == 0.5
+    assert list(made["by topic"]) == ["x", "y"]  # the largest first
+    assert made["by topic"]["x"].value == pytest.approx(1 / 3) and made["by topic"]["y"].value == 0
+    assert set(summary(LETTERS, None)["choices"]) == {"letter", "chance", "position bias"}
 
 
 def test_the_topic_goes_by_two_names():
-    assert topic(Example([1], [[2]], raw={"topic": "Physics", "subject": "x"})) == "Physics"
-    assert topic(Example([1], [[2]], raw={"topic": "", "subject": "Biology"})) == "Biology"
-    assert topic(Example([1], [[2]])) == "Unknown"
+    named = [{"topic": "Physics", "subject": "x"}, {"topic": "", "subject": "Biology"}, {}]
+    examples = [Example([1], [[2]], choices=["a", "b"], answer=0, raw=extra) for extra in named]
+    assert unanswered(examples, ()).topics == ["Physics", "Biology", "Unknown"]
 
 
 def test_position_bias():
-    assert position_bias(MADE, "letter") == 0.75  # always A, which is right in a quarter
-    assert position_bias(MADE, "generated") == 0  # the two that name a letter name the right ones
-    fair = Choices([0, 1], [2, 2], ["x"] * 2, {"letter": [1, 0], "generated": [None, None]})
-    assert position_bias(fair, "letter") == 0 and accuracies(fair)["letter"].value == 0  # always wrong, but without a habit
-    assert position_bias(fair, "generated") is None
-    assert letter_shares([0, 0, 1, None]) == {"A": 0.5, "B": 0.25}
+    assert position_bias([0, 0, 0, 0], RIGHT) == 0.75  # always A, which is right in a quarter
+    assert position_bias([1, 0], [0, 1]) == 0  # always wrong, but without a habit
+    assert position_bias([0, 0, 1, 2], [0, 0, 0, 1]) == 0.25  # 2, 1, 1 of four beside 3, 1, 0
+    assert summary(LETTERS, None)["choices"]["position bias"] == 0.75
