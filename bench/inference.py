@@ -21,7 +21,6 @@ from bench.workloads import Bench, full_size_phi, prompts
 from generate import generate
 from model import Phi, PhiConfig
 from quant import FrozenLinear, quantize_4bit, quantize_layer
-from quant_kernels import has_triton
 from runtime.files import InputError
 
 
@@ -144,7 +143,7 @@ def bench_quant(bench: Bench) -> list[dict]:
         if not torch.equal(packed, ours["nf4"].weight) or not torch.equal(state.absmax, ours["nf4"].absmax):
             raise InputError("the codes of the two differ; their times cannot be compared")
     x = {size: torch.randn(size, columns, device=device, dtype=dtype) for size in (1, 16, 256)}
-    which = "plain PyTorch" if device == "cpu" or not has_triton() else "our kernel"
+    which = "plain PyTorch" if device == "cpu" else "our kernel"
     rows = []
 
     def compare(case: str, own: Callable, peer: Callable | None, note: str = "") -> None:
