@@ -20,6 +20,7 @@ costs its own numbers; a case that fails is reported, and the others go on.
 import argparse
 import datetime
 import platform
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -49,10 +50,8 @@ def hardware(device: str) -> str:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-        name = f"{name}, {torch.get_num_threads()} threads"
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
 
 

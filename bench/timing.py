@@ -1,7 +1,6 @@
-"""How everything is measured: contenders take turns, and the result is the median; memory is the peak above the start.
-
-Other programs slow a machine down for seconds at a time. Contenders that take turns in one process are slowed down equally,
-so their ratio holds. Memory is measured in a process per contender: memory that one has freed, the next one may use.
+"""How everything is measured. Contenders take turns in one process, since other programs slow a machine down for seconds at
+a time; the result is the median. Memory is the peak above the start, in a process per contender: memory that one has freed,
+the next one may use.
 """
 
 import gc

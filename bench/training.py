@@ -24,7 +24,7 @@ from data import Example
 from lora import add_lora
 from model import Phi, PhiConfig, all_logprobs, read_config
 from runtime.files import InputError
-from runtime.settings import Tuning, settle
+from runtime.settings import settle
 
 LOSS = dict(loss="robust", beta=peers.BETA, eps=peers.EPS, nll_weight=0.0)
 # How much two steps may differ. bitsandbytes' kernel for CPUs with AVX512-BF16 multiplies in bf16.
@@ -56,15 +56,12 @@ class Setup:
         return pairs(vocab_size, self.count, self.prompt, self.completion, completions=1 if self.kind == "sft" else 2)
 
 
-def settings_for(kind: str, device: str, micro_batch_size: int, **more) -> Tuning:
-    """The settings of a step. `model` is never loaded, but the demo's model would bring its own defaults."""
-    stage, loss = ("sft", {}) if kind == "sft" else ("dpo", LOSS)
-    chosen = dict(model="random", device=device, dtype="fp32", micro_batch_size=micro_batch_size)
-    return settle(stage, chosen | loss | more).settings
-
-
-def gradients_step(model: Phi, examples: list[Example], reference: torch.Tensor | None, settings: Tuning) -> Callable:
-    """step() -> loss, of our own loop."""
+def our_step(model: Phi, examples: list[Example], reference: torch.Tensor | None, device: str, dtype="fp32") -> Callable:
+    """step() -> loss, of our own loop: DPO's if there is a reference, else SFT's."""
+    stage, loss = ("dpo", LOSS) if reference is not None else ("sft", {})
+    # No model is loaded by this name, but the demo's would bring its own defaults.
+    chosen = dict(model="random", device=device, dtype=dtype, micro_batch_size=len(examples))
+    settings = settle(stage, chosen | loss).settings
 
     def step() -> float:
         model.zero_grad()
@@ -80,13 +77,12 @@ def make_step(contender: str, setup: Setup) -> tuple[Callable, torch.nn.Module]:
     model = load(setup.directory, **setup.loading)
     reference = load(setup.reference, **setup.loading) if setup.reference else None
     if contender == "ours":
-        settings = settings_for(setup.kind, setup.device, setup.count, dtype=setup.dtype)
         how = dict(batch_size=setup.count, device=setup.device, dtype=setup.dtype, label="reference")
         logprobs = None if setup.kind == "sft" else all_logprobs(reference or model, examples, **how)
         if adapted:
             peers.draw_adapters(add_lora(model, peers.RANK))
         model.gradient_checkpointing = setup.checkpointing
-        return gradients_step(model, examples, logprobs, settings), model
+        return our_step(model, examples, logprobs, setup.device, setup.dtype), model
     trainer = peers.trl_trainer(model, reference, setup)
     if adapted:
         peers.draw_adapters(trainer.model)
@@ -229,7 +225,7 @@ def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
     """One row: the exponents of seconds and of operations over `sizes`, (size, model, tokens, rows) each."""
     runs, counts = {}, []
     for size, model, length, batch in sizes:
-        stage, completions = ("dpo", 2) if kind == "DPO step" else ("sft", 1)
+        completions = 2 if kind == "DPO step" else 1
         half = length // 2 // completions  # of all tokens, the prompt's the other
         examples = pairs(model.config.vocab_size, batch, (length - completions * half,) * 2, (half, half), completions)
         if kind == "forward":
@@ -237,8 +233,8 @@ def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
             runs[size] = torch.no_grad()(partial(model, ids))
             counts.append(sum(forward_parts(model.config, examples, all_logits=True)))
         else:
-            reference = torch.zeros(batch, 2) if stage == "dpo" else None
-            runs[size] = gradients_step(model, examples, reference, settings_for(stage, bench.device, batch))
+            reference = torch.zeros(batch, 2) if completions == 2 else None
+            runs[size] = our_step(model, examples, reference, bench.device)
             counts.append(training_operations(model.config, examples))
     seconds = list(medians(runs, bench.repeats, bench.device).values())
     case = f"growth of the {kind} with {what}: exponent / its operations'"
@@ -263,9 +259,8 @@ def bench_start(bench: Bench) -> list[dict]:
     subprocess.run([sys.executable, "train.py", *sft], cwd=ROOT, check=True, capture_output=True)
     for i in range(max(bench.repeats, 2)):
         tuned.append(first_step(["--stage", "dpo", "--name", f"dpo-{i}", *flags], out / f"dpo-{i}"))
-    note = "includes the reference's pass over the pairs"
     return [
         row("start of the demo until its first step (SFT)", "s", sorted(fresh)[len(fresh) // 2], target="ours <= 5"),
-        row("  with an SFT model until DPO's first step", "s", tuned[0], note=note),
+        row("  with an SFT model until DPO's first step", "s", tuned[0]),
         row("  the same again, the reference's table on disk", "s", min(tuned[1:])),
     ]
