@@ -10,7 +10,6 @@ one pass over itself alone:
 Letters: B rows, T tokens, K key-value heads, h head size, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,27 +30,26 @@ class KVCache:
 
     def __init__(self, size: int):
         self.size = size  # slots in a row
-        self.keys: dict[int, Tensor] = {}  # by layer, [B, K, size, h] each
-        self.values: dict[int, Tensor] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, [B, K, size, h] each
         self.slot: slice | tuple[Tensor, Tensor] = slice(0, 0)
         self.used = 0
 
     def layer(self, i: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """What layer i calls with the keys and values of its new tokens, to get those of all tokens."""
-        return functools.partial(self.store, i)
+        return lambda k, v: self.store(i, k, v)
 
     def store(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, K, t, h] of layer i to the slots; returns its first `used` slots [B, K, used, h]."""
-        if i not in self.keys:
-            self.keys[i] = k.new_zeros(*k.shape[:2], self.size, k.shape[3])
-            self.values[i] = torch.zeros_like(self.keys[i], dtype=v.dtype)
-        for stored, new in ((self.keys[i], k), (self.values[i], v)):
+        if i not in self.layers:
+            self.layers[i] = tuple(new.new_zeros(*k.shape[:2], self.size, k.shape[3]) for new in (k, v))
+        for stored, new in zip(self.layers[i], (k, v)):
             if isinstance(self.slot, slice):
                 stored[:, :, self.slot] = new
             else:
                 rows, slots = self.slot
                 stored[rows, :, slots] = new[:, :, 0]
-        return self.keys[i][:, :, : self.used], self.values[i][:, :, : self.used]
+        keys, values = self.layers[i]
+        return keys[:, :, : self.used], values[:, :, : self.used]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -69,13 +67,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 @torch.inference_mode()  # holds while a step is computed; the consumer, between two of them, keeps its own mode
 def stream(
-    model: Phi,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_tokens: tuple[int, ...] = (),
+    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=()
 ) -> Iterator[Tensor]:
     """Continues each prompt and yields every step's token ids [B], the next step being computed when it is asked for. Ends
     when every row has had a stop token; what a row gets after its own has no meaning.

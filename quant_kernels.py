@@ -4,12 +4,12 @@ quant.py says what is computed; each function here computes the same with fewer 
 
     decode             codes to numbers, one table look-up for each byte instead of one for each code
     nearest            numbers to codes, two look-ups instead of a binary search
-    int8_product       y = x W~^T for a frozen W~ that is never in memory as a whole: on the CPU a few rows of it at a
-    blockwise_product  time, which stay in the cache; on CUDA a few values at a time, which stay in registers
+    int8_product       y = x W~^T. On the CPU a few rows of W~ are decoded at a time and stay in the cache. For 4 bits on
+    blockwise_product  CUDA, Triton kernels decode a few values at a time, which stay in registers
 
 Decoding a token at a time multiplies one x with every weight: each weight is read once and used for two operations, so
 memory bandwidth is the limit, and 4-bit codes can be four times as fast as 16-bit weights. With many x the arithmetic is
-the limit. So there are two kinds of Triton kernels:
+the limit. So there are two Triton kernels for 4 bits:
 
     matvec    a program holds ROWS output features and walks along I;  y_o = sum_i  (l[c_oi] s_oi) x_i,  fp32
     matmul    a program holds a [M, N] tile of y and walks along I:  decode a [N, K] tile of W~, tl.dot with x's
@@ -17,12 +17,12 @@ the limit. So there are two kinds of Triton kernels:
 A byte holds two codes, for an even and an odd column. Instead of weaving them together, both kernels multiply twice, with
 the even and with the odd columns of x: sum_i w_i x_i = sum_j w_2j x_2j + sum_j w_2j+1 x_2j+1.
 
-Everything but the kernels runs without Triton. Without a GPU its interpreter runs them, slowly (TRITON_INTERPRET=1).
+Without Triton, plain PyTorch computes the same, slower. Without a GPU, Triton's interpreter runs the kernels, slowly
+(TRITON_INTERPRET=1).
 """
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -37,14 +37,6 @@ except ImportError:
 
 CHUNK = 2**20  # values worked on at a time: 4 MB of fp32, which stay in the cache
 FEW = 8  # up to this many x, one matvec each
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported. If not, one warning says what that costs."""
-    if triton is None:
-        warnings.warn("Triton is missing: quantized layers run as plain PyTorch, slower. pip install triton", stacklevel=2)
-    return triton is not None
 
 
 def pack(codes: Tensor, bits: int, fill: int) -> Tensor:
@@ -84,9 +76,9 @@ def _levels_of_bytes(levels: Tensor) -> Tensor:
 def nearest(x: Tensor, midpoints: Tensor) -> Tensor:
     """How many midpoints lie below each x: x fp32 of any shape, midpoints fp32 [at most 255], ascending -> uint8.
 
-    torch.bucketize(x, midpoints) gives the same by binary search. Here are two look-ups: numbers that agree in their upper
-    16 bits (sign, exponent, 7 bits of the fraction) lie so close together that at most one midpoint is among them, and that
-    one is compared with x.
+    torch.bucketize(x, midpoints) gives the same by binary search, ten times slower. Here are two look-ups: numbers that
+    agree in their upper 16 bits (sign, exponent, 7 bits of the fraction) lie so close together that at most one midpoint is
+    among them, and that one is compared with x.
     """
     below, midpoint = _cells(midpoints)
     flat = x.flatten()
@@ -109,8 +101,6 @@ def _cells(midpoints: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """y = (x C^T) s / 127:  x [N, I], codes int8 [O, I], scale fp32 [O] -> [N, O] in x's dtype."""
-    if x.is_cuda and has_triton():
-        return triton_int8(x, codes, scale)
     if x.dtype == torch.bfloat16 and not x.is_cuda:
         # torch's product of bf16 with int8. It would round the scales to bf16, so they are multiplied afterwards.
         y = torch._weight_int8pack_mm(x.contiguous(), codes, x.new_ones(len(codes)))
@@ -123,7 +113,7 @@ def blockwise_product(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor,
     """y = x W~^T:  x [N, I], bytes of [O, I] codes, levels fp32 [2^bits], absmax fp32 [blocks] -> [N, O] in x's dtype."""
     I = x.shape[1]
     per_byte = 8 // (len(levels) - 1).bit_length()
-    if x.is_cuda and per_byte == 2 and block % 2 == 0 and I % 2 == 0 and has_triton():
+    if x.is_cuda and per_byte == 2 and block % 2 == 0 and I % 2 == 0 and triton is not None:
         return triton_4bit(x, packed, levels, absmax, block)
 
     def rows(start: int, stop: int) -> Tensor:
@@ -154,34 +144,26 @@ def int32_product(a: Tensor, b: Tensor) -> Tensor:
 
 def padded_int32_product(a: Tensor, b: Tensor) -> Tensor:
     """The same for cuBLAS, which takes at least 17 rows and sizes that are multiples of 8; zeros change no sum."""
-    padded_a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - len(a))))
-    aligned = len(b) % 8 == 0 and b.shape[1] % 8 == 0  # as in Phi-2: no copy of the weights
-    padded_b = b if aligned else F.pad(b, (0, -b.shape[1] % 8, 0, -len(b) % 8))
-    return torch._int_mm(padded_a, padded_b.T)[: len(a), : len(b)]
+    rows, (features, columns) = len(a), b.shape
+    a = F.pad(a, (0, -columns % 8, 0, max(0, 17 - rows)))
+    if features % 8 or columns % 8:  # not in Phi-2, whose weights need no copy
+        b = F.pad(b, (0, -columns % 8, 0, -features % 8))
+    return torch._int_mm(a, b.T)[:rows, :features]
 
 
 def triton_4bit(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, block: int) -> Tensor:
     """`blockwise_product` for 4-bit codes, two a byte; I and block are even."""
-    O = packed.numel() * 2 // x.shape[1]
-    return _launch(_matvec4, _matmul4, x, (packed, levels, absmax), O, (block,), {"BYTES": 256}, {"BYTES": 32})
-
-
-def triton_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """`int8_product`."""
-    return _launch(_matvec8, _matmul8, x, (codes, scale), len(codes), (), {"COLUMNS": 512}, {"K": 64})
-
-
-def _launch(matvec, matmul, x: Tensor, weights: tuple, O: int, sizes: tuple, few: dict, many: dict) -> Tensor:
-    """Runs the kernel for a few x or that for many, with the sizes of its own tiles -> y [N, O]."""
     x = x.contiguous()
     rows, I = x.shape
+    O = packed.numel() * 2 // I
     y = x.new_empty(rows, O)
     with torch.cuda.device_of(x):
         if rows <= FEW:
-            matvec[triton.cdiv(O, 4), rows](x, *weights, y, O, I, *sizes, ROWS=4, **few)
+            _matvec[triton.cdiv(O, 4), rows](x, packed, levels, absmax, y, O, I, block, ROWS=4, BYTES=256)
         else:
             m = 16 if rows <= 16 else 32 if rows <= 32 else 64  # rows of x in a tile; tensor cores take no fewer than 16
-            matmul[triton.cdiv(rows, m), triton.cdiv(O, 64)](x, *weights, y, rows, O, I, *sizes, M=m, N=64, **many)
+            tiles = triton.cdiv(rows, m), triton.cdiv(O, 64)
+            _matmul[tiles](x, packed, levels, absmax, y, rows, O, I, block, M=m, N=64, BYTES=32)
     return y
 
 
@@ -196,7 +178,7 @@ if triton is not None:
         return scale * even, scale * odd
 
     @triton.jit
-    def _matvec4(x, packed, levels, absmax, y, O, I, block, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    def _matvec(x, packed, levels, absmax, y, O, I, block, ROWS: tl.constexpr, BYTES: tl.constexpr):
         o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
         n = tl.program_id(1)
         total = tl.zeros([ROWS], tl.float32)
@@ -212,7 +194,7 @@ if triton is not None:
         tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
 
     @triton.jit
-    def _matmul4(x, packed, levels, absmax, y, rows, O, I, block, M: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr):
+    def _matmul(x, packed, levels, absmax, y, rows, O, I, block, M: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr):
         m = tl.program_id(0) * M + tl.arange(0, M)  # [M] rows of x
         o = tl.program_id(1) * N + tl.arange(0, N)  # [N] output features
         total = tl.zeros([M, N], tl.float32)
@@ -227,34 +209,5 @@ if triton is not None:
             w_even, w_odd = _decode_pair(packed, levels, absmax, byte, w_mask, block)
             total = tl.dot(x_even, w_even.to(x_even.dtype), total, input_precision="ieee")
             total = tl.dot(x_odd, w_odd.to(x_odd.dtype), total, input_precision="ieee")
-        out = m[:, None].to(tl.int64) * O + o[None, :]
-        tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))
-
-    @triton.jit
-    def _matvec8(x, codes, scale, y, O, I, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        n = tl.program_id(1)
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, I, COLUMNS):
-            i = start + tl.arange(0, COLUMNS)
-            mask = (o[:, None] < O) & (i[None, :] < I)
-            w = tl.load(codes + o[:, None].to(tl.int64) * I + i[None, :], mask=mask, other=0).to(tl.float32)
-            total += tl.sum(w * tl.load(x + n * I + i, mask=i < I, other=0.0).to(tl.float32)[None, :], axis=1)
-        total = total * tl.load(scale + o, mask=o < O, other=0.0) / 127.0
-        tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
-
-    @triton.jit
-    def _matmul8(x, codes, scale, y, rows, O, I, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-        m = tl.program_id(0) * M + tl.arange(0, M)
-        o = tl.program_id(1) * N + tl.arange(0, N)
-        total = tl.zeros([M, N], tl.float32)
-        for start in range(0, I, K):
-            i = start + tl.arange(0, K)
-            at = m[:, None].to(tl.int64) * I + i[None, :]
-            x_tile = tl.load(x + at, mask=(m[:, None] < rows) & (i[None, :] < I), other=0.0)  # [M, K]
-            w_at = o[None, :].to(tl.int64) * I + i[:, None]
-            w = tl.load(codes + w_at, mask=(o[None, :] < O) & (i[:, None] < I), other=0)  # [K, N]
-            total = tl.dot(x_tile, w.to(x_tile.dtype), total, input_precision="ieee")
-        total = total * (tl.load(scale + o, mask=o < O, other=0.0) / 127.0)[None, :]
         out = m[:, None].to(tl.int64) * O + o[None, :]
         tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))

@@ -1,19 +1,18 @@
-"""How everything is measured: contenders take turns, and the result is the median; memory is the peak above the start.
-
-Other programs slow a machine down for seconds at a time. Contenders that take turns in one process are slowed down equally,
-so their ratio holds. Memory is measured in a process per contender: memory that one has freed, the next one may use.
+"""How everything is measured. Contenders take turns in one process, since other programs slow a machine down for seconds at
+a time; the result is the median. Memory is the peak above the start, in a process per contender: memory that one has freed,
+the next one may use.
 """
 
 import gc
-import importlib
-import json
 import math
+import multiprocessing
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,48 +79,35 @@ def attempt(make: Callable, *args, **kwargs) -> tuple[Any, str]:
         return None, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def first_step(flags: list[str], run: Path, limit: float = 120.0) -> float:
+def first_step(flags: list[str], run: Path) -> float:
     """Seconds from starting `python train.py FLAGS` to the first line in run/metrics.jsonl. Then the program is ended."""
     metrics, command = run / "metrics.jsonl", [sys.executable, "train.py", *flags]
     began = time.perf_counter()
-    with tempfile.TemporaryFile() as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
-        try:
-            while not (metrics.exists() and b'"step": 1,' in metrics.read_bytes()):
-                if process.poll() is not None or time.perf_counter() - began > limit:
-                    output.seek(0)
-                    end = output.read().decode(errors="replace").strip().splitlines()[-1:]
-                    raise InputError(f"train.py {' '.join(flags)} came to no first step: {''.join(end)}")
-                time.sleep(0.005)
-            return time.perf_counter() - began
-        finally:
-            process.kill()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (metrics.exists() and '"step": 1,' in metrics.read_text()):
+            if process.poll() is not None:
+                end = "".join(process.stderr.read().strip().splitlines()[-1:])
+                raise InputError(f"train.py {' '.join(flags)} came to no first step: {end}")
+            time.sleep(0.005)
+        seconds = time.perf_counter() - began
+        process.kill()
+    return seconds
 
 
-def in_worker(function: Callable, **arguments) -> Any:
-    """Calls a function of this room in a new process. Arguments and result must be JSON. InputError says in one line why
-    there is no result: out of memory, or a peer that is missing or refuses."""
-    code = "import sys; from bench.timing import work; sys.exit(work(*sys.argv[1:]))"
-    command = [sys.executable, "-c", code, function.__module__, function.__name__, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode == 0:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    if done.returncode < 0:
-        raise InputError(f"its process was ended by signal {-done.returncode}; out of memory?")
-    raise InputError((done.stderr.strip().splitlines() or ["it ended without a message"])[-1][:300])
+def in_worker(function: Callable, **arguments) -> tuple[Any, str]:
+    """`attempt` in a new process, which may be killed for want of memory."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(attempt, function, **arguments).result()
+    except BrokenProcessPool:
+        return None, "its process was killed; out of memory?"
 
 
 def in_workers(function: Callable, peer: str, **arguments) -> tuple[list, str]:
     """([result of ours, of the peer], why one of them is missing), from a process each; `function` takes a contender."""
-    made = {name: attempt(in_worker, function, contender=name, **arguments) for name in ("ours", peer)}
+    made = {name: in_worker(function, contender=name, **arguments) for name in ("ours", peer)}
     failed = "; ".join(f"{name} failed: {why}" for name, (_, why) in made.items() if why)
     return [result for result, _ in made.values()], failed
-
-
-def work(module: str, name: str, arguments: str) -> int:
-    """The other side of `in_worker`: prints the function's result as the last line, or its error in one line."""
-    result, why = attempt(lambda: getattr(importlib.import_module(module), name)(**json.loads(arguments)))
-    print(why or json.dumps(result), file=sys.stderr if why else sys.stdout, flush=True)
-    return 1 if why else 0
 
 
 def row(case: str, unit: str, ours: float | None, peer: float | None = None, target: str = "", note: str = "") -> dict:

@@ -9,7 +9,7 @@ default). Adapters (LoRA) have rank 16, on every linear layer but the output lay
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from lora import add_lora
 from model import Phi, PhiConfig, all_logprobs, read_config
 from runtime.files import InputError
 from runtime.flags import settle
-from runtime.settings import Tuning
 
 LOSS = dict(loss="robust", beta=peers.BETA, eps=peers.EPS, nll_weight=0.0)
 # How much two steps may differ. bitsandbytes' kernel for CPUs with AVX512-BF16 multiplies in bf16.
@@ -34,7 +33,7 @@ TOLERANCE = {"sft": 1e-5, "dpo": 1e-5, "lora": 1e-5, "qlora": 1e-2}
 
 @dataclass(frozen=True)
 class Setup:
-    """A training step, the same for every contender and in every process."""
+    """A training step, the same for every contender."""
 
     kind: str  # sft, dpo, lora, qlora
     directory: str  # of the model
@@ -57,15 +56,12 @@ class Setup:
         return pairs(vocab_size, self.count, self.prompt, self.completion, completions=1 if self.kind == "sft" else 2)
 
 
-def settings_for(kind: str, device: str, micro_batch_size: int, **more) -> Tuning:
-    """The settings of a step. `model` is never loaded, but the demo's model would bring its own defaults."""
-    stage, loss = ("sft", {}) if kind == "sft" else ("dpo", LOSS)
-    chosen = dict(model="random", device=device, dtype="fp32", micro_batch_size=micro_batch_size)
-    return settle(stage, chosen | loss | more).settings
-
-
-def gradients_step(model: Phi, examples: list[Example], reference: torch.Tensor | None, settings: Tuning) -> Callable:
-    """step() -> loss, of our own loop."""
+def our_step(model: Phi, examples: list[Example], reference: torch.Tensor | None, device: str, dtype="fp32") -> Callable:
+    """step() -> loss, of our own loop: DPO's if there is a reference, else SFT's."""
+    stage, loss = ("dpo", LOSS) if reference is not None else ("sft", {})
+    # No model is loaded by this name, but the demo's would bring its own defaults.
+    chosen = dict(model="random", device=device, dtype=dtype, micro_batch_size=len(examples))
+    settings = settle(stage, chosen | loss).settings
 
     def step() -> float:
         model.zero_grad()
@@ -81,13 +77,12 @@ def make_step(contender: str, setup: Setup) -> tuple[Callable, torch.nn.Module]:
     model = load(setup.directory, **setup.loading)
     reference = load(setup.reference, **setup.loading) if setup.reference else None
     if contender == "ours":
-        settings = settings_for(setup.kind, setup.device, setup.count, dtype=setup.dtype)
         how = dict(batch_size=setup.count, device=setup.device, dtype=setup.dtype, label="reference")
         logprobs = None if setup.kind == "sft" else all_logprobs(reference or model, examples, **how)
         if adapted:
             peers.draw_adapters(add_lora(model, peers.RANK))
         model.gradient_checkpointing = setup.checkpointing
-        return gradients_step(model, examples, logprobs, settings), model
+        return our_step(model, examples, logprobs, setup.device, setup.dtype), model
     trainer = peers.trl_trainer(model, reference, setup)
     if adapted:
         peers.draw_adapters(trainer.model)
@@ -121,10 +116,10 @@ def same_steps(ours: tuple[float, dict], theirs: tuple[float, dict], tolerance: 
         raise InputError("the two do not compute the same step; their times cannot be compared")
 
 
-def step_memory(contender: str, setup: dict) -> float:
+def step_memory(contender: str, setup: Setup) -> float:
     """Peak memory of one step in MB, above what was held before it: for a process of its own."""
-    step, _ = make_step(contender, Setup(**setup))
-    held, most, _ = held_and_peak(step, setup["device"])
+    step, _ = make_step(contender, setup)
+    held, most, _ = held_and_peak(step, setup.device)
     return (most - held) / 1e6
 
 
@@ -137,14 +132,15 @@ def compare(bench: Bench, kind: str, titles: dict[str, str], targets: tuple[str,
     if both[1:]:
         results = [(step(), {name: p.grad for name, p in peers.trained(model).items()}) for step, model in both]
         same_steps(*results, TOLERANCE[kind])
-    steps = {name: contender and contender[0] for name, (contender, _) in made.items()}
-    seconds, memory = medians(steps, bench.repeats, bench.device), {}
-    for name, (contender, why) in made.items():
-        memory[name] = attempt(in_worker, step_memory, contender=name, setup=asdict(setup)) if contender else (None, why)
+    seconds = medians({name: step and step[0] for name, (step, _) in made.items()}, bench.repeats, bench.device)
+    memory = {
+        name: in_worker(step_memory, contender=name, setup=setup) if step else (None, why)
+        for name, (step, why) in made.items()
+    }
     rows, (most, why) = [], memory["ours"]
     for peer, title in titles.items():
-        rows.append(row(title, "s", seconds["ours"], seconds[peer], targets[0], note=made[peer][1]))
-        rows.append(row(f"{title}, peak memory", "MB", most, memory[peer][0], targets[1], note=why or memory[peer][1]))
+        rows.append(row(title, "s", seconds["ours"], seconds[peer], targets[0], made[peer][1]))
+        rows.append(row(f"{title}, peak memory", "MB", most, memory[peer][0], targets[1], why or memory[peer][1]))
         targets = ("", "")
     return rows
 
@@ -173,9 +169,9 @@ FULL_SETUPS = {  # kind, pairs in a step, activations recomputed
 }
 
 
-def train_contender(contender: str, setup: dict, repeats: int) -> dict:
+def train_contender(contender: str, setup: Setup, repeats: int) -> tuple[float, int, float]:
     """Seconds of a step with AdamW, peak memory in bytes, and the first loss: for a process of its own."""
-    step, model = make_step(contender, Setup(**setup))
+    step, model = make_step(contender, setup)
     optimizer = torch.optim.AdamW(peers.trained(model).values(), lr=1e-5, fused=True)
     losses = []
 
@@ -183,47 +179,27 @@ def train_contender(contender: str, setup: dict, repeats: int) -> dict:
         losses.append(step())
         optimizer.step()
 
-    device = setup["device"]
-    _, most, seconds = held_and_peak(lambda: medians({"step": update}, repeats, device)["step"], device)
-    return {"seconds": seconds, "bytes": most, "loss": losses[0]}
+    _, most, seconds = held_and_peak(lambda: medians({"step": update}, repeats, setup.device)["step"], setup.device)
+    return seconds, most, losses[0]
 
 
 def bench_train(bench: Bench) -> list[dict]:
     full, device, lengths = full_size_phi(bench), bench.device, (bench.tokens, bench.tokens)
-    card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-    most, rows = peak(card), []
-    unknown = "" if most else f"the peak of {card} is not in bench/workloads.py"
+    most, rows = peak(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None, []
     for name, (kind, count, checkpointing) in FULL_SETUPS.items():
         setup = Setup(kind, str(full), device, count, lengths, lengths, "bf16", checkpointing)
-        both, failed = in_workers(train_contender, "TRL", setup=asdict(setup), repeats=max(bench.repeats, 5))
-        losses = [done["loss"] for done in both if done]
-        if kind == "dpo" and max(losses, default=0) - min(losses, default=0) > 0.05:
+        both, failed = in_workers(train_contender, "TRL", setup=setup, repeats=max(bench.repeats, 5))
+        seconds, memory, losses = zip(*(done or (None, None, None) for done in both))
+        if kind == "dpo" and None not in losses and abs(losses[0] - losses[1]) > 0.05:
             raise InputError(f"{name}: the losses are {losses}; that is not the same step")
-        examples, seconds = setup.examples(), [done and done["seconds"] for done in both]
-        operations = training_operations(read_config(full), examples, frozen=setup.kind in peers.ADAPTED)
-        memory, share = {"dpo": ("", "ours >= 0.45"), "lora": ("", ""), "qlora": ("ours <= 8", "")}[kind]
+        operations = training_operations(read_config(full), setup.examples(), frozen=setup.kind in peers.ADAPTED)
+        least, share = {"dpo": ("", "ours >= 0.45"), "lora": ("", ""), "qlora": ("ours <= 8", "")}[kind]
         case = f"DPO, {name}, {count} x {2 * lengths[0]:,} tokens / TRL"
-        rows += [
-            row(case, "pairs/s", *rates(count, *seconds), ">= 1.5", note=failed),
-            row("  tokens, the prompt once", "tokens/s", *rates(sum(map(len, examples)), *seconds)),
-            row("  peak memory", "GB", *(done and done["bytes"] / 1e9 for done in both), memory),
-            row("  MFU", "-", *(rates(operations / most, *seconds) if most else (None, None)), share, note=unknown),
-        ]
+        rows.append(row(case, "pairs/s", *rates(count, *seconds), ">= 1.5", failed))
+        rows.append(row("  peak memory", "GB", *(size and size / 1e9 for size in memory), least))
+        if most:
+            rows.append(row("  MFU", "-", *rates(operations / most, *seconds), share))
     return rows
-
-
-def bench_attention(bench: Bench) -> list[dict]:
-    """Tokens a second, padding not counted, of pairs packed into long rows, beside padded rows of one pair each."""
-    model = add_lora(Phi.from_pretrained(full_size_phi(bench), torch.bfloat16, bench.device), peers.RANK)
-    model.gradient_checkpointing = True
-    scale = bench.row_tokens // 16
-    examples = pairs(model.config.vocab_size, 16, prompt=(scale // 2, 2 * scale), completion=(scale // 4, 2 * scale))
-    steps = {}
-    for pack in (bench.row_tokens, None):
-        settings = settings_for("lora", bench.device, 4, dtype="bf16", pack=pack)
-        steps[pack] = gradients_step(model, examples, torch.zeros(len(examples), 2), settings)
-    seconds = medians(steps, bench.repeats, bench.device)
-    return [row("LoRA step, packed / a row each", "tokens/s", *rates(sum(map(len, examples)), *seconds.values()))]
 
 
 def bench_growth(bench: Bench) -> list[dict]:
@@ -247,26 +223,22 @@ def bench_growth(bench: Bench) -> list[dict]:
 
 def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
     """One row: the exponents of seconds and of operations over `sizes`, (size, model, tokens, rows) each."""
-    runs, counts, tokens = {}, [], []
+    runs, counts = {}, []
     for size, model, length, batch in sizes:
-        stage, completions = ("dpo", 2) if kind == "DPO step" else ("sft", 1)
+        completions = 2 if kind == "DPO step" else 1
         half = length // 2 // completions  # of all tokens, the prompt's the other
         examples = pairs(model.config.vocab_size, batch, (length - completions * half,) * 2, (half, half), completions)
-        tokens.append(batch * length)
         if kind == "forward":
             ids = torch.tensor([e.prompt + e.completions[0] for e in examples], device=bench.device)
             runs[size] = torch.no_grad()(partial(model, ids))
             counts.append(sum(forward_parts(model.config, examples, all_logits=True)))
         else:
-            reference = torch.zeros(batch, 2) if stage == "dpo" else None
-            runs[size] = gradients_step(model, examples, reference, settings_for(stage, bench.device, batch))
+            reference = torch.zeros(batch, 2) if completions == 2 else None
+            runs[size] = our_step(model, examples, reference, bench.device)
             counts.append(training_operations(model.config, examples))
     seconds = list(medians(runs, bench.repeats, bench.device).values())
-    each = ", ".join(f"{1e6 * s / n:,.3g}" for s, n in zip(seconds, tokens))
-    speed = ", ".join(f"{c / s / 1e9:,.3g}" for s, c in zip(seconds, counts))
-    note = f"{what} {', '.join(map(str, runs))}: {each} us a token, {speed} Gflop/s"
     case = f"growth of the {kind} with {what}: exponent / its operations'"
-    return row(case, "-", exponent(list(runs), seconds), exponent(list(runs), counts), "<= 1.15", note)
+    return row(case, "-", exponent(list(runs), seconds), exponent(list(runs), counts), "<= 1.15")
 
 
 def bench_start(bench: Bench) -> list[dict]:
@@ -287,9 +259,8 @@ def bench_start(bench: Bench) -> list[dict]:
     subprocess.run([sys.executable, "train.py", *sft], cwd=ROOT, check=True, capture_output=True)
     for i in range(max(bench.repeats, 2)):
         tuned.append(first_step(["--stage", "dpo", "--name", f"dpo-{i}", *flags], out / f"dpo-{i}"))
-    note = "includes the reference's pass over the pairs"
     return [
         row("start of the demo until its first step (SFT)", "s", sorted(fresh)[len(fresh) // 2], target="ours <= 5"),
-        row("  with an SFT model until DPO's first step", "s", tuned[0], note=note),
+        row("  with an SFT model until DPO's first step", "s", tuned[0]),
         row("  the same again, the reference's table on disk", "s", min(tuned[1:])),
     ]

@@ -37,15 +37,14 @@ class Bench:
 
     directory: Path  # holds the models of `write_models`; a case may add to it
     device: str
-    repeats: int
+    repeats: int = 3  # runs of each contender that count; at least 5 if they are short
     model: dict = field(default_factory=lambda: shape(256, layers=6, heads=8, rotary=0.4))  # of the CPU cases
     wide: dict = field(default_factory=lambda: shape(1024, layers=8, heads=16))  # of `decode`
     growing: dict = field(default_factory=lambda: shape(256, layers=6, heads=8, vocab_size=8192))  # of `growth`
-    full: dict = field(default_factory=dict)  # of the GPU cases, convert and load: Phi-2
+    full: dict = field(default_factory=dict)  # of the GPU cases: Phi-2
     prompt: Lengths = (100, 166)  # tokens in training steps on the CPU
     completion: Lengths = (45, 190)
     tokens: int = 512  # of each prompt and completion in training steps on a GPU
-    row_tokens: int = 4096  # `attention`
     forward: tuple[int, int] = (4, 256)  # rows, tokens
     answer: tuple[int, int] = (64, 128)  # `generate` and `gpu-decode`: tokens of the prompt, new tokens
     short_answer: tuple[int, int] = (16, 32)  # `decode`
@@ -55,17 +54,6 @@ class Bench:
     widths: tuple[int, ...] = (128, 256, 512)
     depths: tuple[int, ...] = (3, 6, 12)
     world: dict | None = None  # rows in the demo's files; None: as many as usual
-
-
-# The same code in seconds, with numbers that mean nothing.
-TINY = shape(64, layers=2, heads=2, vocab_size=1024)
-# fmt: off
-SMALL = dict(
-    model=TINY, wide=TINY, growing=TINY, full=TINY, prompt=(5, 9), completion=(3, 8), tokens=16, row_tokens=256,
-    forward=(2, 16), answer=(4, 4), short_answer=(4, 4), layer=(128, 256),
-    lengths=(16, 32), batches=(1, 2), widths=(32, 64), depths=(1, 2), world={"sft": 300, "qat": 0, "pairs": 100, "test": 0},
-)
-# fmt: on
 
 
 def write_models(directory: Path, shape: dict) -> None:
@@ -109,14 +97,7 @@ def prompts(rows: int, tokens: int, vocab_size: int) -> torch.Tensor:
 
 
 # Dense bf16 operations a second with fp32 sums, by a part of the card's name, from the makers' data sheets.
-# fmt: off
-PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "A40": 150e12, "A6000": 155e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12,
-    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
-}
-# fmt: on
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}
 
 
 def peak(card: str) -> float | None:

@@ -182,7 +182,7 @@ def resumed_settings(command: Command) -> Any:
         raise InputError(f"{run} is a run of --stage {stored.stage}; give that stage to resume it")
     for name in sorted(command.origins):
         old, new = getattr(stored, name), getattr(asked, name)
-        if command.given(name) and name not in ("resume", "out", "device") and old != new:
+        if name in command.typed and name not in ("resume", "out", "device") and old != new:
             raise InputError(
                 f"{run} was started with {name} = {old}, now {flag_name(name)} {new}: a resumed run keeps "
                 "its settings. Leave the flag out, or start another run with another --name."
