@@ -269,6 +269,37 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
     return examples
 
 
+def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, list[bool]]:
+    """{grade: which answers have it}, for the grades that the truth of every example has."""
+    graded = [e.truth.grade(answer) if e.truth else {} for answer, e in zip(answers, examples, strict=True)]
+    shared = [name for name in (graded[0] if graded else ()) if all(name in one for one in graded)]
+    return {name: [one[name] for one in graded] for name in shared}
+
+
+ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
+
+
+def coloured(example: Example, chat: ChatML, colour: bool) -> str:
+    """An example token by token: the prompt coloured by role, supervised tokens underlined in green and red, control tokens
+    inverse. Without colour, every token stands in brackets."""
+
+    def paint(ids: list[int], code: str) -> str:
+        if not colour:
+            return "".join(f"[{chat.decode([i])}]" for i in ids)
+        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
+
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
+    starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
+    for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
+        turn = example.prompt[start:end]
+        role = chat.decode(turn[1:]).partition("\n")[0]
+        lines[-1] += paint(turn, ROLE_COLOURS.get(role, "90"))
+    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
+    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
+        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
+    return "\n".join(lines)
+
+
 def supervise_everything(example: Example) -> Example:
     """The same text with the loss on all of it: everything after the first token becomes the completion."""
     (completion,) = example.completions

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from data import ChatML, Example, Row, lengths_of, question_key
+from data import ChatML, Example, Row, grades, lengths_of, question_key
 from generate import sample_answers
 from lora import find_origin, is_adapter
 from metrics import judge, multiple_choice, tables, text
@@ -216,7 +216,7 @@ def measure_answers(contest: Contest, answers: list[str], ended: list[bool], dra
     measured, signature = text.similarity(answers, references)
     if contest.encoder:
         measured["BERTScore"] = mean(bert_score(answers, references, *contest.encoder, 64))
-    graded = {"ends": ended} | text.grades(answers, drawn)
+    graded = {"ends": ended} | grades(answers, drawn)
     return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}, signature
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 import demo
 import dpo
 import sft
-from data import ChatML, Example, by_length, collate, epoch_order, lengths_of
+from data import ChatML, Example, by_length, collate, coloured, epoch_order, grades, lengths_of
 from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics.preferences import flips, training_summary
@@ -448,7 +448,8 @@ def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | No
         return {"metrics": metrics, "answers": []}
     room = min(settings.max_length - settings.max_prompt_length, 256)
     answers, ended = sample_answers(model, inputs.chat, [e.prompt for e in asked], room, 1.0, settings.seed)
-    return {"metrics": metrics | answer_summary(answers, ended, asked, inputs.chat), "answers": answers}
+    graded = {f"sampled: {name}": sum(right) / len(right) for name, right in grades(answers, asked).items()}
+    return {"metrics": metrics | answer_summary(answers, ended, asked, inputs.chat) | graded, "answers": answers}
 
 
 # -------------------------------------------------------------------------------------------------------------- a dry run
@@ -474,30 +475,6 @@ def dry_run(settings: Tuning, parent: Path) -> None:
         minutes = seconds * steps / 60
         print(f"\nTime\n  {seconds:.2f} s for a step's gradients, about {minutes:,.1f} minutes for {steps:,} steps")
     print("Nothing was trained.")
-
-
-ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
-
-
-def coloured(example: Example, chat: ChatML, colour: bool) -> str:
-    """An example token by token: the prompt coloured by role, supervised tokens underlined in green and red, control tokens
-    inverse. Without colour, every token stands in brackets."""
-
-    def paint(ids: list[int], code: str) -> str:
-        if not colour:
-            return "".join(f"[{chat.decode([i])}]" for i in ids)
-        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
-
-    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
-    starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
-    for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
-        turn = example.prompt[start:end]
-        role = chat.decode(turn[1:]).partition("\n")[0]
-        lines[-1] += paint(turn, ROLE_COLOURS.get(role, "90"))
-    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
-    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
-        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
-    return "\n".join(lines)
 
 
 def describe_settings(settings: Any, origins: dict[str, str]) -> str:

@@ -46,10 +46,9 @@ def accuracy(score: Tensor) -> Estimate:
     return share((score > 0).sum().item(), len(score))
 
 
-def longer_wins(lengths: Tensor) -> Estimate:
-    """Accuracy of always picking the longer answer, of lengths [E, 2]; equal lengths count one half."""
-    longer = (lengths[:, 0] - lengths[:, 1]).sign()  # [E]
-    return share(((longer + 1) / 2).sum().item(), len(longer))
+def longer_wins(lengths: Tensor) -> Tensor:
+    """[E]: 1 where the longer of two answers [E, 2] is the chosen one, 1/2 where both are equally long, else 0."""
+    return ((lengths[:, 0] - lengths[:, 1]).sign().double() + 1) / 2
 
 
 def measure_rewards(
@@ -77,7 +76,7 @@ def measure_baselines(
     policy: Tensor, reference: Tensor | None, lengths: Tensor, flipped: Tensor | None
 ) -> dict[str, Estimate]:
     """What needs no reward: lengths, and log-probabilities as they are. Shapes as in `measure_rewards`."""
-    made = {"longer wins": longer_wins(lengths)}
+    made = {"longer wins": share(longer_wins(lengths).sum().item(), len(lengths))}
     for name, table in (("reference", reference), ("model alone", policy)):
         if table is not None:
             made[f"{name}, sum"] = accuracy(table[:, 0] - table[:, 1])
@@ -94,16 +93,17 @@ def training_summary(
     """The few numbers in the table at the end of a training run, without intervals. Shapes as in `measure_rewards`."""
     margin, own = dpo.margin(policy, reference), policy[:, 0] - policy[:, 1]  # two of [E]
     per_token = policy.sum(dim=0) / lengths.sum(dim=0)  # [2]
+    correct = (margin > 0).double()  # [E]
     made = {
-        "reward accuracy": accuracy(margin).value,
-        "debiased accuracy": dpo.debiased_accuracy(accuracy(margin).value, eps),
-        "ties": (margin == 0).double().mean().item(),
-        "longer answer wins": longer_wins(lengths).value,
-        "chosen likelier": accuracy(own).value,
-        "logp per token, chosen": per_token[0].item(),
-        "logp per token, rejected": per_token[1].item(),
+        "reward accuracy": correct.mean(),
+        "debiased accuracy": dpo.debiased_accuracy(correct.mean(), eps),
+        "ties": (margin == 0).double().mean(),
+        "longer answer wins": longer_wins(lengths).mean(),
+        "chosen likelier": (own > 0).double().mean(),
+        "logp per token, chosen": per_token[0],
+        "logp per token, rejected": per_token[1],
     }
     if flipped is not None:
-        made["clean reward accuracy"] = accuracy(for_the_right(margin, flipped)).value
-        made["right answer likelier"] = accuracy(for_the_right(own, flipped)).value
-    return made
+        made["clean reward accuracy"] = (for_the_right(margin, flipped) > 0).double().mean()
+        made["right answer likelier"] = (for_the_right(own, flipped) > 0).double().mean()
+    return {name: float(value) for name, value in made.items()}

@@ -50,13 +50,6 @@ def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Est
     return made, signature
 
 
-def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, list[bool]]:
-    """{grade: which answers have it}, for the grades that the truth of every example has (`data.Truth`)."""
-    graded = [e.truth.grade(answer) if e.truth else {} for answer, e in zip(answers, examples, strict=True)]
-    shared = [name for name in (graded[0] if graded else ()) if all(name in one for one in graded)]
-    return dict(zip(shared, [[one[name] for one in graded] for name in shared]))
-
-
 def answer_summary(answers: list[str], ended: list[bool], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
     """The few numbers about sampled answers that the table at the end of a training run shows."""
     tokens = sum(len(chat.encode_text(answer)) for answer in answers)
@@ -64,8 +57,6 @@ def answer_summary(answers: list[str], ended: list[bool], examples: Sequence[Exa
     if all(e.choices for e in examples):
         right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
         summary["sampled: right letter"] = sum(right) / len(right)
-    for name, right in grades(answers, examples).items():
-        summary[f"sampled: {name}"] = sum(right) / len(right)
     return summary
 
 

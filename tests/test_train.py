@@ -110,6 +110,14 @@ def test_the_reference_is_reused_only_for_the_same_model_and_rows_and_checked_at
     assert status == 2 and "at step 0 the answers have drifted" in error and f"Delete {out}/reference" in error
 
 
+@pytest.fixture
+def sft_rows(tmp_path) -> Path:
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
+    write_jsonl(tmp_path / "sft.jsonl", rows)
+    return tmp_path / "sft.jsonl"
+
+
+@pytest.mark.parametrize("extra", [[], ["--whole-text"]])
 def test_sft_on_the_completion_and_on_the_whole_text_both_learn(tiny, sft_rows, tmp_path, extra):
     assert main(flags("sft", tiny, sft_rows, tmp_path, "--max-steps", "8", "--lr", "1e-2", "--samples", "0", *extra)) == 0
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from plain import unsorted_examples
 
-from data import ChatML, Example, Truth, load_tokenizer
-from metrics.text import answer_summary, divergence, grades, likelihood, similarity
+from data import ChatML, Example, Truth, grades, load_tokenizer
+from metrics.text import answer_summary, divergence, likelihood, similarity
 from model import Phi
 from quant import quantize_model
 

@@ -13,13 +13,13 @@ from data import (
     Row,
     Truth,
     encode,
+    grades,
     load_tokenizer,
     question_key,
     read_truth,
     write_truth,
 )
 from metrics.preferences import flips
-from metrics.text import grades
 from prepare.rows import kind_of, load_inputs, parse_mcq, parse_pair, parse_sft, read_rows
 from runtime.files import InputError, write_jsonl
 from runtime.flags import settle

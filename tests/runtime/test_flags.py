@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_flags_of_every_kind():
     got = parse("--stage eval --model a b --data x.jsonl --eps 0.1 --samples 0 --letter-only".split())
     assert got.settings.model == ["a", "b"] and got.settings.eps == 0.1 and got.settings.samples == 0
-    assert got.settings.letter_only and got.typed == {"model", "eps", "letter_only"}
+    assert got.settings.letter_only and got.typed == {"model", "data", "eps", "samples", "letter_only"}
     grid = parse("--stage sweep --grid beta=0.1,0.3 --grid eps=0,0.1".split())
     assert grid.settings.grid == ["beta=0.1,0.3", "eps=0,0.1"]
     assert parse(["--stage=sft", "--model=x", "--train=y"]).settings.stage == "sft"
