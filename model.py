@@ -61,9 +61,9 @@ class PhiConfig:
     @classmethod
     def from_dict(cls, raw: dict, where: str = "config.json") -> "PhiConfig":
         """From the content of a config.json, in any of the forms that it has had. InputError if it is not a Phi's."""
-        from runtime.weights import read_fields
+        from runtime.weights import config_from
 
-        return read_fields(cls, raw, where)
+        return config_from(cls, raw, where)
 
     def to_dict(self) -> dict:
         """The content of config.json, in the form that every version of transformers reads."""

@@ -6,10 +6,12 @@ good. So everything is written beside its final name and then renamed: on one fi
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 
 class InputError(ValueError):
@@ -97,6 +99,24 @@ def read_json(path: str | Path) -> dict:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+
+
+def read_fields(value: object, kinds: dict[str, object], where: str | Path) -> dict:
+    """The fields in `kinds` of a JSON object from an untrusted file, None if absent, after checking the type of each:
+    {"r": int, "revision": str | None}. A bool is no number here, NaN and infinity are none either. InputError names the
+    first that is wrong."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not a JSON object")
+    for name, kind in kinds.items():
+        found, types = value.get(name), get_args(kind) or (kind,)
+        if type(found) not in types or (isinstance(found, float) and not math.isfinite(found)):
+            wanted = " or ".join(WORDS[one] for one in types if one in WORDS)
+            problem = f"{name} is {found!r:.60}, not {wanted}" if name in value else f"{name} is missing"
+            raise InputError(f"{where}: {problem}")
+    return {name: value.get(name) for name in kinds}
 
 
 @contextlib.contextmanager

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from quant import CODES, SKIP, FrozenLinear, Int8Linear, Linear4bit, Quantized, bits, levels, quantize_layer
 from runtime import parallel
-from runtime.files import InputError, read_json, whole_file, write_json
+from runtime.files import InputError, json_object, read_fields, read_json, whole_file, write_json
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights
 SHARD_BYTES = 5 * 10**9  # a checkpoint larger than this is written in several files
 
 
@@ -46,7 +47,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_file() or len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
         raise InputError(f"{path_or_repo}: no such directory (a hub name looks like microsoft/phi-2)")
-    return hub_snapshot(str(path_or_repo), revision, ["*.json", "*.safetensors"])
+    return hub_snapshot(str(path_or_repo), revision, ["*.json", "*.safetensors", "*.jinja"])
 
 
 def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str = "model") -> Path:
@@ -82,15 +83,25 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: "F32", "BF16", "U8", ...
 
-    def read(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """A copy. The file is opened for this tensor alone, since only closing it gives back the memory it was mapped to."""
+    def read(self, device: str = "cpu", dtype: torch.dtype | None = None, packed: bool = False) -> Tensor:
+        """A copy. The file is opened for this tensor alone, since only closing it gives back the memory it was mapped to.
+        InputError if it is not finite, unless it is `packed`: codes that may look like any dtype."""
         with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.key).to(device=device, dtype=dtype, copy=True)
+            tensor = file.get_tensor(self.key).to(device=device, dtype=dtype, copy=True)
+        if not packed:
+            self.check_finite(tensor)
+        return tensor
 
     def fill(self, tensor: Tensor) -> None:
         """Copies into `tensor`, in place. If it is sharded, only this rank's rows are read."""
         with safe_open(self.file, framework="pt") as file:
             parallel.copy_own_rows(tensor, file.get_slice(self.key))
+        self.check_finite(parallel.own(tensor))
+
+    def check_finite(self, tensor: Tensor) -> None:
+        # NaN makes both ends NaN, and no temporary of the tensor's size is needed.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
+            raise InputError(f"{self.file}: tensor {self.key!r} holds NaN or infinity; copy or download it again")
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -99,25 +110,31 @@ def read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}
             return {key: Stored(file, key, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its name; reads only the headers of the files that its index names, or of its only
-    one. InputError if one is absent."""
-    shards = [directory / "model.safetensors"]
-    if (index := directory / INDEX).is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: has no weight_map from tensor names to files")
-        shards = sorted({directory / name for name in weight_map.values()})
-    found = {}
+    one. InputError if one is absent, or if there are two answers to which tensors are the model's."""
+    index, shards = directory / INDEX, [directory / "model.safetensors"]
+    if index.is_file():
+        if shards[0].is_file():
+            raise InputError(f"{directory} holds {shards[0].name} and {INDEX}; move the one away that is not the model's")
+        names = read_fields(read_json(index), {"weight_map": dict}, index)["weight_map"].values()
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"{index}: {name!r:.60} is not the name of a safetensors file beside it")
+        shards = sorted({directory / name for name in names})
+    found: dict[str, Stored] = {}
     for shard in shards:
         if not shard.is_file():
             pickles = " (it has a pickled pytorch_model*.bin, which is never read)" if list(directory.glob("*.bin")) else ""
             raise InputError(f"{shard}: no such file{pickles}")
-        found |= read_header(shard)
+        tensors = read_header(shard)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise InputError(f"{shard}: tensor {twice[0]!r} is in {found[twice[0]].file} too")
+        found |= tensors
     return found
 
 
@@ -146,13 +163,16 @@ def load_weights(
         quantized[layer] = {name.removeprefix(f"{layer}."): stored.pop(name) for name in names}
         if to:
             raise InputError(f"{directory} is stored quantized already; leave out --base {to}")
-        if wanted.pop(f"{layer}.weight", None) is None:
-            raise InputError(f"{directory}: {layer} is stored quantized, but the config has no such layer")
+        if wanted.pop(f"{layer}.weight", None) is None or not isinstance(module.get_submodule(layer), nn.Linear):
+            raise InputError(f"{directory}: {layer} is stored quantized, but the config has no such linear layer")
     check_stored(stored, wanted, directory)
 
-    settings = read_json(directory / "config.json").get("quantization_config", {}) if quantized else {}
+    settings = {}
+    if quantized:
+        config = directory / "config.json"
+        settings = read_fields(read_json(config), {"quantization_config": dict}, config)["quantization_config"]
     for layer, tensors in quantized.items():
-        read = {name: tensor.read(device) for name, tensor in tensors.items()}
+        read = {name: tensor.read(device, packed=name == "weight") for name, tensor in tensors.items()}
         try:
             frozen = layer_from_tensors(read, module.get_submodule(layer), settings)
         except InputError as error:
@@ -181,7 +201,7 @@ def check_stored(stored: dict[str, Stored], wanted: dict[str, Tensor], directory
         label = f"{tensor.file}: tensor {tensor.key!r}"
         if tensor.shape != wanted[name].shape:
             raise InputError(f"{label} has shape {list(tensor.shape)}, the config needs {list(wanted[name].shape)}")
-        if not tensor.dtype.startswith(("F", "BF")):
+        if tensor.dtype not in DTYPES:
             raise InputError(f"{label} holds {tensor.dtype}, not floating-point weights")
     if missing := [name for name in wanted if name not in stored]:
         raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {missing[0]!r}")
@@ -227,11 +247,11 @@ def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
         with whole_file(directory / file) as temporary:
             shard = {name: tensors[name].detach().contiguous() for name in names}
             save_file(shard, temporary, metadata={"format": "pt"})
-    if split.is_sharded:
-        write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     for stale in directory.glob("model*.safetensors"):
         if stale.name not in split.filename_to_tensors:
             stale.unlink()
+    if split.is_sharded:
+        write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 # ------------------------------------------------------------------------------------------------------- quantized layers
@@ -241,8 +261,8 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # blocks, that bitsandbytes 
 
 
 def is_quantized(directory: Path) -> bool:
-    """Whether a checkpoint holds quantized layers."""
-    return "quantization_config" in read_json(directory / "config.json")
+    """Whether a checkpoint holds quantized layers, whatever its config says."""
+    return bool(quantized_layers(stored_tensors(directory)))
 
 
 def quantized_layers(names: Iterable[str]) -> list[str]:
@@ -261,20 +281,21 @@ def layer_tensors(layer: FrozenLinear) -> dict[str, Tensor]:
 
 def layer_from_tensors(tensors: dict[str, Tensor], plain: nn.Linear, settings: dict) -> FrozenLinear:
     """The quantized layer that replaces `plain`, with its bias. `settings`: the checkpoint's `quantization_config`."""
-    if "SCB" in tensors:
-        codes, scale = tensors.get("weight", torch.empty(0)), tensors["SCB"].float()
-        if codes.dtype != torch.int8 or tensors.get("weight_format", torch.zeros(())).item() != 0:
-            raise InputError("its int8 weight is not in bitsandbytes' row format, the only one that is read")
-        if set(tensors) - {"weight", "SCB", "weight_format"} or codes.shape[:1] != scale.shape:
-            raise InputError(f"damaged int8 weight: {len(scale)} scales for {list(codes.shape)} codes in {sorted(tensors)}")
-        threshold = None if settings.get("weight_only") else settings.get("llm_int8_threshold", 6.0)
-        layer = Int8Linear(codes, scale, plain.bias, threshold)
-    else:
-        layer = Linear4bit(from_tensors(tensors), plain.bias)
-    shape, expected = [layer.out_features, layer.in_features], [plain.out_features, plain.in_features]
-    if shape != expected:
-        raise InputError(f"it holds a matrix of {shape}, the config needs {expected}")
-    return layer
+    expected = [plain.out_features, plain.in_features]
+    if "SCB" not in tensors:
+        return Linear4bit(from_tensors(tensors, expected), plain.bias)
+    codes, scale, form = tensors.get("weight", torch.empty(0)), tensors["SCB"], tensors.get("weight_format", torch.zeros(1))
+    if codes.dtype != torch.int8 or form.numel() != 1 or form.item() != 0:
+        raise InputError("its int8 weight is not in bitsandbytes' row format, the only one that is read")
+    if list(codes.shape) != expected:
+        raise InputError(f"it holds a matrix of {list(codes.shape)}, the config needs {expected}")
+    if set(tensors) - {"weight", "SCB", "weight_format"} or scale.shape != codes.shape[:1] or not scale.is_floating_point():
+        found = f"scales {list(scale.shape)} {_name(scale.dtype)} for {expected} codes in {sorted(tensors)}"
+        raise InputError(f"damaged int8 weight: {found}")
+    known = {"llm_int8_threshold": int | float | None, "weight_only": bool | None}
+    threshold, weight_only = read_fields(settings, known, "config.json's quantization_config").values()
+    threshold = 6.0 if threshold is None else threshold if threshold > 0 else math.inf  # 0: no value is an outlier
+    return Int8Linear(codes, scale.float(), plain.bias, None if weight_only else threshold)
 
 
 def to_tensors(q: Quantized) -> dict[str, Tensor]:
@@ -290,34 +311,43 @@ def to_tensors(q: Quantized) -> dict[str, Tensor]:
     return tensors | {f"weight.quant_state.{family}__{q.code}": text}
 
 
-def from_tensors(tensors: dict[str, Tensor]) -> Quantized:
-    """The inverse of `to_tensors`; InputError if something is missing, unknown, or does not fit the rest."""
-    tensors = dict(tensors)
+def from_tensors(tensors: dict[str, Tensor], expected: list[int]) -> Quantized:
+    """The inverse of `to_tensors` for a matrix of `expected` shape; InputError if something is missing, unknown, or does not
+    fit the rest."""
+    tensors, damaged = dict(tensors), "its quantized weight is incomplete or damaged"
+    kinds = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+    nested_kinds = {"nested_blocksize": int, "nested_offset": int | float}
+    nested, offset, nested_table = tensors.pop("weight.nested_absmax", None), None, levels("dynamic8")
     try:
         (key,) = [name for name in tensors if name.startswith("weight.quant_state.")]
-        state = json.loads(bytes(tensors.pop(key).tolist()))
-        code, block, shape, dtype = state["quant_type"], state["blocksize"], state["shape"], getattr(torch, state["dtype"])
+        raw = json_object(bytes(tensors.pop(key).tolist()))
+        code, block, dtype, shape = read_fields(raw, kinds, key).values()
         packed, absmax, table = (tensors.pop(name) for name in ("weight", "weight.absmax", "weight.quant_map"))
-        nested, offset, known = tensors.pop("weight.nested_absmax", None), None, True
         if nested is not None:
-            offset = torch.tensor(float(state["nested_offset"]), device=packed.device)
-            nested_table = tensors.pop("weight.nested_quant_map").cpu()
-            known = state["nested_blocksize"] == 256 and torch.equal(nested_table, levels("dynamic8"))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"its quantized weight is incomplete or damaged ({error!r})") from None
-    if code not in CODES or not torch.equal(table.cpu(), levels(code)):
-        raise InputError(f"weight.quant_map is not the table of {code!r}")
-    if not known:
+            size, offset = read_fields(raw, nested_kinds, key).values()
+            offset, nested_table = torch.tensor(float(offset), device=packed.device), tensors.pop("weight.nested_quant_map")
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{damaged} ({error if isinstance(error, ValueError) else repr(error)})") from None
+    if dtype not in map(_name, DTYPES.values()):
+        raise InputError(f"{damaged}: its dtype is {dtype!r:.60}")
+    if shape != expected:
+        raise InputError(f"it holds a matrix of {shape!r:.60}, the config needs {expected}")
+    if code not in CODES or not torch.equal(table.cpu().float(), levels(code)):
+        raise InputError(f"weight.quant_map is not the table of {code!r:.60}")
+    if nested is not None and (size != 256 or not torch.equal(nested_table.cpu().float(), levels("dynamic8"))):
         raise InputError("its scales are quantized otherwise than in blocks of 256 with the dynamic map")
-    if nested is not None and len(nested) != math.ceil(len(absmax) / 256):
-        raise InputError(f"its quantized weight is incomplete or damaged: {len(nested)} scales for {len(absmax)} scales")
-    n = math.prod(shape)
-    if tensors or block < 1 or packed.nbytes != math.ceil(n * bits(code) / 8) or len(absmax) != math.ceil(n / block):
-        found = f"{packed.nbytes} bytes of codes, {len(absmax)} scales" + (f", {sorted(tensors)}" if tensors else "")
-        raise InputError(f"its quantized weight is incomplete or damaged: {found} for {n} values in blocks of {block}")
+    n, blocks = math.prod(shape), math.ceil(math.prod(shape) / max(1, block))
+    fits = block >= 1 and not tensors and packed.nbytes == math.ceil(n * bits(code) / 8) and absmax.shape == (blocks,)
+    if nested is None:
+        fits = fits and absmax.is_floating_point()
+    else:
+        fits = fits and absmax.dtype == torch.uint8 and nested.shape == (math.ceil(blocks / 256),)
+    if not fits:
+        found = f"{packed.nbytes} bytes of codes, {absmax.numel()} scales" + (f", {sorted(tensors)}" if tensors else "")
+        raise InputError(f"{damaged}: {found} for {n} values in blocks of {block}")
     packed = packed.contiguous().view(torch.uint8).reshape(-1, 1)
     absmax = absmax.float() if nested is None else absmax
-    return Quantized(packed, absmax, code, block, tuple(shape), dtype, nested_absmax=nested, offset=offset)
+    return Quantized(packed, absmax, code, block, tuple(shape), getattr(torch, dtype), nested_absmax=nested, offset=offset)
 
 
 def stored_config(config: dict, dtype: torch.dtype, layer: FrozenLinear | None, plain: list[str]) -> dict:
@@ -331,7 +361,7 @@ def stored_config(config: dict, dtype: torch.dtype, layer: FrozenLinear | None, 
     how: dict = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": plain}
     if isinstance(layer, Int8Linear):
         # bitsandbytes always rounds the activations too; "weight_only" is for `layer_from_tensors`.
-        threshold = 6.0 if layer.threshold is None else layer.threshold
+        threshold = {None: 6.0, math.inf: 0.0}.get(layer.threshold, layer.threshold)  # 0: no value is an outlier
         how |= {"load_in_8bit": True, "llm_int8_threshold": threshold, "weight_only": layer.threshold is None}
     elif (q := layer.quantized).code in BITSANDBYTES and q.block in BLOCKS:
         how |= {"load_in_4bit": True, "bnb_4bit_quant_type": q.code, "bnb_4bit_quant_storage": "uint8"}
@@ -351,32 +381,34 @@ def _name(dtype: torch.dtype) -> str:
 FIXED = {"hidden_act": "gelu_new", "tie_word_embeddings": False, "qk_layernorm": False}  # what the network computes
 
 
-def read_fields(cls: type, raw: dict, where: str):
+def config_from(cls: type, raw: dict, where: str):
     """A dataclass of numbers, with `other` for all other fields, from the content of Phi's config.json, as any version of
     transformers writes it. InputError if it describes another network."""
     if raw.get("model_type") == "phi-msft":
         told = "convert it with transformers 4 (convert_phi_weights_to_hf.py)"
         raise InputError(f"{where}: this is the format that Phi-2 had before January 2024; {told}")
     if raw.get("model_type") != "phi":
-        raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, not 'phi': this is not a Phi-1/1.5/2 model")
-    config = dict(raw)
+        raise InputError(f"{where}: model_type is {raw.get('model_type')!r:.60}, not 'phi': this is not a Phi-1/1.5/2 model")
+    config = {name: value for name, value in raw.items() if name != "quantization_config" or value is not None}
+    read_fields(config, {"quantization_config": dict | None, "torch_dtype": str | None, "dtype": str | None}, where)
     for field in ("rope_parameters", "rope_scaling"):
         rope = config.pop(field, None) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if kind != "default":
-            raise InputError(f"{where}: rope scaling {kind!r} is not supported, only the default rotary positions")
+            raise InputError(f"{where}: rope scaling {kind!r:.60} is not supported, only the default rotary positions")
         for name in ("partial_rotary_factor", "rope_theta"):
-            if name in rope:
-                config.setdefault(name, rope[name])
+            if name in rope:  # transformers 5 reads these first
+                config[name] = rope[name]
     config.setdefault("partial_rotary_factor", 0.5)  # transformers' default; Phi-2's own is 0.4
     for name, fixed in FIXED.items():
         if config.get(name, fixed) != fixed:
-            raise InputError(f"{where}: {name} = {config[name]!r} is not supported, only {fixed!r} (as in Phi-2)")
+            raise InputError(f"{where}: {name} = {config[name]!r:.60} is not supported, only {fixed!r} (as in Phi-2)")
     kinds = {f.name: (int, float) if f.type is float else (int,) for f in fields(cls)}
     own = {name: config.pop(name) for name in kinds if name in config}
     for name, value in own.items():
-        if value is not None and (type(value) not in kinds[name] or value <= 0):
-            raise InputError(f"{where}: {name} is {value!r}, not a positive number")
+        most = 1024 if name == "num_hidden_layers" else 2**24  # more than any Phi has, and little enough to build
+        if value is not None and (type(value) not in kinds[name] or not 0 < value <= most):
+            raise InputError(f"{where}: {name} is {value!r:.60}, not a positive number up to {most:,}")
     try:
         return cls(**own, other=config)
     except ValueError as error:

@@ -13,7 +13,7 @@ from generate import generate
 from model import Phi, PhiConfig, completion_logprobs
 from quant import CODES, FrozenLinear, Int8Linear, Linear4bit, dequantize, quantize_blockwise, quantize_layer, quantize_model
 from runtime import weights
-from runtime.files import InputError
+from runtime.files import InputError, read_json, write_json
 from runtime.weights import INDEX, from_tensors, layer_from_tensors, layer_tensors, quantized_layers, to_tensors
 from train import main
 
@@ -65,7 +65,7 @@ def test_a_matrix_of_any_size_and_dtype_comes_back_from_its_tensors(code, dtype)
     w = torch.randn(3, 43, generator=torch.Generator().manual_seed(0)).to(dtype)
     for double in (False, True):
         q = quantize_blockwise(w, code, block=32, double=double)
-        back = from_tensors(to_tensors(q))
+        back = from_tensors(to_tensors(q), [3, 43])
         assert (back.code, back.block, back.shape, back.dtype) == (code, 32, (3, 43), dtype)
         assert dequantize(back).dtype == dtype and torch.equal(dequantize(back), dequantize(q))
 
@@ -97,7 +97,7 @@ def test_codes_in_words_of_another_type_and_scales_of_16_bits_are_read():
     q = quantize_blockwise(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), "nf4")
     tensors = to_tensors(q)
     stored = tensors | {"weight": q.packed.flatten().view(torch.bfloat16)[:, None], "weight.absmax": q.absmax.half()}
-    back = from_tensors(stored)
+    back = from_tensors(stored, [4, 64])
     assert torch.equal(back.packed, q.packed) and back.absmax.dtype == torch.float32
     assert torch.equal(back.absmax, q.absmax.half().float())
 
@@ -229,6 +229,16 @@ def change_state(tensors, **changes):
     tensors[STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
+STATES = [
+    *({"dtype": value} for value in ("float31", "nn", "int64", 3)),
+    *({"blocksize": value} for value in (0, -64, "64", 64.0, True, 10**30)),
+    {"shape": 8192},
+    {"quant_type": ["nf4"]},
+    *({"nested_offset": value} for value in ("1", float("nan"), float("inf"))),
+    {"nested_blocksize": "256"},
+]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -238,7 +248,8 @@ def change_state(tensors, **changes):
         (lambda t: t.update({f"{LAYER}.weight.absmax": t[f"{LAYER}.weight.absmax"][1:].clone()}), "incomplete or damaged"),
         (lambda t: t.update({f"{LAYER}.weight.quant_map": torch.zeros(16)}), "not the table"),
         (lambda t: t.pop(f"{LAYER}.bias"), f"1 tensors are missing, the first '{LAYER}.bias'"),
-        (lambda t: t.update({"model.layers.7.mlp.fc1.SCB": torch.zeros(3)}), "no such layer"),
+        (lambda t: t.update({"model.layers.7.mlp.fc1.SCB": torch.zeros(3)}), "no such linear layer"),
+        (lambda t: t.update({"model.embed_tokens.SCB": torch.zeros(3)}), "no such linear layer"),
         (lambda t: t.update({f"{LAYER}.weight.extra": torch.zeros(3)}), "weight.extra"),
         (lambda t: change_state(t, nested_blocksize=512), "quantized otherwise than in blocks of 256"),
         (lambda t: t.update({f"{LAYER}.weight.nested_quant_map": torch.zeros(256)}), "quantized otherwise than"),
@@ -247,10 +258,12 @@ def change_state(tensors, **changes):
         (lambda t: change_state(t, nested_offset=None), "incomplete or damaged"),
         (lambda t: change_state(t, blocksize=32), "128 scales for 8192 values in blocks of 32"),
         (lambda t: change_state(t, blocksize=0), "in blocks of 0"),
-        (lambda t: change_state(t, shape=[128, 32]), "128 scales for 4096 values"),
+        (lambda t: change_state(t, shape=[128, 32]), r"a matrix of \[128, 32\], the config needs \[128, 64\]"),
         (lambda t: change_state(t, quant_type="fp4"), "not the table of 'fp4'"),
         (lambda t: change_state(t, quant_type="nf5"), "not the table of 'nf5'"),
-        (lambda t: change_state(t, dtype="float31"), "incomplete or damaged"),
+        *((lambda t, x=x: change_state(t, **x), "incomplete or damaged") for x in STATES),
+        (lambda t: t.update({STATE: torch.tensor(list(b"[" * 9999), dtype=torch.uint8)}), "incomplete or damaged"),
+        (lambda t: t.update({f"{LAYER}.weight.absmax": torch.ones(128)}), "incomplete or damaged"),
         (lambda t: t.update({STATE: torch.tensor(list(b"{"), dtype=torch.uint8)}), "incomplete or damaged"),
     ],
 )
@@ -259,7 +272,7 @@ def test_damage_is_named(full, tmp_path, change, message):
     damage(tmp_path / "q", change)
     with pytest.raises(InputError, match=message) as error:
         Phi.from_pretrained(tmp_path / "q")
-    assert re.match(re.escape(f"{tmp_path / 'q'}: ") + r".*model\.layers\.[07]\.mlp\.fc1", str(error.value))
+    assert re.match(re.escape(f"{tmp_path / 'q'}: ") + r".*model\.(layers\.[07]\.mlp\.fc1|embed_tokens)", str(error.value))
 
 
 def test_a_layer_of_another_shape_is_an_error(full, tmp_path):
@@ -275,7 +288,9 @@ def test_a_layer_of_another_shape_is_an_error(full, tmp_path):
         ({"weight_format": torch.tensor(1, dtype=torch.uint8)}, "not in bitsandbytes' row format"),
         ({"weight": torch.zeros(24, 64)}, "not in bitsandbytes' row format"),
         ({"weight": None}, "not in bitsandbytes' row format"),
-        ({"SCB": torch.ones(23)}, r"23 scales for \[24, 64\] codes"),
+        ({"SCB": torch.ones(23)}, r"scales \[23\] float32 for \[24, 64\] codes"),
+        ({"SCB": torch.ones(24, dtype=torch.int64)}, r"scales \[24\] int64"),
+        ({"weight_format": torch.zeros(2)}, "not in bitsandbytes' row format"),
         ({"extra": torch.ones(3)}, "extra"),
         ({"weight": torch.zeros(24, 32, dtype=torch.int8)}, r"a matrix of \[24, 32\], the config needs \[24, 64\]"),
     ],
@@ -292,13 +307,45 @@ def test_int8_layers_that_are_damaged(changes, message):
 def test_an_int8_checkpoint_without_a_threshold_has_bitsandbytes_own():
     plain = torch.nn.Linear(64, 24)
     tensors = layer_tensors(quantize_layer(plain.weight, None, "int8"))
-    for config, threshold in (({}, 6.0), ({"llm_int8_threshold": 4.0}, 4.0), ({"weight_only": True}, None)):
-        assert layer_from_tensors(tensors, plain, config).threshold == threshold
+    none = float("inf")  # by 0 bitsandbytes means that no value is an outlier
+    for value, threshold in ((None, 6.0), (4.0, 4.0), (0.0, none), (0, none), (-1, none)):
+        layer = layer_from_tensors(tensors, plain, {"llm_int8_threshold": value})
+        assert layer.threshold == threshold
+    assert layer_from_tensors(tensors, plain, {"weight_only": True}).threshold is None
+    for settings in ({"llm_int8_threshold": "6"}, {"llm_int8_threshold": float("nan")}, {"weight_only": 1}):
+        with pytest.raises(InputError, match="quantization_config: (llm_int8_threshold|weight_only) is"):
+            layer_from_tensors(tensors, plain, settings)
+
+
+def test_quantized_weights_need_a_config_that_says_so(full, tmp_path):
+    """Without it int8 rows could be either kind, and quantizing would round codes once more."""
+    quantize_checkpoint(full, tmp_path / "q", "int8")
+    config = read_json(tmp_path / "q" / "config.json")
+    for lost in ({}, {"quantization_config": None}):
+        del config["quantization_config"]
+        config |= lost
+        write_json(tmp_path / "q" / "config.json", config)
+        with pytest.raises(InputError, match=r"config.json: quantization_config is"):
+            Phi.from_pretrained(tmp_path / "q")
+        with pytest.raises(InputError, match="q is quantized already"):
+            quantize_checkpoint(tmp_path / "q", tmp_path / "again", "nf4")
+        config["quantization_config"] = None
+    write_json(full / "config.json", config)  # null says that nothing is quantized, and nothing is
+    quantize_checkpoint(full, tmp_path / "again", "nf4")
+
+
+def test_no_outliers_stays_no_outliers(full, tmp_path):
+    quantize_checkpoint(full, tmp_path / "q", "llm.int8")
+    config = read_json(tmp_path / "q" / "config.json")
+    config["quantization_config"]["llm_int8_threshold"] = 0.0
+    write_json(tmp_path / "q" / "config.json", config)
+    Phi.from_pretrained(tmp_path / "q").save_pretrained(tmp_path / "again")
+    assert read_json(tmp_path / "again" / "config.json") == config
 
 
 def test_nan_in_a_checkpoint_names_file_and_tensor_and_leaves_nothing_that_loads(full, tmp_path):
     damage(full, lambda t: t[f"{LAYER}.weight"].view(-1)[5:6].fill_(float("nan")))
-    with pytest.raises(InputError, match=r"model\.safetensors: model\.layers\.0\.mlp\.fc1\.weight contains NaN"):
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor 'model\.layers\.0\.mlp\.fc1\.weight' holds NaN"):
         quantize_checkpoint(full, tmp_path / "q", "nf4")
     with pytest.raises(InputError):
         Phi.from_pretrained(tmp_path / "q")

@@ -198,9 +198,10 @@ def test_so_are_faults_of_the_rows_that_a_model_is_filled_with(saved):
     assert longer == ": tensor 'lm_head.weight' has shape [33, 40], the config needs [32, 40]"
 
 
-def test_whole_numbers_are_not_taken_for_weights(saved):
-    path = edit_tensors(saved, lambda tensors: tensors.update({"lm_head.bias": torch.zeros(32, dtype=torch.int64)}))
-    assert load_error(saved) == f"{path}: tensor 'lm_head.bias' holds I64, not floating-point weights"
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_whole_numbers_and_codes_are_not_taken_for_weights(saved, dtype, name):
+    path = edit_tensors(saved, lambda tensors: tensors.update({"lm_head.bias": torch.zeros(32).to(dtype)}))
+    assert load_error(saved) == f"{path}: tensor 'lm_head.bias' holds {name}, not floating-point weights"
 
 
 def test_unexpected_tensor_is_named(saved):
@@ -228,10 +229,41 @@ def test_shard_that_the_index_names_but_is_absent_is_named(tmp_path, monkeypatch
     assert load_error(tmp_path) == f"{shard}: no such file"
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": ["model.safetensors"]}], ids=str)
-def test_an_index_without_a_map_is_named(saved, index):
-    write_json(saved / weights.INDEX, index)
-    assert load_error(saved) == f"{saved / weights.INDEX}: has no weight_map from tensor names to files"
+@pytest.mark.parametrize(
+    ("weight_map", "reason"),
+    [
+        (None, "weight_map is None, not an object"),
+        (["model.safetensors"], "weight_map is ['model.safetensors'], not an object"),
+        *(
+            ({"a": name}, f"{name!r} is not the name of a safetensors file beside it")
+            for name in ("../x", "a/x", "/etc/x", "..", "", 5)
+        ),
+    ],
+)
+def test_an_index_names_files_of_its_own_directory(saved, weight_map, reason):
+    (saved / "model.safetensors").unlink()
+    write_json(saved / weights.INDEX, {"weight_map": weight_map})
+    assert load_error(saved) == f"{saved / weights.INDEX}: {reason}"
+
+
+def test_which_tensors_are_the_models_has_one_answer(saved):
+    single, other = saved / "model.safetensors", saved / "model-1.safetensors"
+    other.write_bytes(single.read_bytes())
+    write_json(saved / weights.INDEX, {"weight_map": {"a": other.name}})
+    assert load_error(saved).startswith(f"{saved} holds model.safetensors and {weights.INDEX}; move the one away")
+    single.rename(saved / "model-2.safetensors")
+    write_json(saved / weights.INDEX, {"weight_map": {"a": other.name, "b": "model-2.safetensors"}})
+    assert load_error(saved) == f"{saved / 'model-2.safetensors'}: tensor 'lm_head.bias' is in {other} too"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_tensor_that_is_not_finite_is_named(saved, value, meta):
+    path = edit_tensors(saved, lambda tensors: tensors["model.layers.1.mlp.fc1.bias"][3:4].fill_(value))
+    with pytest.raises(InputError) as error:
+        Phi.from_pretrained(saved) if meta else weights.load_weights(make_phi(), saved)
+    message = "tensor 'model.layers.1.mlp.fc1.bias' holds NaN or infinity; copy or download it again"
+    assert str(error.value) == f"{path}: {message}"
 
 
 def test_pickle_is_not_read(saved):
@@ -256,6 +288,11 @@ def test_pickle_is_not_read(saved):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn' is not supported"),
+        *(({"hidden_size": x}, f"hidden_size is {x}, not a positive number up to") for x in (2**40, -1, 40.0, True)),
+        *(({"rope_theta": x}, "rope_theta is ") for x in (float("nan"), float("inf"), "10000", [], 1e300)),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, not a positive number up to 1,024"),
+        ({"quantization_config": []}, "quantization_config is [], not an object"),
+        ({"torch_dtype": 16}, "torch_dtype is 16, not text"),
     ],
 )
 def test_config_that_is_not_computed_here_is_refused_by_file_and_field(saved, changes, reason):
@@ -271,6 +308,8 @@ def test_default_rope_parameters_of_current_transformers_are_read(saved):
     rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.4}
     config = PhiConfig.from_dict({**raw, "rope_parameters": rope})
     assert (config.rope_theta, config.rotary_size) == (500.0, 8)
+    outer = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert PhiConfig.from_dict({**raw, **outer, "rope_parameters": rope}) == config  # as transformers 5 does
 
 
 def test_sizes_that_do_not_divide_are_refused(saved):
