@@ -14,6 +14,7 @@ nn.Linear and on the quantized layers of quant.py.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import SKIP, FrozenLinear, compute_dtype
-from runtime.files import InputError, read_json, whole_file, write_json
-from runtime.weights import read_header, resolve
+from quant import FORMATS, SKIP, FrozenLinear, compute_dtype
+from runtime.files import InputError, read_fields, read_json, whole_file, write_json
+from runtime.weights import DTYPES, Stored, read_header, resolve
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT calls them
 BASE_FORMAT = "base.json"
@@ -108,8 +109,13 @@ class Origin:
     adapters: Path | None = field(default=None, compare=False)  # of the adapters that came with it
 
 
-def is_adapter(directory: Path) -> bool:  # rather than a whole model
-    return (directory / ADAPTER_CONFIG).exists() and not (directory / "config.json").exists()
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters rather than a whole model. InputError if it holds both, since programs differ in
+    what they make of that."""
+    found = [(directory / name).exists() for name in (ADAPTER_CONFIG, "config.json")]
+    if all(found):
+        raise InputError(f"{directory} holds adapters ({ADAPTER_CONFIG}) and a model (config.json): move one of them away")
+    return found[0]
 
 
 def base_directory(directory: Path) -> Path:
@@ -127,17 +133,16 @@ def find_origin(directory: Path, to: str | None = None) -> Origin:
     """The model in a directory or under its adapters. `to`: the format to quantize it to (adapters: default as trained)."""
     if not is_adapter(directory):
         return Origin(str(directory.resolve()), None, to, directory)
-    where = directory / ADAPTER_CONFIG
-    config = read_json(where)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not name:
-        raise InputError(f"{where}: base_model_name_or_path is missing: whose adapters are these?")
-    if to is None and (directory / BASE_FORMAT).exists():
-        to = read_json(directory / BASE_FORMAT)["format"]
+    config, _ = read_adapters(directory)
+    name, revision = config["base_model_name_or_path"], config["revision"]
+    if to is None and (file := directory / BASE_FORMAT).exists():
+        to = read_fields(read_json(file), {"format": str}, file)["format"]
+        if to not in FORMATS:
+            raise InputError(f"{file}: there is no format {to!r:.60}; formats are {', '.join(FORMATS)}")
     try:
         return Origin(name, revision, to, resolve(name, revision), directory)
     except InputError as error:
-        moved = f"If that model moved, write its new path into base_model_name_or_path of {where}"
+        moved = f"If that model moved, write its new path into base_model_name_or_path of {directory / ADAPTER_CONFIG}"
         raise InputError(f"{directory} holds adapters of {name}, and {error}. {moved}") from None
 
 
@@ -159,41 +164,72 @@ def save_lora(model: nn.Module, directory: Path, origin: Origin) -> None:
     write_json(directory / ADAPTER_CONFIG, config)
 
 
-# Settings of PEFT under which an adapter computes something else than y = W x + b + s B A x.
-UNSUPPORTED = """use_dora use_rslora use_qalora use_bdlora fan_in_fan_out modules_to_save rank_pattern alpha_pattern
-    lora_bias target_parameters trainable_token_indices layer_replication alora_invocation_tokens arrow_config kasa_config
-    monteclora_config velora_config""".split()
+KINDS = {"base_model_name_or_path": str, "revision": str | None, "r": int, "lora_alpha": int | float}
+KINDS |= {"lora_dropout": int | float | None, "target_modules": list | str | None, "bias": str | None}
+# PEFT's other settings under which y = W x + b + s B A x:
+HARMLESS = """peft_type peft_version task_type auto_mapping inference_mode init_lora_weights exclude_modules runtime_config
+    layers_to_transform layers_pattern megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config
+    qalora_group_size ensure_weight_tying""".split()
+INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")  # starts of A and B that leave W as it is
+
+
+def read_adapters(directory: Path) -> tuple[dict, dict[str, dict[str, Stored]]]:
+    """The fields of adapter_config.json, and A and B of each layer, {layer: {"A": ..., "B": ...}}, without reading their
+    values. InputError if they are not LoRA as computed here."""
+    where, file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    raw = read_json(where)
+    config = read_fields(raw, KINDS, where)
+    other = [name for name, value in raw.items() if value and name not in KINDS and name not in HARMLESS]
+    other += ["bias"] * (config["bias"] not in (None, "none"))
+    if raw.get("peft_type") != "LORA" or other:
+        found = ", ".join(other) or raw.get("peft_type")
+        raise InputError(f"{where}: not plain LoRA ({found!s:.200}), the one kind read here")
+    if (start := raw.get("init_lora_weights")) not in INITIAL:
+        way_out = "save them with PEFT's path_initial_model_for_weight_conversion, or merge them there"
+        raise InputError(f"{where}: init_lora_weights {start!r:.60} changes the weights under the adapters; {way_out}")
+    if config["r"] < 1 or not 0 <= (config["lora_dropout"] or 0) < 1:
+        raise InputError(f"{where}: r = {config['r']}, lora_dropout = {config['lora_dropout']} make no sense")
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; PEFT's older adapter_model.bin is a pickle, which is never read")
+    layers: dict[str, dict[str, Stored]] = {}
+    for name, tensor in read_header(file).items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        if not match or match[1].rpartition(".")[2] in SKIP or tensor.dtype not in DTYPES:
+            known = f"only A and B in floating point are read, and none of {', '.join(SKIP)}"
+            raise InputError(
+                f"{file}: tensor {name!r:.200} {tensor.dtype}: {known}; merge them with PEFT (merge_and_unload)"
+            )
+        layers.setdefault(match[1], {})[match[2]] = tensor
+    for name, pair in layers.items():
+        if len(pair) < 2:
+            raise InputError(f"{file}: {name} has half an adapter, only lora_{next(iter(pair))}")
+    if not layers:
+        raise InputError(f"{file}: there are no tensors in it")
+    return config | {"part": bool(raw.get("layers_to_transform") or raw.get("exclude_modules"))}, layers
 
 
 def load_lora(model: nn.Module, directory: Path) -> nn.Module:
     """Gives a model the adapters of a directory in PEFT's format, in place of any that it has, and freezes the rest; returns
     the model. InputError if they are not LoRA as computed here, or do not fit."""
-    where, file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
-    config = read_json(where)
-    unsupported = [name for name in UNSUPPORTED if config.get(name)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        found = ", ".join(unsupported) or config.get("peft_type")
-        raise InputError(f"{where}: not plain LoRA ({found}), the one kind read here")
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; PEFT's older adapter_model.bin is a pickle, which is never read")
-    stored = read_header(file)
+    config, adapters = read_adapters(directory)
+    file, rank, targets = directory / ADAPTER_WEIGHTS, config["r"], config["target_modules"]
     model.requires_grad_(False)
-    if not stored:
-        raise InputError(f"{file}: there are no tensors in it")
-    for name in sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored}):
-        try:
-            base = model.get_submodule(name)
-            base = getattr(base, "base", base)
-            A, B = (stored.pop(f"{PREFIX}{name}.lora_{x}.weight").read(dtype=torch.float32) for x in "AB")
-        except (AttributeError, KeyError) as error:
-            raise InputError(f"{file}: {name}: no such layer, or half an adapter ({error})") from None
-        layer = LoraLinear(base, config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout") or 0))
-        if A.shape != layer.lora_A.shape or B.shape != layer.lora_B.shape:
-            fitting = f"rank {config['r']} and a layer of {base.in_features} inputs and {base.out_features} outputs"
-            raise InputError(f"{file}: {name}: A {list(A.shape)}, B {list(B.shape)} do not fit {fitting}")
-        layer.lora_A.data.copy_(A)
-        layer.lora_B.data.copy_(B)
+    bases = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, FrozenLinear))}
+    bases |= {name: layer.base for name, layer in lora_layers(model).items()}
+    for name, pair in adapters.items():
+        if (base := bases.get(name)) is None:
+            raise InputError(f"{file}: {name}: the model has no such layer")
+        if pair["A"].shape != (rank, base.in_features) or pair["B"].shape != (base.out_features, rank):
+            fitting = f"rank {rank} and a layer of {base.in_features} inputs and {base.out_features} outputs"
+            shapes = f"A {list(pair['A'].shape)}, B {list(pair['B'].shape)}"
+            raise InputError(f"{file}: {name}: {shapes} do not fit {fitting}")
+    if isinstance(targets, list) and not config["part"]:  # which layers of a kind, or a regex: the tensors alone tell
+        named = {name for name in bases if any(name == target or name.endswith(f".{target}") for target in targets)}
+        if differ := sorted(named ^ adapters.keys()):
+            raise InputError(f"{file}: {differ[0]}: target_modules in {ADAPTER_CONFIG} and the tensors disagree")
+    for name, pair in adapters.items():
+        layer = LoraLinear(bases[name], rank, float(config["lora_alpha"]), float(config["lora_dropout"] or 0))
+        for part in "AB":
+            getattr(layer, f"lora_{part}").data.copy_(pair[part].read(dtype=torch.float32))
         model.set_submodule(name, layer)
-    if stored:
-        raise InputError(f"{file}: unexpected tensors {sorted(stored)[:3]}")
     return model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import Example, collate
-from lora import UNSUPPORTED, LoraLinear, Origin, add_lora, load_lora, lora_layers, merge_lora
+from lora import LoraLinear, Origin, add_lora, load_lora, lora_layers, merge_lora
 from model import Phi, completion_logprobs
 from quant import FORMATS, Int8Linear, Linear4bit, linear_layers, quantize_layer, quantize_model
 from runtime.files import InputError, read_json, write_jsonl
@@ -254,17 +254,34 @@ def broken(directory, **changes):
     return directory
 
 
+OTHER_PRODUCT = """
+    use_dora use_qalora use_bdlora fan_in_fan_out alora_invocation_tokens use_rslora alpha_pattern rank_pattern
+    modules_to_save lora_bias target_parameters trainable_token_indices layer_replication arrow_config kasa_config""".split()
+OTHER_BASE = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "unheard of", ["eva", 1]]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({name: True}, f"not plain LoRA .{name}.") for name in UNSUPPORTED),
-        ({"rank_pattern": {"fc1": 8}, "use_rslora": True}, "not plain LoRA .use_rslora, rank_pattern."),
-        ({"bias": "all"}, "not plain LoRA"),
-        ({"bias": "lora_only"}, "not plain LoRA"),
+        *(({name: True}, f"not plain LoRA .{name}.") for name in OTHER_PRODUCT),
+        ({"rank_pattern": {"fc1": 8}, "use_rslora": True}, "not plain LoRA .rank_pattern, use_rslora."),
+        ({"a_setting_of_tomorrow": 1}, "not plain LoRA .a_setting_of_tomorrow."),
+        ({"bias": "all"}, "not plain LoRA .bias."),
+        ({"bias": "lora_only"}, "not plain LoRA .bias."),
+        *(({"init_lora_weights": x}, "init_lora_weights .* changes the weights under") for x in OTHER_BASE),
+        *(({"r": x}, "r is .*, not a whole number") for x in ("4", 4.0, True, None)),
+        *(({"lora_alpha": x}, "lora_alpha is .*, not a whole number or a number") for x in ("8", float("nan"), [])),
+        ({"r": 0}, "r = 0, lora_dropout = 0.0 make no sense"),
+        ({"lora_dropout": 1.0}, "lora_dropout = 1.0 make no sense"),
+        ({"r": 10**9}, "do not fit rank 1000000000"),
+        ({"target_modules": ["fc1"]}, "fc2: target_modules in adapter_config.json and the tensors disagree"),
+        ({"target_modules": ["fc1", 5]}, "fc2: target_modules in adapter_config.json and the tensors disagree"),
+        ({"target_modules": {}}, "target_modules is {}, not a list or text"),
         ({"peft_type": "IA3"}, "not plain LoRA .IA3"),
         ({"r": 5}, "do not fit rank 5"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "holds adapters of /nowhere/at/all.*no such directory"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is None, not text"),
+        ({"revision": 5}, "revision is 5, not text"),
     ],
 )
 def test_adapters_that_cannot_be_used_are_refused(tiny, tmp_path, changes, message):
@@ -273,13 +290,28 @@ def test_adapters_that_cannot_be_used_are_refused(tiny, tmp_path, changes, messa
         Phi.from_pretrained(broken(tmp_path, **changes))
 
 
-def test_every_setting_of_peft_that_changes_the_product_is_on_the_list():
-    """By hand: what each of them would make of y = W x + b + s B A x. A list that got shorter would read them wrongly."""
-    other_product = {"use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "alora_invocation_tokens"}
-    other_scale = {"use_rslora", "alpha_pattern", "rank_pattern"}  # s = alpha / sqrt(r), or others in some layers
-    more_weights = {"modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices"}
-    other_layers = {"layer_replication"}
-    assert other_product | other_scale | more_weights | other_layers <= set(UNSUPPORTED)
+def test_settings_that_leave_the_product_as_it_is_are_read(tiny, tmp_path):
+    model = stir(add_lora(Phi.from_pretrained(tiny), 4))
+    model.save_pretrained(tmp_path)
+    for start in (True, False, None, "gaussian", "orthogonal", "eva"):
+        known = {"init_lora_weights": start, "eva_config": {"rho": 2.0}, "inference_mode": True, "megatron_core": "megatron"}
+        assert fingerprint(Phi.from_pretrained(broken(tmp_path, **known, use_dora=False))) == fingerprint(model)
+
+
+def test_a_model_and_adapters_in_one_directory_are_refused(tiny, tmp_path):
+    """transformers would take the adapters and their base, another reader the model."""
+    add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path)
+    Phi.from_pretrained(tiny).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds adapters .adapter_config.json. and a model .config.json.: move one"):
+        Phi.from_pretrained(tmp_path)
+
+
+def test_a_format_that_is_none_is_refused(tiny, tmp_path):
+    add_lora(Phi.from_pretrained(tiny, base="nf4"), 4).save_pretrained(tmp_path)
+    for value, message in ((["nf4"], "format is ..nf4.., not text"), ("nf5", "there is no format 'nf5'")):
+        (tmp_path / "base.json").write_text(json.dumps({"format": value}))
+        with pytest.raises(InputError, match=f"base.json: {message}"):
+            Phi.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
@@ -289,14 +321,20 @@ def test_half_an_adapter_and_tensors_that_are_none_are_refused(tiny, tmp_path, p
     tensors = load_file(file)
     name = f"base_model.model.model.layers.0.mlp.fc1.{part}.weight"
     save_file({n: t for n, t in tensors.items() if n != name}, file)
-    with pytest.raises(InputError, match=r"mlp\.fc1: no such layer, or half an adapter"):
+    with pytest.raises(InputError, match=rf"mlp\.fc1 has half an adapter, only lora_{'BA'[part == 'lora_B']}"):
         Phi.from_pretrained(tmp_path)
     save_file({}, file)
     with pytest.raises(InputError, match="there are no tensors in it"):
         Phi.from_pretrained(tmp_path)
-    save_file(tensors | {name.replace("lora_", "lora_magnitude_vector_"): torch.ones(3)}, file)
-    with pytest.raises(InputError):
-        Phi.from_pretrained(tmp_path)
+    others = (name.replace("lora_", "lora_magnitude_vector_"), "x", "base_model.model.lm_head.base_layer.weight")
+    for other in (*others, "base_model.model.lm_head.lora_A.weight"):
+        save_file(tensors | {other: torch.ones(3)}, file)
+        with pytest.raises(InputError, match=f"tensor '{other}' F32: only A and B .* none of lm_head; merge them with PEFT"):
+            Phi.from_pretrained(tmp_path)
+    for value, message in ((tensors[name].long(), "I64: only A and B in floating"), (tensors[name] * float("nan"), "NaN")):
+        save_file(tensors | {name: value}, file)
+        with pytest.raises(InputError, match=f"tensor '{name}' .*{message}"):
+            Phi.from_pretrained(tmp_path)
     file.unlink()
     with pytest.raises(InputError, match="no such file"):
         Phi.from_pretrained(tmp_path)
@@ -304,7 +342,7 @@ def test_half_an_adapter_and_tensors_that_are_none_are_refused(tiny, tmp_path, p
 
 def test_a_cut_file_and_a_foreign_layer_are_refused(tiny, tmp_path):
     add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no such layer"):
+    with pytest.raises(InputError, match="the model has no such layer"):
         load_lora(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from lora import add_lora, lora_layers, merge_lora
 from model import Phi, PhiConfig
+from runtime.files import InputError
 
 CONFIG = PhiConfig(512, 64, 256, num_hidden_layers=2, num_attention_heads=4)
 IDS = torch.arange(24).view(2, 12) * 7 % 512
@@ -69,6 +70,25 @@ def test_we_load_peft(plain, tmp_path, targets):
     torch.testing.assert_close(loaded(IDS), merged(IDS).logits, rtol=1e-5, atol=1e-5)
     for name, p in loaded.named_parameters():
         torch.testing.assert_close(p, dict(merged.named_parameters())[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_start_by_changing_the_base_are_read_once_peft_has_converted_them(plain, tmp_path, start):
+    """W - s B A lies under such adapters, so on the plain W they are another model."""
+    config = peft.LoraConfig(r=4, target_modules=["fc1"], init_lora_weights=start, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(theirs(plain), config)
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says to do before saving the start
+    model.save_pretrained(tmp_path / "start")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    model.peft_config["default"].init_lora_weights = start
+    model.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(InputError, match=f"init_lora_weights '{start}' changes the weights under the adapters; save them"):
+        Phi.from_pretrained(tmp_path / "as it is")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = Phi.from_pretrained(tmp_path / "converted")
+    torch.testing.assert_close(ours(IDS), model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_new_adapters_start_as_theirs_do(plain):

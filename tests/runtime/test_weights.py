@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convert import stored_dtype
-from lora import base_directory, is_adapter
+from lora import add_lora, base_directory, is_adapter
 from model import Phi, PhiConfig, read_config
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
@@ -341,33 +341,32 @@ def test_a_file_is_no_model_and_a_directory_has_no_revision(saved, tmp_path, mon
 # ------------------------------------------------------------------------------------------------------ whose adapters
 
 
-def adapter_directory(directory, **config):
-    write_json(directory / "adapter_config.json", config)
+def adapter_directory(directory, saved, **config):
+    add_lora(Phi.from_pretrained(saved), 2).save_pretrained(directory)
+    write_json(directory / "adapter_config.json", read_json(directory / "adapter_config.json") | config)
     return directory
 
 
-def test_a_directory_with_both_is_a_whole_model(saved, tmp_path):
+def test_adapters_know_their_base(saved, tmp_path):
     assert not is_adapter(saved) and base_directory(saved) == saved
-    adapters = adapter_directory(tmp_path / "adapters", base_model_name_or_path=str(saved), revision=None)
+    adapters = adapter_directory(tmp_path / "adapters", saved)
     assert is_adapter(adapters) and base_directory(adapters) == saved
-    adapter_directory(saved, base_model_name_or_path="/nowhere")
-    assert not is_adapter(saved) and base_directory(saved) == saved
 
 
 def test_adapters_come_with_the_revision_of_the_base_that_they_were_trained_on(saved, tmp_path):
     """Of a base on the hub the commit that their config names is asked for, not the newest."""
     base = "owner/base"
-    pinned = adapter_directory(tmp_path / "pinned", base_model_name_or_path=base, revision="v9")
-    newest = adapter_directory(tmp_path / "newest", base_model_name_or_path=base, revision=None)
+    pinned = adapter_directory(tmp_path / "pinned", saved, base_model_name_or_path=base, revision="v9")
+    newest = adapter_directory(tmp_path / "newest", saved, base_model_name_or_path=base, revision=None)
     with hub({base: saved}) as (endpoint, requests):
         result = load_from_hub(endpoint, tmp_path / "home", str(pinned), str(newest))
     assert result[str(pinned)].startswith(
         f"{pinned} holds adapters of {base}, and {base}: the repository has no revision 'v9'"
     )
-    assert "newest/adapter_config.json: not plain LoRA" in result[str(newest)]  # so the base was found and read
+    assert result[str(newest)] == make_phi().lm_head.weight.sum().item()
     asked = [path for path in requests if "/revision/" in path]
     assert any(path.endswith("/revision/v9") for path in asked) and any(path.endswith("/revision/main") for path in asked)
-    local = adapter_directory(tmp_path / "local", base_model_name_or_path=str(saved), revision="v9")
+    local = adapter_directory(tmp_path / "local", saved, revision="v9")
     with pytest.raises(InputError, match=r"local holds adapters of .*--revision v9 makes no sense for the directory"):
         base_directory(local)
 
