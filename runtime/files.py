@@ -5,8 +5,10 @@ good. So everything is written beside its final name and then renamed: on one fi
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,27 +28,38 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same directory; renames it to `path` if the block succeeds, deletes it if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(file: Path) -> None:
+    """Waits until a file's content is on the disk, so that a name never outlives it through a power cut."""
+    with open(file, "r+b") as opened:
+        os.fsync(opened.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same directory that no other writer uses. A killed writer leaves it (`runs.remove_leftovers`)."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """As `whole_file`, for a directory: `path` appears complete or not at all. An older one of that name is replaced."""
     path = Path(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = _beside(path), _beside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
@@ -65,6 +78,16 @@ def write_json(path: str | Path, value: object) -> None:
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sha256(*files: Path) -> str:
+    """Of the files' contents, one after the other, in 64 hex digits."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
