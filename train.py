@@ -15,8 +15,10 @@ the loop -> what became of the model. `main` understands the command line and ru
 import sys
 
 from runtime import flags
+from runtime.files import Unread
 
 if __name__ == "__main__":  # at once, so that there is one copy of this module, and --help need not wait for torch
+    sys.stdout, sys.stderr = Unread(sys.stdout), Unread(sys.stderr)
     flags.parse_or_exit(sys.argv[1:])
     import train
 

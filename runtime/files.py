@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 
 class InputError(ValueError):
@@ -120,6 +121,27 @@ def read_json(path: str | Path) -> dict:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+class Unread:
+    """A text stream that drops what nobody reads any more (`| head -1`, a closed terminal) instead of raising an error."""
+
+    def __init__(self, stream: TextIO | None):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for what it does not have
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager

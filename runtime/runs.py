@@ -64,8 +64,11 @@ def open_run(settings: Any, inputs: Any = None, parent: Path | None = None) -> I
                 start = parallel.gather(start)[0]
             yield start
         except BaseException:
+            replaced = _set_aside(run).exists()
             if parallel.is_main():
                 _end_overwrite(run, _worth_keeping(run))
+            if start is not None and not replaced and settings.stage not in TRAINING and not _worth_keeping(run):
+                shutil.rmtree(run, ignore_errors=True)  # it was made here and holds nothing to go on with
             raise
         if parallel.is_main():
             _end_overwrite(run, keep=True)

@@ -172,6 +172,21 @@ def test_an_overwritten_run_is_back_if_the_new_one_fails_before_it_has_saved_any
     assert {path.name for path in tmp_path.iterdir()} == {"run", ".run.lock"}
 
 
+def test_a_stage_without_resume_that_fails_leaves_its_name_free(tmp_path):
+    quantize = settle("quantize", {"model": "x", "to": "nf4", "out": str(tmp_path), "name": "run"}).settings
+    with pytest.raises(OSError, match="disk"), open_run(quantize):
+        raise OSError("the disk is full")
+    assert not (tmp_path / "run").exists()
+
+    opened(settings_in(tmp_path))  # a run in its first steps: no checkpoint, no results
+    before = tree(tmp_path / "run")
+    with pytest.raises(InputError, match="already holds a run"):
+        opened(quantize)
+    with pytest.raises(OSError, match="disk"), open_run(replace(quantize, overwrite=True)):
+        raise OSError("the disk is full")
+    assert tree(tmp_path / "run") == before
+
+
 def test_a_run_that_was_killed_while_it_replaced_another_gives_way_to_it(tmp_path):
     """Killed between two file operations, before a checkpoint: the earlier run is back when the name is used again."""
     opened(settings_in(tmp_path))
