@@ -15,8 +15,10 @@ the loop -> what became of the model. `main` understands the command line and ru
 import sys
 
 from runtime import flags
+from runtime.files import Unread
 
 if __name__ == "__main__":  # at once, so that there is one copy of this module, and --help need not wait for torch
+    sys.stdout, sys.stderr = Unread(sys.stdout), Unread(sys.stderr)
     flags.parse_or_exit(sys.argv[1:])
     import train
 
@@ -35,13 +37,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import demo
 import dpo
 import sft
-from data import ChatML, Example, by_length, collate, coloured, epoch_order, grades, lengths_of
+from data import ChatML, Example, by_length, collate, coloured, describe_ledgers, epoch_order, grades, lengths_of
 from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics.preferences import flips, training_summary
@@ -73,6 +76,10 @@ def train(
     with runs.recording(run, settings.stage, state["step"], total) as record, runs.stop_requests() as stop_requested:
         first = state["step"] + 1
         for step in range(first, total + 1):
+            if settings.patience and state["evaluations_since_best"] >= settings.patience:
+                record.say(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
+                break
+
             # Which examples: a function of the seed, the epoch and the place of the step in it.
             epoch, batch = divmod(step - 1, steps_per_epoch)
             if batch == 0 or step == first:
@@ -104,9 +111,6 @@ def train(
                 save(settings, run, model, inputs.chat, optimizer, state)
             if stop:
                 return stop
-            if settings.patience and state["evaluations_since_best"] >= settings.patience:
-                record.say(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
-                return None
     return None
 
 
@@ -224,8 +228,8 @@ def check_finite(what: str, value: float, where: list[str]) -> None:
     if not math.isfinite(value):
         rows = sum(parallel.gather(where), [])
         raise InputError(
-            f"the {what} is {value}; nothing was updated. The batch held {', '.join(rows)}. Look at those rows, or lower "
-            "--lr; --resume goes on from the last good checkpoint."
+            f"the {what} is {value}; nothing was updated. The batch held {', '.join(rows)}. Look at those rows; "
+            "if they are sound, start another run with a lower --lr. --resume repeats the steps since the last checkpoint."
         )
 
 
@@ -247,13 +251,13 @@ def run(settings: Tuning) -> int:
     if parallel.is_main():
         runs.check_name(settings)
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
-    print(runs.describe_ledgers(inputs.ledgers))
+    print(describe_ledgers(inputs.ledgers))
     print(f"{len(inputs.train):,} to train on, {len(inputs.held_out):,} to evaluate on, no question on both sides")
     phi = read_config(parent)
     peak = memory.watch_peak(settings.device)
     need = memory.check_fits(phi, parent, settings, inputs.train)
     model = load_to_tune(parent, settings)
-    with runs.open_run(settings, inputs) as start:
+    with runs.open_run(settings, inputs, parent) as start:
         reference = Reference()
         if settings.objective == "dpo":
             reference = reference_logprobs(settings, model, weights.fingerprint(model), inputs)
@@ -458,7 +462,7 @@ def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | No
 def dry_run(settings: Tuning, parent: Path) -> None:
     """Prints what a run would do: settings, rows, two examples, batches, memory, steps and time. Trains nothing."""
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
-    print(f"Data\n{runs.describe_ledgers(inputs.ledgers)}")
+    print(f"Data\n{describe_ledgers(inputs.ledgers)}")
     for example in inputs.train[:2]:
         print("\n" + coloured(example, inputs.chat, colour=sys.stdout.isatty()))
     batches = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch=0)
@@ -515,13 +519,14 @@ def main(argv: list[str]) -> int:
             if getattr(last, "dry_run", False):
                 print(f"Settings\n{describe_settings(last, command.origins)}\n")
             return run_stage(last)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:  # safetensors' is no OSError, even where a disk is full
         message, status = f"error: {error}", 2
     except torch.OutOfMemoryError as error:
         advice = "A smaller --micro-batch-size or --max-length, or --gradient-checkpointing, needs less."
         message, status = f"error: {first_line(error)}\n{advice}", 2
     except KeyboardInterrupt:
-        message, status = "\nStopped. Nothing half-written is left; --resume goes on from the last checkpoint.", 130
+        goes_on = "; --resume goes on from the last checkpoint" if command.settings.stage in TRAINING else ""
+        message, status = f"\nStopped. Nothing half-written is left{goes_on}.", 130
     if parallel.first_to_report():
         print(message, file=sys.stderr)
     return status

@@ -5,13 +5,14 @@ good. So everything is written beside its final name and then renamed: on one fi
 """
 
 import contextlib
+import hashlib
 import json
-import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, TextIO
 
 
 class InputError(ValueError):
@@ -28,27 +29,38 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same directory; renames it to `path` if the block succeeds, deletes it if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(file: Path) -> None:
+    """Waits until a file's content is on the disk, so that a name never outlives it through a power cut."""
+    with open(file, "r+b") as opened:
+        os.fsync(opened.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same directory that no other writer uses. A killed writer leaves it (`runs.remove_leftovers`)."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """As `whole_file`, for a directory: `path` appears complete or not at all. An older one of that name is replaced."""
     path = Path(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = _beside(path), _beside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
@@ -67,6 +79,16 @@ def write_json(path: str | Path, value: object) -> None:
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sha256(*files: Path) -> str:
+    """Of the files' contents, one after the other, in 64 hex digits."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -101,22 +123,25 @@ def read_json(path: str | Path) -> dict:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
-WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+class Unread:
+    """A text stream that drops what nobody reads any more (`| head -1`, a closed terminal) instead of raising an error."""
 
+    def __init__(self, stream: TextIO | None):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for what it does not have
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
 
-def read_fields(value: object, kinds: dict[str, object], where: str | Path) -> dict:
-    """The fields in `kinds` of a JSON object from an untrusted file, None if absent, after checking the type of each:
-    {"r": int, "revision": str | None}. A bool is no number here, NaN and infinity are none either. InputError names the
-    first that is wrong."""
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: not a JSON object")
-    for name, kind in kinds.items():
-        found, types = value.get(name), get_args(kind) or (kind,)
-        if type(found) not in types or (isinstance(found, float) and not math.isfinite(found)):
-            wanted = " or ".join(WORDS[one] for one in types if one in WORDS)
-            problem = f"{name} is {found!r:.60}, not {wanted}" if name in value else f"{name} is missing"
-            raise InputError(f"{where}: {problem}")
-    return {name: value.get(name) for name in kinds}
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager

@@ -398,3 +398,15 @@ def test_the_model_that_a_run_leaves_is_the_best_that_it_evaluated(tiny, tmp_pat
     settings = stored_settings(run)
     before = evaluate(Phi.from_pretrained(tiny), load_inputs(settings, load_chat(tiny, "")).held_out, None, settings)
     assert results["before"]["metrics"]["loss per token"] == pytest.approx(before["eval_loss"], rel=1e-5)
+
+
+def test_a_run_that_was_killed_after_it_stopped_early_does_not_train_on(tiny, tmp_path):
+    rows = [{"prompt": f"Say {i}", "completion": f"Here it is: {i * i} of {i}"} for i in range(16)]
+    flags = "--lr 3e-3 --max-steps 40 --batch-size 8 --micro-batch-size 8 --eval-every 2 --patience 1"
+    run = run_stage("sft", tiny, tmp_path, rows, flags + " --warmup-steps 0 --samples 0 --eval-share 0.3")
+    logged, results = read_metrics(run), read_json(run / "results.json")
+    assert logged[-1]["step"] == steps_saved(run)[-1] < 40
+    (run / "results.json").unlink()
+    assert main(f"--stage sft --out {tmp_path} --name run --resume".split()) == 0
+    assert read_metrics(run) == logged
+    assert read_json(run / "results.json") | {"memory": None} == results | {"memory": None}
