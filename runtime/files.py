@@ -7,6 +7,7 @@ good. So everything is written beside its final name and then renamed: on one fi
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -171,15 +172,16 @@ class Unread:
 
 
 def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict:
-    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing or of another type;
+    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing, NaN, or of another type;
     {"answer": str | None} lets an answer be missing, which makes it None."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON {type(value).__name__}, not an object")
     for name, kind in kinds.items():
         found = value.get(name)
         flag_for_number = type(found) is bool and bool not in (kind, *get_args(kind))  # to Python True is an int
-        if flag_for_number or not isinstance(found, kind):
-            wrong = "missing" if found is None else type(found).__name__
+        not_finite = type(found) is float and not math.isfinite(found)
+        if flag_for_number or not_finite or not isinstance(found, kind):
+            wrong = "missing" if found is None else str(found) if not_finite else type(found).__name__
             raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
     return {name: value.get(name) for name in kinds}
 

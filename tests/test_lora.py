@@ -269,19 +269,19 @@ OTHER_BASE = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "m
         ({"bias": "all"}, "not plain LoRA .bias."),
         ({"bias": "lora_only"}, "not plain LoRA .bias."),
         *(({"init_lora_weights": x}, "init_lora_weights .* changes the weights under") for x in OTHER_BASE),
-        *(({"r": x}, "r is .*, not a whole number") for x in ("4", 4.0, True, None)),
-        *(({"lora_alpha": x}, "lora_alpha is .*, not a whole number or a number") for x in ("8", float("nan"), [])),
+        *(({"r": x}, '"r" is .*, not int') for x in ("4", 4.0, True, None)),
+        *(({"lora_alpha": x}, '"lora_alpha" is .*, not int . float') for x in ("8", float("nan"), [])),
         ({"r": 0}, "r = 0, lora_dropout = 0.0 make no sense"),
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0 make no sense"),
         ({"r": 10**9}, "do not fit rank 1000000000"),
         ({"target_modules": ["fc1"]}, "fc2: target_modules in adapter_config.json and the tensors disagree"),
         ({"target_modules": ["fc1", 5]}, "fc2: target_modules in adapter_config.json and the tensors disagree"),
-        ({"target_modules": {}}, "target_modules is {}, not a list or text"),
+        ({"target_modules": {}}, '"target_modules" is dict, not list . str'),
         ({"peft_type": "IA3"}, "not plain LoRA .IA3"),
         ({"r": 5}, "do not fit rank 5"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "holds adapters of /nowhere/at/all.*no such directory"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path is None, not text"),
-        ({"revision": 5}, "revision is 5, not text"),
+        ({"base_model_name_or_path": None}, '"base_model_name_or_path" is missing'),
+        ({"revision": 5}, '"revision" is int, not str'),
     ],
 )
 def test_adapters_that_cannot_be_used_are_refused(tiny, tmp_path, changes, message):
@@ -308,7 +308,7 @@ def test_a_model_and_adapters_in_one_directory_are_refused(tiny, tmp_path):
 
 def test_a_format_that_is_none_is_refused(tiny, tmp_path):
     add_lora(Phi.from_pretrained(tiny, base="nf4"), 4).save_pretrained(tmp_path)
-    for value, message in ((["nf4"], "format is ..nf4.., not text"), ("nf5", "there is no format 'nf5'")):
+    for value, message in ((["nf4"], '"format" is list, not str'), ("nf5", "there is no format 'nf5'")):
         (tmp_path / "base.json").write_text(json.dumps({"format": value}))
         with pytest.raises(InputError, match=f"base.json: {message}"):
             Phi.from_pretrained(tmp_path)

@@ -313,7 +313,7 @@ def test_an_int8_checkpoint_without_a_threshold_has_bitsandbytes_own():
         assert layer.threshold == threshold
     assert layer_from_tensors(tensors, plain, {"weight_only": True}).threshold is None
     for settings in ({"llm_int8_threshold": "6"}, {"llm_int8_threshold": float("nan")}, {"weight_only": 1}):
-        with pytest.raises(InputError, match="quantization_config: (llm_int8_threshold|weight_only) is"):
+        with pytest.raises(InputError, match='quantization_config: "(llm_int8_threshold|weight_only)" is'):
             layer_from_tensors(tensors, plain, settings)
 
 
@@ -325,7 +325,7 @@ def test_quantized_weights_need_a_config_that_says_so(full, tmp_path):
         del config["quantization_config"]
         config |= lost
         write_json(tmp_path / "q" / "config.json", config)
-        with pytest.raises(InputError, match=r"config.json: quantization_config is"):
+        with pytest.raises(InputError, match=r'config.json: "quantization_config" is missing'):
             Phi.from_pretrained(tmp_path / "q")
         with pytest.raises(InputError, match="q is quantized already"):
             quantize_checkpoint(tmp_path / "q", tmp_path / "again", "nf4")

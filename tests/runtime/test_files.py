@@ -240,6 +240,7 @@ def test_known_fields_of_foreign_json():
         ({"name": "a", "count": 3.0}, '"count" is float, not int'),
         ({"name": "a", "count": True}, '"count" is bool, not int'),
         ({"name": "a", "count": 3, "share": "0.5"}, '"share" is str, not int | float'),
+        ({"name": "a", "count": 3, "share": float("nan")}, '"share" is nan, not int | float'),
         ({"name": "a", "count": 3, "share": 1, "note": ["x"]}, '"note" is list, not str | None'),
         ({"name": "a", "count": 3, "share": 1, "on": 1}, '"on" is int, not bool | None'),
     ],

@@ -232,8 +232,8 @@ def test_shard_that_the_index_names_but_is_absent_is_named(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("weight_map", "reason"),
     [
-        (None, "weight_map is None, not an object"),
-        (["model.safetensors"], "weight_map is ['model.safetensors'], not an object"),
+        (None, '"weight_map" is missing, not dict'),
+        (["model.safetensors"], '"weight_map" is list, not dict'),
         *(
             ({"a": name}, f"{name!r} is not the name of a safetensors file beside it")
             for name in ("../x", "a/x", "/etc/x", "..", "", 5)
@@ -291,8 +291,8 @@ def test_pickle_is_not_read(saved):
         *(({"hidden_size": x}, f"hidden_size is {x}, not a positive number up to") for x in (2**40, -1, 40.0, True)),
         *(({"rope_theta": x}, "rope_theta is ") for x in (float("nan"), float("inf"), "10000", [], 1e300)),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, not a positive number up to 1,024"),
-        ({"quantization_config": []}, "quantization_config is [], not an object"),
-        ({"torch_dtype": 16}, "torch_dtype is 16, not text"),
+        ({"quantization_config": []}, '"quantization_config" is list, not dict | None'),
+        ({"torch_dtype": 16}, '"torch_dtype" is int, not str | None'),
     ],
 )
 def test_config_that_is_not_computed_here_is_refused_by_file_and_field(saved, changes, reason):
