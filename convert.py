@@ -21,7 +21,7 @@ from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
-from runtime.runs import load_chat, open_run, training_run
+from runtime.runs import CHAT_FILES, load_chat, open_run, save_chat, training_run
 from runtime.settings import Merge, Quantize
 
 
@@ -69,8 +69,9 @@ def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, de
         did["bytes of weights"] += sum(x.nbytes for part, x in weights.layer_tensors(layer).items() if part != "bias")
 
     model.save_pretrained(target)
-    for file in (*source.glob("tokenizer*.json"), *source.glob("special_tokens_map.json")):
-        shutil.copyfile(file, target / file.name)
+    for pattern in CHAT_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
     sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (source, target)]
     return {"bytes before": sizes[0], "bytes after": sizes[1], **did}
 
@@ -83,7 +84,7 @@ def merge_checkpoint(source: Path, target: Path, device: str, examples: Sequence
     merged = merge_lora(copy.deepcopy(model))
     change = divergence(model, merged, examples, 8, device) if examples else None
     merged.save_pretrained(target)
-    load_chat(source).tokenizer.save(str(target / "tokenizer.json"))
+    save_chat(load_chat(source), target)
     return change
 
 

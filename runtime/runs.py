@@ -29,17 +29,15 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data import ChatML, Example, load_tokenizer, question_key, write_truth
+from data import IM_END, IM_START, ChatML, Example, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
 from runtime.files import InputError, picture, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import METRICS, TRAINING
 
-MODEL_FILES = (
-    "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json tokenizer*.json "
-    "special_tokens_map.json"
-).split()
+CHAT_FILES = "tokenizer*.json special_tokens_map.json added_tokens.json chat_template.jinja generation_config.json".split()
+MODEL_FILES = "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json".split() + CHAT_FILES
 FIRST_FILES = ("questions.json", "ledger.json", "held_out.jsonl", "held_out.truth.jsonl")  # written before run.json
 
 
@@ -238,7 +236,7 @@ def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
     path = checkpoint_directory(run, state["step"])
     with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as directory:
         if parallel.is_main():
-            chat.tokenizer.save(str(directory / "tokenizer.json"))
+            save_chat(chat, directory)
         yield directory
         if parallel.is_main():
             write_json(directory / "state.json", state)
@@ -408,6 +406,22 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
             f"{rows:,} rows. Is tokenizer.json another model's?"
         )
     return chat
+
+
+def save_chat(chat: ChatML, directory: Path) -> None:
+    """Writes the tokenizer, and what transformers needs to ask and to stop as is done here: the template with the system
+    prompt, and the tokens that end an answer."""
+    chat.tokenizer.save(str(directory / "tokenizer.json"))
+    system = ""
+    if chat.system_prompt:
+        turn = json.dumps(f"{IM_START}system\n{chat.system_prompt}{IM_END}\n", ensure_ascii=False)
+        system = "{% if messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
+    turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
+    template = system + "{% for message in messages %}{{ " + turn + " }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\\n' }}{% endif %}"
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "chat_template": template}
+    write_json(directory / "tokenizer_config.json", tokens | {"clean_up_tokenization_spaces": False})
+    write_json(directory / "generation_config.json", {"eos_token_id": sorted(chat.control_ids), "pad_token_id": chat.end})
 
 
 def questions_seen(directory: Path, keys: Iterable[str]) -> int:

@@ -128,7 +128,8 @@ def test_all_but_the_matrices_is_copied_bit_for_bit(full, tmp_path):
 
 
 def test_the_tokenizer_travels_along_and_nothing_else(full, tmp_path):
-    travels = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    travels = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    travels |= {"generation_config.json", "chat_template.jinja"}
     for name in travels | {"README.md", "state.json", "optimizer.safetensors"}:
         (full / name).write_text(name)
     quantize_checkpoint(full, tmp_path / "q", "nf4")

@@ -417,6 +417,9 @@ def test_the_first_signal_is_kept_and_the_second_acts():
 # ------------------------------------------------------------------------------------------------------- whole or not at all
 
 
+CHAT = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+
+
 def test_a_checkpoint_holds_the_model_the_tokenizer_the_moments_and_the_counters(tiny, tmp_path):
     model = Phi.from_pretrained(tiny)
     path = save(tmp_path, 10, model, best_step=5)
@@ -424,7 +427,7 @@ def test_a_checkpoint_holds_the_model_the_tokenizer_the_moments_and_the_counters
     assert {p.name for p in path.iterdir()} == {
         "config.json",
         "model.safetensors",
-        "tokenizer.json",
+        *CHAT,
         "optimizer.safetensors",
         "state.json",
     }
@@ -500,7 +503,7 @@ def test_the_published_model_is_the_checkpoint_without_the_moments(tiny, tmp_pat
     publish(tmp_path, 10)
     publish(tmp_path, 9)  # takes the place of the first
     files = {p.name for p in tmp_path.iterdir() if p.is_file()}
-    assert files == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert files == {"config.json", "model.safetensors", *CHAT}
     assert fingerprint(Phi.from_pretrained(tmp_path)) == fingerprint(best) != fingerprint(last)
 
 
@@ -511,7 +514,7 @@ def test_published_adapters_take_along_what_their_base_was_quantized_to(tiny, tm
     save(tmp_path, 3, model)
     publish(tmp_path, 3)
     files = {p.name for p in tmp_path.iterdir() if p.is_file()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json"}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "base.json", *CHAT}
     assert fingerprint(Phi.from_pretrained(tmp_path)) == fingerprint(model)
 
 
