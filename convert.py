@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from data import Example
-from lora import is_adapter, merge_lora, refuse_adapters
+from lora import base_directory, is_adapter, merge_lora, refuse_adapters
 from metrics.text import divergence
-from model import Phi, PhiConfig, read_config
+from model import Phi, read_config
 from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear
 from runtime import weights
@@ -57,7 +57,7 @@ def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, de
         raise InputError(f"{source} is quantized already; start from the model that it was made of")
     with torch.device("meta"):
         model = Phi(read_config(source))
-    weights.load_weights(model, source, getattr(torch, stored_dtype(model.config)), device, to, block)
+    weights.load_weights(model, source, stored_dtype(source), device, to, block)
     stored = weights.stored_tensors(source)
     did = {"weights": 0, "bytes of weights": 0, "errors": {}}
     for name, layer in model.named_modules():
@@ -79,8 +79,8 @@ def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, de
 def merge_checkpoint(source: Path, target: Path, device: str, examples: Sequence[Example]) -> dict[str, float] | None:
     """Writes the adapters in `source` and the model under them as one plain model to `target`. Returns how far its outputs
     on the examples are from those of the adapters beside their base (`divergence`), None without examples."""
-    dtype = torch.bfloat16 if stored_dtype(read_config(source)) == "bfloat16" else torch.float32
-    model = Phi.from_pretrained(source, dtype, device)
+    dtype = stored_dtype(base_directory(source))
+    model = Phi.from_pretrained(source, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, device)
     merged = merge_lora(copy.deepcopy(model))
     change = divergence(model, merged, examples, 8, device) if examples else None
     merged.save_pretrained(target)
@@ -88,8 +88,12 @@ def merge_checkpoint(source: Path, target: Path, device: str, examples: Sequence
     return change
 
 
-def stored_dtype(config: PhiConfig) -> str:
-    return config.other.get("dtype") or config.other.get("torch_dtype") or "float32"
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype of a checkpoint's tensors but the quantized ones, whatever its config says; fp32 if there are several."""
+    stored = weights.stored_tensors(directory)
+    coded = tuple(f"{layer}." for layer in weights.quantized_layers(stored))
+    kinds = {tensor.dtype for name, tensor in stored.items() if not name.startswith(coded)}
+    return weights.DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def rows_to_compare(source: Path, data: str | None) -> list[Example]:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data import Batch, Example, by_length, collate
 from runtime import parallel
+from runtime.files import InputError, read_json
 
 LOGIT_CHUNK = 2**24  # logits that exist at a time when log-probabilities are computed: 64 MB in fp32
 
@@ -260,10 +261,17 @@ class Phi(nn.Module):
 def read_config(directory: Path) -> PhiConfig:
     """The config of the model in a directory or, if that holds adapters, of the model under them."""
     from lora import base_directory
-    from runtime.files import read_json
 
     path = base_directory(directory) / "config.json"
     return PhiConfig.from_dict(read_json(path), str(path))
+
+
+def check_window(directory: Path, max_length: int) -> None:
+    """InputError if the model in a directory has no positions for rows of `max_length` tokens."""
+    window = read_config(directory).max_position_embeddings
+    if max_length > window:
+        told = f"give --max-length {window} --max-prompt-length {window // 2} or less"
+        raise InputError(f"--max-length {max_length}: {directory} has a window of {window} tokens; {told}")
 
 
 def completion_logprobs(model: Phi, batch: Batch) -> Tensor:

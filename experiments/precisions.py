@@ -7,7 +7,6 @@ that are not quantized (embeddings, LayerNorms, output layer) stay fp32 in every
 the first one by its format alone.
 """
 
-import math
 import statistics
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from lora import refuse_adapters
 from metrics.multiple_choice import accuracies, score_options
 from metrics.preferences import accuracy, flips, for_the_right
 from metrics.tables import markdown
-from metrics.text import divergence
+from metrics.text import divergence, perplexity
 from model import Phi, all_logprobs
 from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear, quantize_model
@@ -79,7 +78,7 @@ def measure_format(
     row = {"format": name, **sizes(model)}
     likely = [replace(e, completions=e.completions[:1]) for e in examples]  # of a pair, the chosen answer
     measured = divergence(full, model, likely, BATCH, device)
-    row |= {"perplexity": math.exp(measured["loss"]), "KL, nats": measured["kl"], "same top 1": measured["top 1"]}
+    row |= {"perplexity": perplexity(measured["loss"]), "KL, nats": measured["kl"], "same top 1": measured["top 1"]}
     if reference is not None:
         policy = all_logprobs(model, examples, BATCH, device, "fp32", "rewards")
         row["reward accuracy"] = accuracy(for_the_right(dpo.margin(policy, reference), flips(examples))).value

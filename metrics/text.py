@@ -29,7 +29,12 @@ from model import LOGIT_CHUNK, Phi
 def likelihood(logprobs: Tensor, lengths: Tensor) -> dict[str, Estimate]:
     """Loss and perplexity of the reference answers: logprobs [E] in nats, lengths [E] in tokens."""
     loss = ratio(-logprobs, lengths)
-    return {"loss": loss, "perplexity": Estimate(*(math.exp(x) for x in (loss.value, loss.low, loss.high)), loss.n)}
+    return {"loss": loss, "perplexity": Estimate(*map(perplexity, (loss.value, loss.low, loss.high)), loss.n)}
+
+
+def perplexity(loss: float) -> float:
+    """e^loss; infinite where it has no floating-point number."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Estimate], str]:

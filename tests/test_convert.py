@@ -1,15 +1,17 @@
 """A checkpoint in, a quantized one out: what its config, its account and its files say, and what is left as it was."""
 
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import quantize_checkpoint
+from convert import quantize_checkpoint, stored_dtype
 from model import Phi, PhiConfig
 from quant import FrozenLinear, Int8Linear
 from runtime import weights
-from runtime.files import InputError, read_json
+from runtime.files import InputError, read_json, write_json
 from runtime.weights import INDEX
 
 # Of each of the 2 blocks q, k, v, dense [64, 64] and fc1, fc2 [128, 64]: 32,768 weights.
@@ -147,11 +149,46 @@ def test_the_index_maps_every_tensor_to_its_file(full, tmp_path, monkeypatch):
     assert index["metadata"]["total_size"] == bytes_of(tmp_path / "q")
 
 
-def test_a_missing_matrix_is_named_and_what_was_written_does_not_load(full, tmp_path):
-    tensors = load_file(full / "model.safetensors")
-    for name in ("model.layers.1.mlp.fc1.weight", "model.layers.1.mlp.fc2.weight"):
-        del tensors[name]
-    save_file(tensors, full / "model.safetensors")
-    with pytest.raises(InputError, match=r"full: 2 tensors are missing, the first 'model\.layers\.1\.mlp\.fc1\.weight'"):
+W, B = "model.layers.1.mlp.fc1.weight", "model.layers.1.mlp.fc1.bias"
+FAULTS = {
+    "2 tensors are missing, the first 'model.layers.1.mlp.fc1.weight'": lambda t: {k: t[k] for k in t if k not in (W, B)},
+    "unexpected tensor 'more'": lambda t: t | {"more": torch.ones(3)},
+    f"tensor '{W}' has shape": lambda t: t | {W: t[W][:-1].clone()},
+    "tensor 'model.embed_tokens.weight' has shape [95, 64], the config needs [96, 64]": lambda t: (
+        t | {"model.embed_tokens.weight": torch.ones(95, 64)}
+    ),
+    f"tensor '{W}' holds I8": lambda t: t | {W: t[W].char()},
+    f"tensor '{W}' holds F8_E5M2": lambda t: t | {W: t[W].to(torch.float8_e5m2)},
+    f"tensor '{W}' holds NaN": lambda t: t | {W: t[W] * float("nan")},
+    f"tensor '{B}' holds NaN or infinity": lambda t: t | {B: t[B] + float("inf")},
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_checkpoint_with_a_fault_is_refused_and_what_was_written_does_not_load(full, tmp_path, message):
+    save_file(FAULTS[message](load_file(full / "model.safetensors")), full / "model.safetensors")
+    with pytest.raises(InputError, match=re.escape(message)):
         quantize_checkpoint(full, tmp_path / "q", "nf4")
     assert not (tmp_path / "q" / "config.json").exists()
+
+
+@pytest.mark.parametrize("told", ["float16", "int8", "nonsense", None])
+def test_the_dtype_is_that_of_the_tensors_whatever_the_config_says(full, tmp_path, told):
+    """2^20 is infinite in fp16."""
+    config, tensors = read_json(full / "config.json"), load_file(full / "model.safetensors")
+    write_json(full / "config.json", config | {"torch_dtype": told})
+    tensors["lm_head.bias"].fill_(2.0**20)
+    save_file(tensors, full / "model.safetensors")
+    assert stored_dtype(full) == torch.float32
+    quantize_checkpoint(full, tmp_path / "q", "nf4")
+    assert (
+        read_json(tmp_path / "q" / "config.json")["torch_dtype"] == "float32"
+        and stored_dtype(tmp_path / "q") == torch.float32
+    )
+    assert torch.equal(stored(tmp_path / "q")["lm_head.bias"], tensors["lm_head.bias"])
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, full / "model.safetensors")
+    quantize_checkpoint(full, tmp_path / "q", "nf4")  # whose scales are fp32
+    assert stored_dtype(full) == stored_dtype(tmp_path / "q") == torch.bfloat16
+    tensors["lm_head.bias"] = tensors["lm_head.bias"].half()
+    save_file(tensors, full / "model.safetensors")
+    assert stored_dtype(full) == torch.float32

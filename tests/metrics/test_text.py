@@ -23,6 +23,11 @@ def test_perplexity_is_by_tokens_not_a_mean_of_means():
     assert made["perplexity"].low == pytest.approx(math.exp(made["loss"].low))
 
 
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    made = likelihood(torch.tensor([-1e4, -2.0]), torch.tensor([2, 2]))
+    assert made["perplexity"].value == math.inf and made["loss"].value == 2500.5
+
+
 def test_bleu_by_hand():
     """6 words of 7 match, 5 of 6 pairs, 4 of 5, 3 of 4; both are 7 words long, so there is no brevity penalty."""
     made, signature = similarity(["the cat sat on the mat today"], ["the cat sat on the mat yesterday"])

@@ -11,9 +11,8 @@ from hub_server import hub, hub_environment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import stored_dtype
 from lora import add_lora, base_directory, is_adapter
-from model import Phi, PhiConfig, read_config
+from model import Phi, PhiConfig
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
 from runtime.weights import resolve, save_tensors, stored_tensors
@@ -369,18 +368,6 @@ def test_adapters_come_with_the_revision_of_the_base_that_they_were_trained_on(s
     local = adapter_directory(tmp_path / "local", saved, revision="v9")
     with pytest.raises(InputError, match=r"local holds adapters of .*--revision v9 makes no sense for the directory"):
         base_directory(local)
-
-
-def test_the_dtype_that_a_config_names(saved):
-    """transformers writes it as torch_dtype, newer versions as dtype."""
-    for changes, expected in (({"torch_dtype": "bfloat16"}, "bfloat16"), ({"dtype": "float16"}, "float16")):
-        edit_config(saved, **changes)
-        assert stored_dtype(read_config(saved)) == expected
-    assert stored_dtype(PhiConfig(**TINY)) == "float32"
-    make_phi().save_pretrained(saved)
-    Phi(read_config(saved)).bfloat16().save_pretrained(saved)
-    raw = read_json(saved / "config.json")
-    assert raw["torch_dtype"] == "bfloat16" and "dtype" not in raw
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub
