@@ -114,8 +114,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise InputError(f"{path}: no such file; the model's directory needs its tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises the bare Exception class
-        raise InputError(f"{path}: not a tokenizer file ({error})") from None
+    except BaseException as error:  # the library raises the bare Exception class, or panics, which is not even one
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise InputError(f"{path}: not a tokenizer file ({error!s:.200})") from None
 
 
 @dataclass

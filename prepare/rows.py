@@ -16,9 +16,9 @@ from pathlib import Path
 
 import data
 from data import LETTERS, ChatML, Example, Ledger, Row, question_key
-from lora import base_directory
+from model import read_config
 from runtime import runs
-from runtime.files import InputError, json_object, numbered_lines, read_json
+from runtime.files import InputError, json_object, numbered_lines
 from runtime.settings import Tuning
 
 SHOWN = 20  # bad rows that an error message lists
@@ -223,7 +223,7 @@ def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = Non
     """The rows that fit a model's window, with its own tokenizer and, unless another is given, the system prompt that it was
     tuned with; the ledger says what became of the others. InputError if none fits."""
     chat, ledger = runs.load_chat(directory, system_prompt), Ledger()
-    window = read_json(base_directory(directory) / "config.json").get("max_position_embeddings", 2048)
+    window = read_config(directory).max_position_embeddings
     examples = [
         example
         for example in data.encode(rows, chat, window, window // 2, ledger)

@@ -7,7 +7,6 @@ good. So everything is written beside its final name and then renamed: on one fi
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -172,16 +171,16 @@ class Unread:
 
 
 def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict:
-    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing, NaN, or of another type;
+    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing, infinite, or of another type;
     {"answer": str | None} lets an answer be missing, which makes it None."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON {type(value).__name__}, not an object")
     for name, kind in kinds.items():
         found = value.get(name)
         flag_for_number = type(found) is bool and bool not in (kind, *get_args(kind))  # to Python True is an int
-        not_finite = type(found) is float and not math.isfinite(found)
-        if flag_for_number or not_finite or not isinstance(found, kind):
-            wrong = "missing" if found is None else str(found) if not_finite else type(found).__name__
+        endless = type(found) in (int, float) and not abs(found) < 1e30  # NaN, infinity, and what fp32 makes infinite
+        if flag_for_number or endless or not isinstance(found, kind):
+            wrong = "missing" if found is None else f"{found!s:.30}" if endless else type(found).__name__
             raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
     return {name: value.get(name) for name in kinds}
 

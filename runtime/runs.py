@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data import IM_END, IM_START, ChatML, Example, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
+from model import read_config
 from runtime import parallel
 from runtime.files import InputError, picture, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
 from runtime.flags import Command, flag_name, from_stored
@@ -398,7 +399,7 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
     if system_prompt is None and run:
         system_prompt = recorded(run, "system_prompt")
     chat = ChatML(load_tokenizer(own), system_prompt)
-    rows = read_json(base / "config.json").get("vocab_size", 0)
+    rows = read_config(base).vocab_size
     largest = max(chat.tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(

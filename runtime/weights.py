@@ -100,7 +100,8 @@ class Stored:
 
     def check_finite(self, tensor: Tensor) -> None:
         # NaN makes both ends NaN, and no temporary of the tensor's size is needed.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
+        weights = tensor.dtype in DTYPES.values() and tensor.numel()
+        if weights and not torch.stack(tensor.detach().aminmax()).isfinite().all():
             raise InputError(f"{self.file}: tensor {self.key!r} holds NaN or infinity; copy or download it again")
 
 
@@ -289,7 +290,11 @@ def layer_from_tensors(tensors: dict[str, Tensor], plain: nn.Linear, settings: d
         raise InputError("its int8 weight is not in bitsandbytes' row format, the only one that is read")
     if list(codes.shape) != expected:
         raise InputError(f"it holds a matrix of {list(codes.shape)}, the config needs {expected}")
-    if set(tensors) - {"weight", "SCB", "weight_format"} or scale.shape != codes.shape[:1] or not scale.is_floating_point():
+    if (
+        set(tensors) - {"weight", "SCB", "weight_format"}
+        or scale.shape != codes.shape[:1]
+        or scale.dtype not in DTYPES.values()
+    ):
         found = f"scales {list(scale.shape)} {_name(scale.dtype)} for {expected} codes in {sorted(tensors)}"
         raise InputError(f"damaged int8 weight: {found}")
     known = {"llm_int8_threshold": int | float | None, "weight_only": bool | None}
@@ -338,11 +343,9 @@ def from_tensors(tensors: dict[str, Tensor], expected: list[int]) -> Quantized:
         raise InputError("its scales are quantized otherwise than in blocks of 256 with the dynamic map")
     n, blocks = math.prod(shape), math.ceil(math.prod(shape) / max(1, block))
     fits = block >= 1 and not tensors and packed.nbytes == math.ceil(n * bits(code) / 8) and absmax.shape == (blocks,)
-    if nested is None:
-        fits = fits and absmax.is_floating_point()
-    else:
-        fits = fits and absmax.dtype == torch.uint8 and nested.shape == (math.ceil(blocks / 256),)
-    if not fits:
+    fp32, count = (absmax, blocks) if nested is None else (nested, math.ceil(blocks / 256))
+    fits = fits and fp32.dtype in DTYPES.values() and fp32.shape == (count,)
+    if not (fits and (nested is None or absmax.dtype == torch.uint8)):
         found = f"{packed.nbytes} bytes of codes, {absmax.numel()} scales" + (f", {sorted(tensors)}" if tensors else "")
         raise InputError(f"{damaged}: {found} for {n} values in blocks of {block}")
     packed = packed.contiguous().view(torch.uint8).reshape(-1, 1)

@@ -241,6 +241,7 @@ def test_known_fields_of_foreign_json():
         ({"name": "a", "count": True}, '"count" is bool, not int'),
         ({"name": "a", "count": 3, "share": "0.5"}, '"share" is str, not int | float'),
         ({"name": "a", "count": 3, "share": float("nan")}, '"share" is nan, not int | float'),
+        ({"name": "a", "count": 3, "share": -(10**400)}, f'"share" is -1{"0" * 28}, not int | float'),
         ({"name": "a", "count": 3, "share": 1, "note": ["x"]}, '"note" is list, not str | None'),
         ({"name": "a", "count": 3, "share": 1, "on": 1}, '"on" is int, not bool | None'),
     ],
