@@ -15,8 +15,9 @@ M predicted tokens, N completions, E examples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -266,12 +267,17 @@ def read_config(directory: Path) -> PhiConfig:
     return PhiConfig.from_dict(read_json(path), str(path))
 
 
-def check_window(directory: Path, max_length: int) -> None:
-    """InputError if the model in a directory has no positions for rows of `max_length` tokens."""
+def fit_window(settings: Any, directory: Path) -> Any:
+    """A tuning stage's settings with rows no longer than the window of the model in a directory. InputError if longer ones
+    were asked for; the default, Phi-2's window, is lowered, and a line says so."""
     window = read_config(directory).max_position_embeddings
-    if max_length > window:
-        told = f"give --max-length {window} --max-prompt-length {window // 2} or less"
-        raise InputError(f"--max-length {max_length}: {directory} has a window of {window} tokens; {told}")
+    if settings.max_length <= window:
+        return settings
+    told = f"--max-length {window} --max-prompt-length {window // 2}"
+    if settings.max_length != PhiConfig.max_position_embeddings:
+        raise InputError(f"--max-length {settings.max_length}: {directory} has a window of {window} tokens; give {told}")
+    print(f"{directory} has a window of {window:,} tokens: as with {told}")
+    return replace(settings, max_length=window, max_prompt_length=min(settings.max_prompt_length, window // 2))
 
 
 def completion_logprobs(model: Phi, batch: Batch) -> Tensor:

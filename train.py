@@ -49,7 +49,7 @@ from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics.preferences import flips, training_summary
 from metrics.text import answer_summary
-from model import Phi, all_logprobs, autocast, check_window, completion_logprobs, read_config
+from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
 from prepare.rows import Inputs, load_inputs
 from quant import FORMATS, SKIP, Int8Linear, Linear4bit, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
@@ -242,7 +242,7 @@ def run(settings: Tuning) -> int:
     run = Path(settings.out) / settings.name
     with parallel.main_first():
         parent = weights.resolve(settings.model, settings.revision)
-    check_window(parent, settings.max_length)
+    settings = fit_window(settings, parent)
     if settings.dry_run:
         dry_run(settings, parent)
         return 0

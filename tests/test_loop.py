@@ -318,8 +318,7 @@ def test_reference_tables_are_kept_by_side_model_and_compute_type(tiny, tmp_path
 def run_stage(stage, tiny, tmp_path, rows, flags):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     files = f"--model {tiny} --train {tmp_path}/rows.jsonl --out {tmp_path} --name run --device cpu"
-    limits = "" if "--max-length" in flags else "--max-length 1024 --max-prompt-length 512"
-    assert main(["--stage", stage, *files.split(), *limits.split(), *flags.split()]) == 0
+    assert main(["--stage", stage, *files.split(), *flags.split()]) == 0
     return tmp_path / "run"
 
 

@@ -275,23 +275,30 @@ def small_demo(tmp_path_factory):
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_rows_may_not_be_longer_than_the_model_s_window(tiny, tmp_path, capsys, more):
-    words = f"--stage sft --model {tiny} --train {tmp_path}/none.jsonl --out {tmp_path}/out --device cpu".split()
-    assert main([*words, *more]) == 2
-    told = f"error: --max-length 2048: {tiny} has a window of 1024 tokens; give --max-length 1024 --max-prompt-length 512"
-    assert told in capsys.readouterr().err
-    assert main([*words, *more, "--max-length", "1024", "--max-prompt-length", "512"]) == 2
-    assert "none.jsonl: No such file" in capsys.readouterr().err  # so this is the first thing that is looked at
+    """Asked for, they are an error before anything is read; the default, Phi-2's window, is lowered."""
+    rows = [{"prompt": f"Say {i}", "completion": "a " * (2_000 if i == 3 else 2)} for i in range(20)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = f"--stage sft --model {tiny} --train {tmp_path}/rows.jsonl --out {tmp_path}/out --name run --device cpu"
+    assert main([*words.split(), *more, "--max-length", "2049"]) == 2
+    told = f"{tiny} has a window of 1024 tokens; give --max-length 1024 --max-prompt-length 512"
+    assert capsys.readouterr().err == f"error: --max-length 2049: {told}\n"
+    assert main([*words.split(), "--max-steps", "1", "--samples", "0", *more]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tiny} has a window of 1,024 tokens: as with --max-length 1024" in printed
+    assert "20 rows, 19 kept" in printed and "1 completion does not fit" in printed
+    if not more:
+        assert stored_settings(tmp_path / "out" / "run").max_length == 1024
 
 
 def test_a_dry_run_of_the_demo_shows_the_layer_of_each_value(small_demo, capsys):
     before = sorted(small_demo.rglob("*"))
-    words = ["--out", str(small_demo), "--device", "cpu", "--preset", "8gb", "--lora", "4", "--dry-run"]
+    words = ["--out", str(small_demo), "--device", "cpu", "--preset", "80gb", "--lora", "4", "--dry-run"]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "The demo's SFT model is not there yet; a real run makes it first" in printed
     shown = layers_shown(printed)
     names = ("lora", "max_length", "lr", "clip")
-    wanted = [("4", "flag"), ("1024", "preset"), ("0.002", "demo"), ("1.0", "default")]
+    wanted = [("4", "flag"), ("2048", "preset"), ("0.002", "demo"), ("1.0", "default")]
     assert [shown[name] for name in names] == wanted
     assert sorted(small_demo.rglob("*")) == before
 
