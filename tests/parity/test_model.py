@@ -84,6 +84,18 @@ def test_logits_of_a_padded_batch_are_equal_on_its_tokens(pair, side):
 
 
 @torch.no_grad()
+def test_where_two_rope_fields_disagree_the_same_one_is_read(tmp_path):
+    theirs = peer(hidden_size=128, num_attention_heads=4, partial_rotary_factor=0.5)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 0.25, "rope_theta": 99.0}))
+    loaded, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tokens(2, 20)
+    assert torch.equal(loaded(ids).logits, theirs(ids).logits)
+    assert relative_error(Phi.from_pretrained(tmp_path)(ids), loaded(ids).logits) <= 1e-5
+
+
+@torch.no_grad()
 def test_what_we_save_loads_in_transformers_with_identical_logits(pair, tmp_path):
     theirs, ours = pair
     ours.save_pretrained(tmp_path / "ours")

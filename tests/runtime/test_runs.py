@@ -376,6 +376,9 @@ def test_a_tokenizer_needs_an_embedding_for_its_last_id(tiny, tmp_path):
             assert max(load_chat(tmp_path).tokenizer.get_vocab().values()) == 767
     with pytest.raises(InputError, match="its ids reach 767, the model's embedding has 767 rows"):
         load_chat(tmp_path)
+    write_json(tmp_path / "config.json", {**config, "vocab_size": "768"})
+    with pytest.raises(InputError, match="vocab_size is '768', not a positive number"):
+        load_chat(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ metrics
