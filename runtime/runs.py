@@ -5,8 +5,8 @@
              held_out.jsonl questions.json                   the rows that were held out, the questions that were trained on
              checkpoints/step-N/                             model, AdamW's moments and the loop's counters after step N
 
-Training draws no random numbers besides the order of the batches, which follows from (seed, epoch, position); so model,
-moments and the step number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
+The order of the batches follows from (seed, epoch, position) and dropout from (seed, step); so model, moments and the step
+number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
 Nothing here knows the network: a model is its files.
 """
 
