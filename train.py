@@ -213,9 +213,11 @@ def check_start(numbers: dict[str, float], settings: Tuning) -> None:
     """Before the first step policy and reference are one model: no answer has drifted, z = 0, and the loss is ln 2 (hinge 1,
     IPO 1/(4 beta^2)). InputError if not, for then every later number would be wrong."""
     tolerance = 1e-3 if settings.dtype == "fp32" else 0.5  # rounding, in nats per answer
-    expected = dpo.preference_loss(torch.zeros(1), settings.loss, settings.beta, settings.eps).item()
+    z = torch.tensor([0.0, -4.0, 4.0]) * tolerance * settings.beta  # twice what two answers may make of the margin
+    expected, *others = dpo.preference_loss(z, settings.loss, settings.beta, settings.eps).tolist()
+    allowed = max(abs(other - expected) for other in others) + 1e-6  # so a steep loss may be further off
     drift, measured = numbers["drift/absolute"], numbers["preference_loss"]
-    if not drift <= tolerance or not abs(measured - expected) <= 4 * tolerance * max(1.0, 1 / settings.beta):
+    if not drift <= tolerance or not abs(measured - expected) <= allowed:
         raise InputError(
             f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss is "
             f"{measured:.6f} (must be {expected:.6f}): the reference log-probabilities are not those of the starting model. "
