@@ -541,7 +541,11 @@ def run_before(settings: Any) -> int:
         with parallel.main_first():
             *before, _ = demo.stages(settings)
         parallel.gather(None)  # no rank starts the stage while another still looks for its files
-        return run_stage(before[0]) if before else 0
+        if not before:
+            return 0
+        does, run = "resuming" if before[0].resume else "running", Path(settings.out) / before[0].name
+        print(f"The demo's SFT model comes first: {does} --stage sft in {run}/")
+        return run_stage(before[0])
 
 
 def run_stage(settings) -> int:
