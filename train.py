@@ -270,6 +270,7 @@ def run(settings: Tuning) -> int:
             return 128 + stopped
         with parallel.main_first():
             if parallel.is_main():
+                runs.prune(run, settings.keep, state["best_step"])  # again, in case a kill came between
                 runs.publish(run, state["best_step"])
         used = peak()
         del model, optimizer
