@@ -24,30 +24,18 @@ METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", 
 LOWER_IS_BETTER = ("loss", "dpo_loss")
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The words for a range, its ends, and whether these are allowed values."""
-
-    words: str
-    low: float
-    high: float
-    ends: tuple[bool, bool]
-
-
-POSITIVE = Limit("must be positive", 0, math.inf, (False, False))
-NOT_NEGATIVE = Limit("must be 0 or more", 0, math.inf, (True, False))
-BETWEEN = Limit("must lie between 0 and 1", 0, 1, (False, False))
-PROBABILITY = Limit("is a probability: above 0, at most 1", 0, 1, (False, True))
-DROPOUT = Limit("must lie in [0, 1)", 0, 1, (True, False))
-FLIP_RATE = Limit("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", 0, 0.5, (True, False))
+# A limit: what to say of a value that is not allowed, and which values are.
+POSITIVE = ("must be positive", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = ("must be 0 or more", lambda x: 0 <= x < math.inf)
+BETWEEN = ("must lie between 0 and 1", lambda x: 0 < x < 1)
+PROBABILITY = ("is a probability: above 0, at most 1", lambda x: 0 < x <= 1)
+DROPOUT = ("must lie in [0, 1)", lambda x: 0 <= x < 1)
+FLIP_RATE = ("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", lambda x: 0 <= x < 0.5)
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: Limit | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "limit": limit})
-
-
-def settings_list(help: str, metavar: str) -> Any:
-    return field(default_factory=list, metadata={"help": help, "choices": (), "limit": None, "metavar": metavar})
+def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: tuple | None = None) -> Any:
+    value = {"default_factory": list} if default == [] else {"default": default}
+    return field(**value, metadata={"help": help, "choices": choices, "limit": limit})
 
 
 # ---------------------------------------------------------------------------------------------------------- shared parts
@@ -55,18 +43,10 @@ def settings_list(help: str, metavar: str) -> Any:
 
 
 @dataclass
-class Start:
-    """model"""
-
-    model: str = setting("demo", "demo, a directory, or a hub name such as microsoft/phi-2")
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
-
-
-@dataclass
 class Source:
     """model"""
 
-    model: str | None = setting(None, "a directory or a hub name")
+    model: str | None = setting(None, "a directory, or a hub name such as microsoft/phi-2")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
 
 
@@ -92,14 +72,6 @@ class Run:
     name: str | None = setting(None, "the run lives in OUT/NAME (default: model and stage)")
     out: str = setting("out", "directory of all runs")
     overwrite: bool = setting(False, "replace an earlier run of this name")
-
-
-@dataclass
-class Resume:
-    """run"""
-
-    resume: bool = setting(False, "go on from the last checkpoint of the run of this name")
-    dry_run: bool = setting(False, "show settings, data, batches, memory and time; train nothing")
 
 
 @dataclass
@@ -163,6 +135,7 @@ class Memory:
     micro_batch_size: int = setting(4, "examples per forward pass", limit=POSITIVE)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
     compile: bool = setting(False, "fuse each block's operations with torch.compile")
+    dry_run: bool = setting(False, "show settings, data, batches, memory and time; train nothing")
 
 
 @dataclass
@@ -186,6 +159,7 @@ class Checkpoints:
     metric: str | None = setting(None, "what makes a checkpoint the best (default: loss; DPO: debiased_accuracy)")
     patience: int | None = setting(None, "stop after this many evaluations without a new best", limit=POSITIVE)
     samples: int = setting(16, "evaluation prompts to answer before and after", limit=NOT_NEGATIVE)
+    resume: bool = setting(False, "continue the run of this name from its last checkpoint")
 
 
 @dataclass
@@ -225,7 +199,7 @@ class Data(BadRows, Asking, Run):
 
 
 @dataclass
-class Tuning(Start, Rows, SystemPrompt, BadRows, Optimizer, Memory, Checkpoints, Machine, Compute, Resume, Run):
+class Tuning(Source, Rows, SystemPrompt, BadRows, Optimizer, Memory, Checkpoints, Machine, Compute, Run):
     """What every training stage has. A class variable below is a setting that the stage does not leave open."""
 
     letter_only: ClassVar[bool] = False
@@ -289,7 +263,7 @@ class Eval(SystemPrompt, BadRows, Asking, Machine, Compute, Run):
     """Measure models side by side, or one model in several number formats"""
 
     stage: ClassVar[str] = "eval"
-    model: list[str] = settings_list("one or more directories or hub names", "MODEL")
+    model: list[str] = setting([], "one or more directories or hub names")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
     data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
     letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
@@ -309,7 +283,7 @@ class Sweep(Dpo):
     """Compare the settings of DPO runs"""
 
     stage: ClassVar[str] = "sweep"
-    grid: list[str] = settings_list("values to try, one flag at a time, such as beta=0.1,0.3", "FLAG=VALUES")
+    grid: list[str] = setting([], "FLAG=VALUES to try, one flag at a time, such as beta=0.1,0.3")
     seeds: int = setting(1, "runs of each setting, with seeds SEED, SEED + 1, ...", limit=POSITIVE)
     data: str | None = setting(None, "JSONL file of test pairs (default: questions that are set aside)")
 
@@ -331,13 +305,9 @@ TRAINING = ("sft", "dpo", "mcq", "qat")
 
 # ----------------------------------------------------------------------------------------------- the layers of defaults
 
-SFT_DEFAULTS = dict(warmup_steps=20, epochs=1, eval_every=200, samples=3)
-DEFAULTS = {
-    "sft": SFT_DEFAULTS,
-    "mcq": SFT_DEFAULTS,
-    "qat": SFT_DEFAULTS,
-    "sweep": dict(samples=0),
-}
+SFT_DEFAULTS = dict(model="demo", warmup_steps=20, epochs=1, eval_every=200, samples=3)
+DEFAULTS = dict.fromkeys(("sft", "mcq", "qat"), SFT_DEFAULTS)
+DEFAULTS |= {"dpo": dict(model="demo"), "sweep": dict(model="demo", samples=0)}
 
 # fmt: off
 # Tuned until the demo's answers improved.
