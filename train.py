@@ -30,7 +30,7 @@ import json
 import math
 import signal
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,19 @@ from prepare.rows import Inputs, load_inputs
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
 from runtime.files import InputError, first_line, whole_file, write_json
-from runtime.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
+from runtime.optimizer import load_optimizer, make_optimizer, save_optimizer
 from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Tuning
 
 # -------------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(
-    settings: Tuning, run: Path, model: Phi, optimizer: Optimizer, inputs: Inputs, reference: "Reference", state: dict
+    settings: Tuning, run: Path, model: Phi, optimizer: Optimizer, inputs: Inputs, reference: dict[str, Tensor], state: dict
 ) -> int | None:
-    """Runs the steps after state["step"]; returns the signal that stopped the loop, or None if it came to its end."""
+    """Runs the steps after state["step"]; returns the signal that stopped the loop, or None if it came to its end.
+
+    `reference`: for DPO, log-probabilities [E, 2] of inputs.train as "train" and of inputs.held_out as "held out".
+    """
     steps_per_epoch = math.ceil(len(inputs.train) / settings.batch_size)
     total = settings.max_steps or settings.epochs * steps_per_epoch
     metric = settings.metric or METRICS[settings.objective][0]
@@ -74,7 +77,7 @@ def train(
                 order = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch)
             chosen = order[batch]
             examples = [inputs.train[i] for i in chosen]
-            expected = None if reference.train is None else reference.train[chosen]  # [examples, 2]
+            expected = reference["train"][chosen] if reference else None  # [examples, 2]
 
             # Forward, backward, clip, learning rate, step.
             numbers = step_gradients(model, examples, expected, settings, step)
@@ -93,7 +96,7 @@ def train(
             # Evaluate and save at intervals; the best step is always saved.
             last, best = step == total, False
             if last or step % settings.eval_every == 0:
-                held_out = evaluate(model, inputs.held_out, reference.held_out, settings)
+                held_out = evaluate(model, inputs.held_out, reference.get("held out"), settings)
                 record.log(step, held_out)
                 best = note_best(state, held_out[f"eval_{metric}"], metric)
             stop = stop_requested()
@@ -159,6 +162,14 @@ def clip_gradients(model: Phi, largest: float) -> float:
     """Scales the gradient down to the norm `largest`, if it is longer; returns its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
     return (parallel.whole(norm) if parallel.size() > 1 else norm).item()
+
+
+def learning_rate(step: int, total: int, settings: Tuning) -> float:
+    """Linear warm-up to `lr`, then a cosine or linear decay that would reach 0 one step after the last."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    return settings.lr * (0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress)
 
 
 def evaluate(model: Phi, examples: list[Example], reference: Tensor | None, settings: Tuning) -> dict[str, float]:
@@ -248,9 +259,13 @@ def run(settings: Tuning) -> int:
     need = memory.check_fits(parent, settings, inputs.train)
     model = load_to_tune(parent, settings)
     with runs.open_run(settings, inputs) as start:
-        reference = Reference()
-        if settings.objective == "dpo":
-            reference = reference_logprobs(settings, model, weights.fingerprint(model), inputs)
+        reference = {}
+        if settings.objective == "dpo":  # the starting model never changes, so it runs over all pairs once, not at each step
+            with_adapters = " with its adapters, not the model under them" if lora_layers(model) else ""
+            print(f"Reference: {settings.model}{with_adapters}, run once before training")
+            starting = weights.fingerprint(model)
+            for side, examples in (("train", inputs.train), ("held out", inputs.held_out)):
+                reference[side] = reference_table(settings, model, starting, examples, side)
         model, optimizer, state = prepare(settings, run, model, parent, start)
         stopped = train(settings, run, model, optimizer, inputs, reference, state)
         if stopped:
@@ -263,7 +278,7 @@ def run(settings: Tuning) -> int:
         del model, optimizer
         gc.collect()  # a sharded model is part of a reference cycle
 
-        results = measure_all(settings, run, parent, inputs, reference.held_out) | state
+        results = measure_all(settings, run, parent, inputs, reference.get("held out")) | state
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
             print(runs.summary(settings, run, inputs.held_out, results))
@@ -306,10 +321,8 @@ def load_to_tune(directory: Path, settings: Tuning) -> Phi:
         for name, has in trained.items():
             asked, flag = getattr(settings, name), flags.flag_name(name)
             if asked not in (None, has):
-                merge = f"python train.py --stage merge --model {directory}"
-                raise InputError(
-                    f"{directory} holds adapters with {flag} {has}, not {asked}. Give that, or first run {merge}"
-                )
+                way_out = f"Give that, or merge them first: python train.py --stage merge --model {directory}"
+                raise InputError(f"{directory} holds adapters with {flag} {has}, not {asked}. {way_out}")
     elif not Path(settings.model).is_dir():  # adapters name the hub's model, not its copy on this machine
         model.origin = replace(model.origin, name=settings.model, revision=settings.revision)
     return model
@@ -357,34 +370,17 @@ def prepare(settings: Tuning, run: Path, model: Phi, parent: Path, start: int) -
 # --------------------------------------------------------------------------------------------------------- the reference
 
 
-@dataclass
-class Reference:
-    """Log-probabilities [E, 2] of both answers of each pair under the starting model, which DPO measures from."""
-
-    train: Tensor | None = None
-    held_out: Tensor | None = None
-
-
-def reference_logprobs(settings: Tuning, model: Phi, fingerprint: str, inputs: Inputs) -> Reference:
-    """Runs the starting model over all pairs once. It never changes, so nothing need be run again at each step."""
-    with_adapters = " with its adapters, not the model under them" if lora_layers(model) else ""
-    print(f"Reference: {settings.model}{with_adapters}, run once before training")
-    train = reference_table(settings, model, fingerprint, inputs.train, "train")
-    return Reference(train, reference_table(settings, model, fingerprint, inputs.held_out, "held out"))
-
-
 def reference_table(settings: Tuning, model: Phi, fingerprint: str, examples: list[Example], label: str) -> Tensor:
     """Log-probabilities [E, 2] of pairs, kept in OUT/reference under a hash of all that they depend on: the weights, the
     token ids (and with them template and lengths), and the compute type."""
-    device = torch.device(settings.device).type
+    device, dtype = settings.device, settings.dtype
     pairs = [(e.prompt, e.completions) for e in examples]
-    key = json.dumps([fingerprint, settings.dtype, device, torch.__version__, pairs])
+    key = json.dumps([fingerprint, dtype, torch.device(device).type, torch.__version__, pairs])
     path = Path(settings.out) / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         print(f"Reference log-probabilities of {len(examples):,} {label} pairs: reused from {path}")
         return load_file(path)["logprobs"]
-    run_with = (settings.micro_batch_size, settings.device, settings.dtype)
-    table = all_logprobs(model, examples, *run_with, f"reference, {label}")
+    table = all_logprobs(model, examples, settings.micro_batch_size, device, dtype, f"reference, {label}")
     if parallel.is_main():
         with whole_file(path) as temporary:
             save_file({"logprobs": table}, temporary)

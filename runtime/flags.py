@@ -2,7 +2,7 @@
 
     parse(["--stage", "dpo", "--lr", "1e-5"]) -> Command(Dpo(lr=1e-5, ...), {"lr": "flag", "beta": "default", ...}, {"lr"})
 
-Errors are one line. A flag of another stage is told where it belongs, a misspelled one what it may have meant. Nothing here
+Errors are one line: for a flag of another stage they name that stage, for a misspelled flag the likely one. Nothing here
 imports torch, so help and errors appear at once.
 """
 
@@ -30,7 +30,7 @@ class Command:
 
 
 def parse(argv: list[str]) -> Command:
-    """The settings of a command line; InputError if it has a mistake. Asked for help, prints it and raises SystemExit."""
+    """The settings of a command line; InputError if it has a mistake. Where it asks for help, prints that and exits."""
     if argv and argv[0] in STAGES:
         raise InputError(f"write --stage {argv[0]}: python train.py --stage {shlex.join(argv)}")
     first = _Parser(add_help=False, allow_abbrev=False)
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def parse_or_exit(argv: list[str]) -> Command:
-    """As `parse`, but prints an error, under torchrun from one process only, and exits with status 2."""
+    """As `parse`, but prints an error and exits with status 2. Under torchrun only one process prints it."""
     try:
         return parse(argv)
     except InputError as error:
@@ -70,34 +70,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_of(stage: str) -> argparse.ArgumentParser:
-    """Reads the flags of a stage, those that were typed, and formats their help. A group of flags is a part of the stage's
-    dataclass."""
+    """Reads the flags of a stage and formats their help. What it returns holds only the flags that were typed."""
     about = f"python train.py --stage {stage}: {STAGES[stage].__doc__}"
     if stage in DEMO:
-        about += "\nValues in brackets are for Phi-2; the demo has its own. --dry-run shows the values of a run."
+        about += "\nDefaults in brackets are for Phi-2; the demo has its own. --dry-run shows the values of a run."
     layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=38, width=200)
     parser = _Parser("", argparse.SUPPRESS, about, formatter_class=layout, add_help=False, allow_abbrev=False)
     types, values = typing.get_type_hints(STAGES[stage]), defaults(stage)
     left, groups = {f.name: f for f in fields(STAGES[stage])}, {}
-    for part in STAGES[stage].__mro__[:-1]:
+    for part in STAGES[stage].__mro__[:-1]:  # one group of flags for each part of the stage's dataclass
         heading = "this stage" if part in STAGES.values() else part.__doc__
-        for f in [left.pop(name) for name in vars(part).get("__annotations__", {}) if name in left]:
-            kind = (*typing.get_args(types[f.name]), types[f.name])[
-                0
-            ]  # of one value: int of `int | None`, str of `list[str]`
-            choices = f.metadata["choices"]
-            how = {"metavar": "|".join(choices) or {int: "N", float: "X"}.get(kind, "TEXT"), "type": kind}
-            how |= {"choices": choices} if choices else {}
+        group = groups.setdefault(heading, parser.add_argument_group(heading))
+        for name in [name for name in vars(part).get("__annotations__", {}) if name in left]:
+            meta, default = left.pop(name).metadata, values[name]
+            kind = (*typing.get_args(types[name]), types[name])[0]  # int of `int | None`, str of `list[str]`
+            how = {"metavar": "|".join(meta["choices"]) or {int: "N", float: "X"}.get(kind, "TEXT"), "type": kind}
             if kind is bool:
                 how = {"action": "store_true"}
-            elif values[f.name] == []:
-                how |= {"action": "append"} if f.name == "grid" else {"nargs": "+"}
-            default = f"{values[f.name]:g}" if kind is float and values[f.name] is not None else str(values[f.name])
-            shown = "" if default in ("None", "False", "", "[]") else f" ({default})"
-            if heading not in groups:
-                groups[heading] = parser.add_argument_group(heading)
-            how |= {"default": argparse.SUPPRESS, "help": f.metadata["help"] + shown}
-            groups[heading].add_argument(flag_name(f.name), **how)
+            elif meta["choices"]:
+                how["choices"] = meta["choices"]
+            elif default == []:
+                how |= {"action": "append"} if name == "grid" else {"nargs": "+"}
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            shown = "" if shown in ("None", "False", "", "[]") else f" ({shown})"
+            group.add_argument(flag_name(name), default=argparse.SUPPRESS, help=meta["help"] + shown, **how)
     return parser
 
 
@@ -107,7 +103,7 @@ def stage_help(stage: str) -> str:
 
 
 def overview() -> str:
-    """All stages, one on a line, and the most common commands."""
+    """All stages, one per line, and the most common commands."""
     stages = "\n".join(f"  {name:10} {stage.__doc__}" for name, stage in STAGES.items())
     return f"""\
 python train.py --stage STAGE [flags]
@@ -154,7 +150,7 @@ def defaults(stage: str) -> dict[str, Any]:
 
 
 def settle(stage: str, flags: dict[str, Any]) -> Command:
-    """The settings of a stage from the flags that were typed: the layers put together, but not checked."""
+    """The settings of a stage from the flags that were typed: puts the layers together but does not check the values."""
     layers = {"default": defaults(stage)}
     preset = PRESETS[flags["preset"]] if flags.get("preset") else {}
     if stage == "sweep":  # --preset report is a plan of runs, with the report's objective
@@ -172,7 +168,7 @@ def settle(stage: str, flags: dict[str, Any]) -> Command:
         values |= its
         origins |= dict.fromkeys(its, layer)
     if flags.get("loss", "robust") != "robust" and "eps" not in flags:
-        values["eps"] = None  # that of the lower layers belongs to the robust loss
+        values["eps"] = None  # the default is meant for the robust loss
     settings = STAGES[stage](**values)
     if "name" in values and settings.name is None:
         settings.name = default_name(settings)
@@ -180,7 +176,7 @@ def settle(stage: str, flags: dict[str, Any]) -> Command:
 
 
 def default_name(settings: Any) -> str:
-    """The name of a run that was given none: model, stage, and what changes the model's form."""
+    """The name of a run without --name: the model, the stage, and what changes the form of the model."""
     if settings.stage == "data":
         return "data"
     models = settings.model if isinstance(settings.model, list) else [settings.model]
@@ -198,10 +194,8 @@ def default_name(settings: Any) -> str:
 
 
 def from_stored(stored: dict, where: str) -> Any:
-    """The settings in a run.json, {"stage", "settings"}; `where` names the file.
-
-    InputError, which names the setting, for one that this version does not know or that is missing.
-    """
+    """The settings in a run.json, {"stage", "settings"}; `where` names the file. InputError names a setting that is missing
+    or unknown to this version."""
     stage, values = stored.get("stage"), stored.get("settings")
     if stage not in STAGES or not isinstance(values, dict):
         raise InputError(f"{where}: names no stage and settings; another program or an earlier version wrote it")
@@ -209,9 +203,7 @@ def from_stored(stored: dict, where: str) -> Any:
     odd = sorted(known ^ values.keys())
     if odd:
         what = "is missing" if odd[0] in known else f"= {values[odd[0]]!r} is unknown to this version"
-        raise InputError(
-            f"{where}: the setting {odd[0]} {what}. Resume it with the version that wrote it, or start a new run"
-        )
+        raise InputError(f"{where}: the setting {odd[0]} {what}. Use the version that wrote it, or start a new run")
     return STAGES[stage](**values)
 
 
@@ -245,8 +237,9 @@ def check_limits(settings: Any) -> None:
     for f in fields(settings):
         value = getattr(settings, f.name)
         if value is not None and f.metadata["limit"]:
-            words, allowed = f.metadata["limit"]
-            if not allowed(value):
+            words, low, high, ends = f.metadata["limit"]
+            at_end = (value, ends) in ((low, "[)"), (high, "(]"))
+            if not (low < value < high or at_end):
                 raise InputError(f"{flag_name(f.name)} {value}: {words}")
 
 

@@ -1,4 +1,4 @@
-"""AdamW, AdamW with its moments in 8 bits, and the learning rate over a run.
+"""AdamW, and AdamW with its moments in 8 bits.
 
 AdamW (Loshchilov & Hutter 2019, algorithm 2) keeps two running means of every weight's gradient g, the *moments* m and v:
 
@@ -20,20 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import levels, midpoints
-from quant_kernels import CHUNK, nearest
+from quant import encode_blocks, levels
+from quant_kernels import CHUNK
 from runtime import parallel
 from runtime.files import InputError
 from runtime.settings import Optimizer
-
-
-def learning_rate(step: int, total: int, settings: Optimizer) -> float:
-    """Linear warm-up to `lr`, then a cosine or linear decay that would reach 0 one step after the last."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.lr * (0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress)
-
 
 # ------------------------------------------------------------------------------------------------- moments in 8 bits
 
@@ -97,7 +88,9 @@ class AdamW8bit(torch.optim.Optimizer):
             moments = {key: _decode(*stored[key], code) for key, code in MOMENTS.items()}
             _adamw(w[part], g[part], *moments.values(), t, **group)
             for key, code in MOMENTS.items():
-                _encode(moments[key], code, *stored[key])
+                codes, scales = encode_blocks(_blocks(moments[key]), code)
+                stored[key][0].copy_(codes.view(-1)[: len(moments[key])])
+                stored[key][1].copy_(scales)
 
 
 def _zero_moments(p: Tensor) -> dict[str, Tensor]:
@@ -134,14 +127,6 @@ def _decode(codes: Tensor, scale: Tensor, code: str) -> Tensor:
     """uint8 [n] and fp32 [blocks] -> fp32 [n]."""
     values = torch.index_select(levels(code, codes.device), 0, codes.int())
     return _blocks(values).mul_(scale[:, None]).view(-1)[: len(codes)]
-
-
-def _encode(values: Tensor, code: str, codes: Tensor, scale: Tensor) -> None:
-    """fp32 [n] -> codes uint8 [n] and scales fp32 [blocks], both written in place."""
-    blocks = _blocks(values)
-    torch.amax(blocks.abs(), dim=1, out=scale)
-    scaled = (blocks * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # a block of zeros stays zeros
-    codes.copy_(nearest(scaled, midpoints(code, scaled.device)).view(-1)[: len(codes)])
 
 
 def adamw(groups: list[dict], **settings) -> torch.optim.AdamW:

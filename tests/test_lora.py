@@ -442,7 +442,7 @@ def test_adapters_that_differ_from_what_is_asked_for_are_refused(tiny, tmp_path,
     """Going on with adapters keeps their rank, alpha, layers and number format."""
     adapters(tiny, tmp_path / "adapters", base="nf4")
     for flags, message in [
-        (("--lora", "8"), "adapters with --lora 4, not 8. Give that, or first run python train.py --stage merge --model"),
+        (("--lora", "8"), "adapters with --lora 4, not 8. Give that, or merge them first: python train.py"),
         (("--lora", "4", "--lora-alpha", "4"), "adapters with --lora-alpha 8.0, not 4.0"),
         (("--lora", "4", "--lora-targets", "fc1"), "adapters with --lora-targets "),
         (("--lora", "4", "--base", "int8"), "holds adapters with --base nf4, not int8"),
