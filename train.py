@@ -129,13 +129,12 @@ def step_gradients(
         weight, indices = (1, part) if part else (0, [0])  # a rank with none left joins in with the first, weight 0
         expected = None if reference is None else reference[indices].to(settings.device)  # [pairs, 2]
         batch = collate([examples[k] for k in indices]).to(settings.device)
-        with parallel.watching(f"in step {step}"), autocast(settings.device, settings.dtype):
+        with autocast(settings.device, settings.dtype):
             logprobs = completion_logprobs(model, batch)  # [N]
         loss, metrics = objective(logprobs, batch.lengths, expected, settings)
         if weight and not math.isfinite(loss.item()):
             not_finite += [examples[k].where for k in indices]
-        with parallel.watching(f"in step {step}"):
-            (weight * loss / units).backward()
+        (weight * loss / units).backward()
         sums = {name: weight * value + sums.get(name, 0) for name, value in metrics.items()}
     model.eval()
     totals = torch.stack(list(sums.values()))  # [metrics, 2]: sum and count
@@ -148,10 +147,8 @@ def step_gradients(
 
 
 def objective(logprobs: Tensor, lengths: Tensor, reference: Tensor | None, settings: Tuning) -> tuple[Tensor, dict]:
-    """The summed loss and the metrics {name: [sum, count]} of completions' log-probabilities [N] and lengths [N] in tokens.
-
-    reference [N/2, 2] for DPO, whose completions come as chosen, rejected, chosen, rejected, ...
-    """
+    """The summed loss of completions, from log-probabilities [N] and lengths in tokens [N]; metrics {name: [sum, count]}.
+    In DPO chosen and rejected completions alternate, and `reference` is [N/2, 2]."""
     if settings.objective == "sft":
         return sft.objective(logprobs, lengths)
     policy, lengths = logprobs.view(-1, 2), lengths.view(-1, 2)
@@ -226,7 +223,7 @@ def check_start(numbers: dict[str, float], settings: Tuning) -> None:
 
 
 def check_finite(what: str, value: float, where: list[str]) -> None:
-    """InputError, on all ranks, if a step's number is not finite. `where`: the rows that this rank found it in."""
+    """InputError, on all ranks, if a step's loss or gradient is not finite. `where`: the rows at fault on this rank."""
     if not math.isfinite(value):
         rows = sum(parallel.gather(where), [])
         raise InputError(
@@ -235,11 +232,11 @@ def check_finite(what: str, value: float, where: list[str]) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------- a training stage, whole
+# ------------------------------------------------------------------------------------------------ a whole training stage
 
 
 def run(settings: Tuning) -> int:
-    """A whole training stage, from its inputs to its report; returns the exit status."""
+    """Runs a training stage, from its inputs to its report; returns the exit status."""
     check_loss(settings)
     run = Path(settings.out) / settings.name
     with parallel.main_first():
@@ -299,7 +296,7 @@ def check_loss(settings: Tuning) -> None:
 def load_to_tune(directory: Path, settings: Tuning) -> Phi:
     """The model that tuning starts from. --lora continues with the adapters that it has; without --lora they are merged.
 
-    With --lora every rank holds the whole model, whose weights are frozen; without, its share of it.
+    With --lora the weights are frozen and every rank holds all of them; without, every rank holds its share.
     """
     origin = find_origin(directory)
     if settings.lora is None and (origin.format or "quantization_config" in read_config(directory).other):

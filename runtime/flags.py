@@ -229,7 +229,7 @@ def check(command: Command) -> None:
     for holds, names, reason in _without_effect(settings, stage):
         for name in names.split():
             if holds and name in command.typed:
-                raise InputError(f"{flag_name(name)} {reason}, or leave it out")
+                raise InputError(f"{flag_name(name)} {reason}")
 
 
 def check_limits(settings: Any) -> None:
@@ -261,8 +261,8 @@ def _check_training(s: Any, stage: str) -> None:
     if s.eval and not s.train:
         raise InputError("--eval needs --train: the demo's own questions are split by --eval-share")
     if s.max_prompt_length >= s.max_length:
-        lengths = f"--max-prompt-length {s.max_prompt_length} leaves no room for an answer in --max-length {s.max_length}"
-        raise InputError(f"{lengths}; raise the second or lower the first")
+        prompt, both = f"--max-prompt-length {s.max_prompt_length}", f"--max-length {s.max_length}"
+        raise InputError(f"{prompt} leaves no room for an answer in {both}; lower the first or raise the second")
     if s.metric and s.metric not in METRICS[s.objective]:  # not the robust loss, which ranks diverging runs first
         raise InputError(f"--metric {s.metric}: choose one of {', '.join(METRICS[s.objective])}")
     if s.lora and s.base == "bf16" and s.dtype == "fp32":
@@ -273,7 +273,7 @@ def _check_training(s: Any, stage: str) -> None:
 
 def _check_sweep(s: Any) -> None:
     if s.resume:
-        raise InputError("a sweep needs no --resume: give the same command again and it goes on")
+        raise InputError("a sweep needs no --resume: give the same command again and it continues")
     if s.dry_run:
         raise InputError("a sweep has no --dry-run; try one of its runs: --stage dpo --dry-run")
     if s.preset not in (None, "report"):
@@ -298,14 +298,14 @@ def _without_effect(s: Any, stage: str) -> list[tuple[bool, str, str]]:
     """(condition, flags, reason): where the condition holds, these flags would do nothing, so typing one is an error."""
     tunes, evaluates, to = stage in (*TRAINING, "sweep"), stage == "eval", getattr(s, "to", None)
     return [
-        (tunes and s.eval is not None, "eval_share", "is for rows of --train: leave out --eval"),
-        (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo: add that"),
-        (tunes and s.lora is None, "lora_alpha lora_dropout lora_targets base", "is for adapters: add --lora 16"),
-        (to in ("int8", "llm.int8"), "block", f"is for the other formats, --to {to} has one scale a row: give another --to"),
-        (evaluates and s.precisions, NOT_ON_CARD, "has no effect beside --precisions: leave that out"),
-        (evaluates and not s.data, "letter_only on_bad_row", "is for other rows than those held out: add --data FILE.jsonl"),
-        (evaluates and s.samples == 0, "bert teacher max_new_tokens temperature", "needs answers: leave out --samples 0"),
-        (stage in ("data", "eval") and not s.teacher, "price budget concurrency", "is for a teacher: add --teacher MODEL"),
+        (tunes and s.eval is not None, "eval_share", "has no effect beside --eval; leave one of them out"),
+        (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo; add that, or leave it out"),
+        (tunes and s.lora is None, "lora_alpha lora_dropout lora_targets base", "needs adapters; add --lora 16"),
+        (to in ("int8", "llm.int8"), "block", f"has no effect on --to {to}, which has one scale per row; leave it out"),
+        (evaluates and s.precisions, NOT_ON_CARD, "has no effect beside --precisions; leave one of them out"),
+        (evaluates and not s.data, "letter_only on_bad_row", "is for --data; held-out rows are read as their run read them"),
+        (evaluates and s.samples == 0, "bert teacher max_new_tokens temperature", "needs answers; leave out --samples 0"),
+        (stage in ("data", "eval") and not s.teacher, "price budget concurrency", "needs a teacher; add --teacher MODEL"),
     ]
 
 

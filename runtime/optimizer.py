@@ -173,7 +173,7 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills the optimizer's state in place; each rank reads its own rows only. InputError if another optimizer wrote it."""
+    """Fills the optimizer's state in place; each rank reads only its rows. InputError if another optimizer wrote it."""
     with safe_open(directory / FILE, framework="pt") as file:
         names = set(file.keys())
         for name, value in _named_state(model, optimizer):

@@ -58,13 +58,24 @@ def job() -> Iterator[None]:
         group = dist.PrefixStore("group", _store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(watching())
         if not is_main():
             null = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(null))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises plain RuntimeErrors that quote its source file; NCCL and the store have an error class.
+            if size() == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise
+            what = "ended (torchrun names it below)"
+            if "timed out" in str(error).lower():
+                what = f"has not answered for {TIMEOUT.seconds // 60} minutes"
+            raise InputError(
+                f"another process of this job {what}, so rank {dist.get_rank()} stopped. No file is half-written; the same "
+                "command with --resume continues from the last checkpoint."
+            ) from None
     # Skipped after an error: the others may be waiting in a collective, which fails once this process has ended.
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -78,24 +89,6 @@ def launcher() -> list[str]:
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     machines = size() // int(here)
     return ["torchrun", *(["--nnodes", str(machines), "..."] if machines > 1 else []), "--nproc-per-node", here]
-
-
-@contextlib.contextmanager
-def watching(when: str = "") -> Iterator[None]:
-    """Turns the error of a collective that another process did not answer into an InputError. `when`: "in step 7"."""
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors that quote its source file; NCCL and the store have an error class.
-        if size() == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
-            raise
-        what = "ended (torchrun names it below)"
-        if "timed out" in str(error).lower():
-            what = f"has not answered for {TIMEOUT.seconds // 60} minutes"
-        raise InputError(
-            f"another process of this job {what}, so rank {rank()} stopped{when and ' ' + when}. No file is half-written; "
-            "the same command with --resume continues from the last checkpoint."
-        ) from None
 
 
 def first_to_report() -> bool:
@@ -188,7 +181,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the ranks' gradients of parameters that every rank holds whole; those of sharded ones are sums already."""
+    """Adds up the ranks' gradients of parameters that are not sharded; FSDP has already added up those of sharded ones."""
     parameters = [p for p in parameters if p.requires_grad and not is_dtensor(p)]
     if size() == 1 or not parameters:
         return
