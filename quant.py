@@ -228,7 +228,7 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     flat = w.detach().flatten()
     rows = F.pad(flat, (0, -len(flat) % block)).view(-1, block)  # [blocks, block]; zeros do not change the largest |w|
     parts = rows.split(max(1, quant_kernels.CHUNK // block))  # so that the temporary tensors stay in the cache
-    codes, absmax = map(torch.cat, zip(*(_encode(part.float(), code) for part in parts)))
+    codes, absmax = map(torch.cat, zip(*(encode_blocks(part.float(), code) for part in parts)))
     _check_finite(absmax)
     code_of_zero = int(levels(code).abs().argmin())
     packed = pack(codes.flatten()[: len(flat)], bits(code), fill=code_of_zero)[:, None]
@@ -241,7 +241,7 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     return q
 
 
-def _encode(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
+def encode_blocks(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
     """rows fp32 [blocks, block] -> codes uint8 [blocks, block], absmax fp32 [blocks]."""
     absmax = rows.abs().amax(dim=1)
     scaled = (rows * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)  # a block of zeros stays zeros
