@@ -198,7 +198,7 @@ def from_stored(stored: dict, where: str) -> Any:
     or unknown to this version."""
     stage, values = stored.get("stage"), stored.get("settings")
     if stage not in STAGES or not isinstance(values, dict):
-        raise InputError(f"{where}: names no stage and settings; another program or an earlier version wrote it")
+        raise InputError(f"{where}: names no stage and settings, so it is another program's or an earlier version's")
     known = {f.name for f in fields(STAGES[stage])}
     odd = sorted(known ^ values.keys())
     if odd:
