@@ -5,8 +5,8 @@
              held_out.jsonl questions.json                   the rows that were held out, the questions that were trained on
              checkpoints/step-N/                             model, AdamW's moments and the loop's counters after step N
 
-Training draws no random numbers besides the order of the batches, which follows from (seed, epoch, position); so model,
-moments and the step number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
+The order of the batches follows from (seed, epoch, position) and dropout from (seed, step); so model, moments and the step
+number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
 Nothing here knows the network: a model is its files.
 """
 
@@ -33,7 +33,17 @@ from data import IM_END, IM_START, ChatML, Example, load_tokenizer, question_key
 from lora import base_directory, is_adapter
 from model import read_config
 from runtime import parallel
-from runtime.files import InputError, picture, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
+from runtime.files import (
+    InputError,
+    picture,
+    read_json,
+    remove_directory,
+    sha256,
+    whole_directory,
+    whole_file,
+    write_json,
+    write_jsonl,
+)
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import METRICS, TRAINING
 
@@ -261,7 +271,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Deletes all checkpoints but the last `keep` and the best."""
     for step in steps_saved(run)[:-keep]:
         if step != best:
-            shutil.rmtree(checkpoint_directory(run, step))
+            remove_directory(checkpoint_directory(run, step))
 
 
 def publish(run: Path, step: int) -> None:

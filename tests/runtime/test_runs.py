@@ -295,7 +295,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
 def test_a_setting_that_is_unknown_or_missing_is_named_in_one_line(tmp_path, capsys):
     command = ["--stage", "dpo", "--out", str(tmp_path), "--name", "run", "--resume"]
     for change, message in (
-        (lambda settings: settings | {"sparkle": 3}, "the setting sparkle = 3 is none that this version has"),
+        (lambda settings: settings | {"sparkle": 3}, "the setting sparkle = 3 is unknown to this version"),
         (lambda settings: {k: v for k, v in settings.items() if k != "beta"}, "the setting beta is missing"),
     ):
         opened(settings_in(tmp_path, overwrite=True))
