@@ -21,7 +21,7 @@ from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
-from runtime.runs import CHAT_FILES, load_chat, open_run, save_chat, training_run
+from runtime.runs import CHAT_FILES, load_chat, open_run, training_run
 from runtime.settings import Merge, Quantize
 
 
@@ -84,7 +84,7 @@ def merge_checkpoint(source: Path, target: Path, device: str, examples: Sequence
     merged = merge_lora(copy.deepcopy(model))
     change = divergence(model, merged, examples, 8, device) if examples else None
     merged.save_pretrained(target)
-    save_chat(load_chat(source), target)
+    load_chat(source).save(target)
     return change
 
 

@@ -19,6 +19,7 @@ Letters: B rows of a batch, T tokens of its longest row, N completions in the ba
 """
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Sequence, Sized
@@ -29,7 +30,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from runtime.files import InputError, json_object, numbered_lines, write_jsonl
+from runtime.files import InputError, json_object, numbered_lines, write_json, write_jsonl
 
 LETTERS = "ABCDEFGHIJ"  # name the options of a multiple-choice question
 IM_START = "<|im_start|>"
@@ -105,6 +106,22 @@ class ChatML:
 
     def _header(self, role: str) -> list[int]:
         return [self.start, *self.encode_text(role + "\n")]
+
+    def save(self, directory: Path) -> None:
+        """Writes the tokenizer, and what transformers needs to ask and to stop as is done here: the template with the system
+        prompt, and the tokens that end an answer."""
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        system = ""
+        if self.system_prompt:
+            turn = json.dumps(f"{IM_START}system\n{self.system_prompt}{IM_END}\n", ensure_ascii=False)
+            system = "{% if messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
+        turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
+        template = system + "{% for message in messages %}{{ " + turn + " }}{% endfor %}"
+        template += "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\\n' }}{% endif %}"
+        tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "chat_template": template}
+        write_json(directory / "tokenizer_config.json", tokens | {"clean_up_tokenization_spaces": False})
+        ends = {"eos_token_id": sorted(self.control_ids), "pad_token_id": self.end}
+        write_json(directory / "generation_config.json", ends)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

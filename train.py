@@ -247,7 +247,7 @@ def run(settings: Tuning) -> int:
     run = Path(settings.out) / settings.name
     with parallel.main_first():
         parent = weights.resolve(settings.model, settings.revision)
-    settings = fit_window(settings, parent)
+    asked, settings = settings, fit_window(settings, parent)
     if settings.dry_run:
         dry_run(settings, parent)
         return 0
@@ -262,7 +262,7 @@ def run(settings: Tuning) -> int:
     peak = memory.watch_peak(settings.device)
     need = memory.check_fits(parent, settings, inputs.train)
     model = load_to_tune(parent, settings)
-    with runs.open_run(settings, inputs, parent) as start:
+    with runs.open_run(asked, inputs, parent) as start:
         reference = {}
         if settings.objective == "dpo":  # the starting model never changes, so it runs over all pairs once, not at each step
             with_adapters = " with its adapters, not the model under them" if lora_layers(model) else ""

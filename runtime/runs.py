@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data import IM_END, IM_START, ChatML, Example, load_tokenizer, question_key, write_truth
+from data import ChatML, Example, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from model import read_config
 from runtime import parallel
@@ -247,7 +247,7 @@ def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
     path = checkpoint_directory(run, state["step"])
     with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as directory:
         if parallel.is_main():
-            save_chat(chat, directory)
+            chat.save(directory)
         yield directory
         if parallel.is_main():
             write_json(directory / "state.json", state)
@@ -417,22 +417,6 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
             f"{rows:,} rows. Is tokenizer.json another model's?"
         )
     return chat
-
-
-def save_chat(chat: ChatML, directory: Path) -> None:
-    """Writes the tokenizer, and what transformers needs to ask and to stop as is done here: the template with the system
-    prompt, and the tokens that end an answer."""
-    chat.tokenizer.save(str(directory / "tokenizer.json"))
-    system = ""
-    if chat.system_prompt:
-        turn = json.dumps(f"{IM_START}system\n{chat.system_prompt}{IM_END}\n", ensure_ascii=False)
-        system = "{% if messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
-    turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
-    template = system + "{% for message in messages %}{{ " + turn + " }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\\n' }}{% endif %}"
-    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "chat_template": template}
-    write_json(directory / "tokenizer_config.json", tokens | {"clean_up_tokenization_spaces": False})
-    write_json(directory / "generation_config.json", {"eos_token_id": sorted(chat.control_ids), "pad_token_id": chat.end})
 
 
 def questions_seen(directory: Path, keys: Iterable[str]) -> int:

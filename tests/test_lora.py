@@ -435,6 +435,8 @@ def test_a_merged_model_stands_alone_and_answers_as_the_adapters_did(tiny, tmp_p
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
         "run.json",
         "results.json",
     }
