@@ -124,7 +124,8 @@ def step_gradients(
     log-probabilities [examples, 2] (DPO). InputError names the rows whose loss is not finite.
     """
     model.train()
-    torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + parallel.rank())  # of dropout, the same after a resume
+    # Dropout draws the same after a resume.
+    torch.manual_seed(((settings.seed * 1_000_003 + step) * 1_009 + parallel.rank()) % 2**63)
     parts = parallel.deal(by_length(examples), settings.micro_batch_size)  # of similar length: little padding
     units = {"sft": lengths_of(examples).sum().item(), "dpo": len(examples)}[settings.objective]
     sums: dict[str, Tensor] = {}

@@ -226,6 +226,12 @@ def check(command: Command) -> None:
         _check_eval(settings)
     if stage == "data" and not settings.sources:
         raise InputError("--sources is missing: a list such as theoremqa,mmlu_stem=DIR")
+    for name in sorted(command.typed - {"system_prompt"}):
+        if getattr(settings, name) == "":
+            raise InputError(f"{flag_name(name)} is empty; leave it out, or give it a value")
+    name = getattr(settings, "name", None) or "run"
+    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise InputError(f"--name {name!r}: give a plain name, without / and not beginning with a dot")
     for holds, names, reason in _without_effect(settings, stage):
         for name in names.split():
             if holds and name in command.typed:

@@ -147,7 +147,9 @@ def own_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: give cpu, cuda, or cuda:1 for the second GPU") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: give cpu, cuda, or cuda:1 for the second GPU")
     if device.type != "cuda":
         return name
     several, gpus = size() > 1, torch.cuda.device_count()

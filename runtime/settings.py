@@ -26,6 +26,7 @@ LOWER_IS_BETTER = ("loss", "dpo_loss")
 # A limit: what to say of other values, the interval of those allowed, and which of its ends are ("[" or "]").
 POSITIVE = ("must be positive", 0, math.inf, "()")
 NOT_NEGATIVE = ("must be 0 or more", 0, math.inf, "[)")
+SEED = ("must be a whole number from 0 to 2^63 - 1", 0, 2**63, "[)")
 BETWEEN = ("must lie between 0 and 1", 0, 1, "()")
 PROBABILITY = ("is a probability: above 0, at most 1", 0, 1, "(]")
 DROPOUT = ("must lie in [0, 1)", 0, 1, "[)")
@@ -56,7 +57,7 @@ class RunningModel(Model):
 
     dtype: str | None = setting(None, "compute type (default: bf16 on CUDA, fp32 on a CPU)", ("fp32", "bf16"))
     system_prompt: str | None = setting(None, "system turn for prompts without one (default: the model's own, if any)")
-    seed: int = setting(0, "seed of all random numbers", limit=NOT_NEGATIVE)
+    seed: int = setting(0, "seed of all random numbers", limit=SEED)
 
 
 @dataclass
@@ -181,7 +182,7 @@ class Data(BadRows, Asking, Run):
     shares_by: str = setting("source", "what --shares names", ("source", "topic"))
     match_lengths: bool = setting(False, "in each source, choose the longer answer as often as the shorter")
     eval_share: float = setting(0.2, "share of the questions to test on", limit=BETWEEN)
-    seed: int = setting(0, "seed of the split and the mixtures", limit=NOT_NEGATIVE)
+    seed: int = setting(0, "seed of the split and the mixtures", limit=SEED)
     dry_run: bool = setting(False, "show what the teacher would be asked and what that would cost")
 
 

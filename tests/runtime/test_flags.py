@@ -1,5 +1,6 @@
 """The command line: what is understood, what the help shows, and that every mistake is one line that says what to type."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -116,3 +117,27 @@ def test_help_comes_within_half_a_second_and_without_torch():
 def test_an_error_from_the_shell_is_one_line(words, status, told):
     done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", told)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--name ../x", "give a plain name"),
+        ("--name .hidden", "give a plain name"),
+        ("--name=", "--name is empty"),
+        ("--device=", "--device is empty"),
+        ("--seed 9223372036854775808", "--seed 9223372036854775808: must be a whole number from 0 to 2"),
+        ("--seed -1", "--seed -1: must be"),
+        ("--save-every 0", "--save-every 0: must be positive"),
+        ("--lr nan", "--lr nan: must be positive"),
+        ("--beta 1e999", "--beta inf: must be positive"),
+    ],
+)
+def test_values_that_could_not_work_are_refused(words, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        parse(["--stage", "dpo", "--model", "x", "--train", "y", *words.split()])
+
+
+def test_the_largest_seed_and_an_empty_system_prompt_are_fine():
+    got = parse(["--stage", "dpo", "--model", "x", "--train", "y", "--seed", str(2**63 - 1), "--system-prompt", ""]).settings
+    assert (got.seed, got.system_prompt) == (2**63 - 1, "")
