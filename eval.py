@@ -36,7 +36,7 @@ from model import Phi, all_logprobs
 from prepare.rows import Measured, encode_for, rows_to_measure
 from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
-from runtime.files import InputError, first_line
+from runtime.files import InputError, first_line, printable
 from runtime.flags import flag_name
 from runtime.settings import Eval
 from runtime.weights import resolve
@@ -78,7 +78,7 @@ def run(settings: Eval) -> int:
         notes = [*contest.notes, f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for."]
         results = Results(contest.measured.rows, contest.measured.where, asked, notes, failures=failures)
         for contestant in contest.contestants:
-            print(f"{contestant.name} ...", flush=True)
+            print(f"{printable(contestant.name)} ...", flush=True)
             try:
                 measured, answers = measure_model(settings, contest, contestant, asked)
                 results.models.append(measured)
@@ -98,6 +98,7 @@ def run(settings: Eval) -> int:
 
 
 def fail(failures: list[str], line: str) -> None:
+    line = printable(line)
     failures.append(line)
     print(f"error: {line}", file=sys.stderr, flush=True)
 

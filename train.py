@@ -50,7 +50,7 @@ from model import Phi, all_logprobs, autocast, completion_logprobs, read_config
 from prepare.rows import Inputs, load_inputs
 from quant import FORMATS, SKIP, Int8Linear, Linear4bit, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
-from runtime.files import InputError, first_line, whole_file, write_json
+from runtime.files import InputError, first_line, printable, whole_file, write_json
 from runtime.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
 from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Tuning
 
@@ -523,7 +523,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         message, status = "\nStopped. Nothing half-written is left; --resume goes on from the last checkpoint.", 130
     if parallel.first_to_report():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     return status
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import ChatML, Example, Ledger, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import InputError, picture, read_json, whole_directory, whole_file, write_json, write_jsonl
+from runtime.files import InputError, picture, printable, read_json, whole_directory, whole_file, write_json, write_jsonl
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import METRICS, TRAINING
 
@@ -389,8 +389,8 @@ def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
     for name, ledger in ledgers.items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
         kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
-        lines.append(f"{name}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
-        lines += [f"  left out: {reason}" for reason in ledger.bad_rows[:5]]
+        lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
+        lines += [f"  left out: {printable(reason)}" for reason in ledger.bad_rows[:5]]
         if len(ledger.bad_rows) > 5:
             lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
     return "\n".join(lines)
@@ -462,7 +462,7 @@ def _showpieces(examples: list[Example], before: list[str], after: list[str]) ->
             f"  after:  {_marked(example, new)}",
         ]
         if example.truth and example.truth.answer:
-            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{example.truth.answer}")
+            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{_one_line(example.truth.answer)}")
     return lines
 
 
@@ -471,7 +471,7 @@ def _all_right(example: Example, answer: str) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
 
 
 def _marked(example: Example, answer: str) -> str:

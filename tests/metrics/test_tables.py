@@ -20,7 +20,7 @@ def test_a_table():
 def test_text_in_a_cell_is_text():
     """A bar does not end the cell, a tag is none, a newline is a blank, and an escape reaches no terminal."""
     assert markdown(["a"], [["<|im_end|>"]]).splitlines()[2] == "| \\<\\|im_end\\|> |"
-    assert markdown(["a"], [["x\n\x1b[31my"]]).splitlines()[2] == "| x [31my |"
+    assert markdown(["a"], [["x\n\x1b[31my"]]).splitlines()[2] == r"| x \x1b[31my |"
 
 
 def test_one_example_has_no_interval():
