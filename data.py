@@ -292,7 +292,7 @@ def coloured(example: Example, chat: ChatML, colour: bool) -> str:
             return "".join(f"[{text}]" for _, text in texts)
         return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{text}\x1b[0m" for i, text in texts)
 
-    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {printable(example.where)}", ""]
     starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
     for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
         turn = example.prompt[start:end]

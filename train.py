@@ -479,8 +479,8 @@ def dry_run(settings: Tuning, parent: Path) -> None:
 
 def describe_settings(settings: Any, origins: dict[str, str]) -> str:
     """A line a setting, with the layer that it comes from: flag, preset, demo or default."""
-    values = asdict(settings)
-    return "\n".join(f"  {name:24} {value!s:40} {origins.get(name, '')}".rstrip() for name, value in values.items())
+    values = {name: printable(str(value)) for name, value in asdict(settings).items()}
+    return "\n".join(f"  {name:24} {value:40} {origins.get(name, '')}".rstrip() for name, value in values.items())
 
 
 def time_step(settings: Tuning, parent: Path, examples: list[Example]) -> float:

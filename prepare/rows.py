@@ -163,6 +163,20 @@ def parsed(record: object) -> dict:
     return record
 
 
+def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
+    """The error for rows that cannot be used, each "file:line: reason": a line for each reason, with the first places."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for line in bad:
+        file, number, reason = re.fullmatch(r"(?s)(.*?):(\d+): (.*)", line).groups()
+        places.setdefault((file, reason), []).append(number)
+    lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:"]
+    for (file, reason), found in list(places.items())[:SHOWN]:
+        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+        lines.append(f"{file}:{', '.join(found[:5])}{more}: {reason}")
+    lines += [f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else []
+    return InputError("\n  ".join(lines) + "\nCorrect them, or leave them out with --on-bad-row skip.")
+
+
 def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
     """Reads a file of a `kind` of PARSERS: "pairs", "sft", "mcq" or "mcq letter". Blank lines are not counted.
 
@@ -182,16 +196,7 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     if not ledger.rows:
         raise InputError(f"{path}: the file holds no rows")
     if bad and on_bad_row == "stop":
-        places: dict[str, list[str]] = {}  # by reason
-        for place, _, reason in (one.removeprefix(f"{path}:").partition(": ") for one in bad):
-            places.setdefault(reason, []).append(place)
-        lines = [f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:"]
-        for reason, found in list(places.items())[:SHOWN]:
-            more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
-            lines.append(f"{path}:{', '.join(found[:5])}{more}: {reason}")
-        lines += [f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else []
-        reasons = "\n  ".join(lines)
-        raise InputError(f"{reasons}\nCorrect them, or leave them out with --on-bad-row skip.")
+        raise bad_rows(bad, ledger.rows, path)
     if truths := data.read_truth(path):
         for row in rows:
             row.truth = truths.get(question_key(row))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import LETTERS
-from prepare.rows import parsed, records
+from prepare.rows import bad_rows, parsed, records
 from runtime.files import InputError, first_line
 from runtime.weights import hub_snapshot
 
@@ -81,6 +81,15 @@ def _right(choices: list[str], letter: str) -> str:
 def _options(value: object) -> list:
     if not isinstance(value, list):
         raise ValueError(f"the options are {type(value).__name__}, not a list")
+    return value
+
+
+def check_text(value: object, name: str) -> str:
+    """`value`; ValueError if it is not text."""
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is {"missing" if value is None else type(value).__name__}, not text')
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
     return value
 
 
@@ -157,22 +166,13 @@ def epfl(record: dict, file: Path) -> list[Item]:
 
 def pairs(record: dict, file: Path) -> Item:
     """Your own pairs: prompt, chosen, rejected; topic, source, question_id and licence if you have them."""
-    item = Item(record["prompt"], record["chosen"], chosen=record["chosen"], rejected=record["rejected"])
+    prompt, chosen, rejected = (check_text(record[name], name) for name in ("prompt", "chosen", "rejected"))
+    item = Item(prompt, chosen, chosen=chosen, rejected=rejected)
     for name in ("topic", "source", "question_id", "licence"):
         setattr(item, name, "" if record.get(name) is None else str(record[name]))
     item.topic = "" if item.topic == "Unknown" else item.topic
     item.source = item.source or file.stem
     return item
-
-
-def check(item: Item) -> None:
-    """ValueError if something that a source says is not text."""
-    for name, value in vars(item).items():
-        for text in value if name == "choices" else [value]:
-            if not isinstance(text, str):
-                raise ValueError(f"its {name} is {'missing' if text is None else type(text).__name__}, not text")
-            if re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"its {name} holds half of a surrogate pair, which is no character")
 
 
 ARXIV = "ArtifactAI/arxiv-physics-instruct-tune-30k"
@@ -201,8 +201,8 @@ class Reading:
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:
     """Reads a source from the hub, at a `revision`, or from the local copy at `path`.
 
-    InputError names the file and record that lacks a column or cannot be used; with on_bad_row "skip", unusable records are
-    counted and left out.
+    InputError names the files and records that lack a column or cannot be used; with on_bad_row "skip", they are counted and
+    left out.
     """
     if name not in SOURCES:
         raise InputError(f"no source {name!r}; there are {', '.join(SOURCES)}")
@@ -220,7 +220,7 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
     if not files:
         raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
 
-    reading, first = Reading([], origin, Counter()), ""
+    reading, bad = Reading([], origin, Counter()), []
     for file, number, record in ((one, *numbered) for one in files for numbered in records(one)):
         reading.counts["records"] += 1
         wrong = ""
@@ -228,18 +228,16 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
             record = parsed(record)
             made = source.read(record, file)
             made = [made] if isinstance(made, Item) else made
-            for item in made or ():
-                check(item)
+            for what, said in (one for item in made or () for one in vars(item).items()):
+                for text in said if what == "choices" else [said]:
+                    check_text(text, what)
         except KeyError as error:
             wrong = f"{name} has no column {error}; found: {', '.join(map(str, record))}"
         except (ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
             wrong = f"not a record of {name} ({first_line(error)})"
-        if wrong and on_bad_row == "stop":
-            hint = "correct it, or leave such records out with --on-bad-row skip"
-            raise InputError(f"{file}:{number}: {wrong}; {hint}")
         if wrong:
             reading.counts["not usable"] += 1
-            first = first or f"{file}:{number}: {wrong}"
+            bad.append(f"{file}:{number}: {wrong}")
             continue
         if made is None:
             reading.counts[source.skips] += 1
@@ -249,6 +247,8 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
             item.licence = item.licence or source.licence
             item.question_id = item.question_id or f"{name}-{len(reading.items)}"
             reading.items.append(item)
+    if bad and (on_bad_row == "stop" or not reading.items):
+        raise bad_rows(bad, reading.counts["records"], origin)
     if not reading.items:
-        raise InputError(f"{origin}: has no row of {name}" + (f" that can be used; the first: {first}" if first else ""))
+        raise InputError(f"{origin}: has no row of {name}")
     return reading
