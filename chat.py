@@ -1,15 +1,15 @@
-"""Talking to a model in the terminal, over ChatML, with a memory of the conversation.
+"""A conversation with a model in the terminal.
 
     python train.py --stage chat --model DIR                      type a line, read the answer
-    python train.py --stage chat --model DIR < questions.txt      asks line by line; stdout gets the answers, nothing else
+    python train.py --stage chat --model DIR < questions.txt      asks line by line; only the answers go to stdout
     python train.py --stage chat --model DIR --prompt "2 + 2?"    one answer
 
     /reset           forget the conversation
-    /system TEXT     forget it and go on under this system turn; without TEXT, under none
+    /system TEXT     forget it and continue with this system turn; without TEXT, with none
     /quit            leave, as Ctrl-D does
-    Ctrl-C           stop an answer; what was said until then counts
+    Ctrl-C           stop an answer; the part that was printed is remembered
 
-The lines of a pipe are one conversation, commands and all; hints go to stderr. The n-th answer is sampled with seed + n
+The lines of a pipe are one conversation, commands included; hints go to stderr. The n-th answer is sampled with seed + n
 (n = 0, 1, ...), so a session can be repeated. When the model's window is full, the oldest turns are forgotten, never the
 system turn.
 """
@@ -33,12 +33,12 @@ from runtime.weights import resolve
 
 @dataclass
 class Talk:
-    """A conversation. Its system turn is the system prompt of its ChatML, which opens every prompt with it once."""
+    """A conversation. Its ChatML begins every prompt with the system turn."""
 
     model: Phi
     chat: ChatML
     settings: Chat
-    turns: list[dict] = field(default_factory=list)  # user and assistant by turns
+    turns: list[dict] = field(default_factory=list)  # user and assistant alternate
     asked: int = 0
 
 
@@ -50,15 +50,15 @@ def run(settings: Chat) -> int:
     model = Phi.from_pretrained(directory, torch.bfloat16 if settings.dtype == "bf16" else torch.float32, settings.device)
     for file in (sys.stdin, sys.stdout):
         if hasattr(file, "reconfigure"):
-            file.reconfigure(errors="replace")  # bytes that are no text, and characters that the terminal lacks
+            file.reconfigure(errors="replace")  # bytes that are not text, characters that the terminal lacks
     talk = Talk(model, chat, settings)
+    prompt = (sys.stdin.read() if settings.prompt == "-" else settings.prompt or "").strip()
     if settings.prompt is None:
         converse(talk)
-        return 0
-    prompt = sys.stdin.read() if settings.prompt == "-" else settings.prompt
-    if not prompt.strip():
+    elif prompt:
+        answer(talk, prompt)
+    else:
         raise InputError("the prompt is empty")
-    answer(talk, prompt.strip())
     return 0
 
 
@@ -72,8 +72,8 @@ def hint(text: str) -> None:
 
 
 def text_pieces(chat: ChatML, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come, in pieces that make up chat.decode(tokens). Half a character at the end is decoded as
-    one U+FFFD; it waits for the token that completes it."""
+    """The text of tokens as they come, in pieces that add up to chat.decode(tokens). Half a character at the end is decoded
+    as one U+FFFD; it waits for the token that completes it."""
     ids, text, printed = [], "", 0
     for token in tokens:
         ids.append(token)
@@ -90,8 +90,8 @@ def converse(talk: Talk) -> None:
     """Reads and answers lines until the input ends or one is /quit."""
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     if typed:
-        with contextlib.suppress(ImportError):  # there is none on Windows
-            import readline  # noqa: F401  gives input() its arrow keys and a history
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  gives input() arrow keys and a history
     while True:
         try:
             line = input("> " if typed else "").strip()
@@ -121,8 +121,8 @@ def converse(talk: Talk) -> None:
 
 
 def fitting_prompt(talk: Talk, message: dict) -> list[int]:
-    """Ids of the conversation and one more message that leave room for an answer, for which the oldest turns are forgotten.
-    InputError if that would not help."""
+    """Ids of the conversation with one more message, short enough to leave room for an answer; if need be, the oldest turns
+    are forgotten. InputError if the message alone is too long."""
     window = talk.model.config.max_position_embeddings
     limit = window - min(talk.settings.max_new_tokens, window // 2)
     if (alone := len(talk.chat.prompt([message]))) > limit:
@@ -137,8 +137,8 @@ def fitting_prompt(talk: Talk, message: dict) -> list[int]:
 
 
 def answer(talk: Talk, text: str) -> None:
-    """Prints the model's answer while it is made. Question and answer are remembered, but not if nothing was said. Where
-    someone types, Ctrl-C ends the answer and not the program."""
+    """Prints the model's answer while it is generated, and remembers question and answer unless the answer is empty. In a
+    terminal, Ctrl-C ends the answer and not the program."""
     message, settings, said = {"role": "user", "content": text}, talk.settings, []
     prompt = fitting_prompt(talk, message)
     room = min(settings.max_new_tokens, talk.model.config.max_position_embeddings - len(prompt))

@@ -1,6 +1,6 @@
 """A checkpoint in, another one out: --stage quantize and --stage merge.
 
-    python train.py --stage quantize --model DIR --to nf4     a quarter of the size, in the layout of bitsandbytes
+    python train.py --stage quantize --model DIR --to nf4     4.5 bits a weight, in the layout of bitsandbytes
     python train.py --stage merge --model DIR                 adapters and the model under them as one plain model
 
 int8, NF4 and FP4 load in transformers too.

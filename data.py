@@ -159,6 +159,19 @@ class Ledger:
         self.dropped[cause] = self.dropped.get(cause, 0) + 1
 
 
+def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
+    """Where the rows of each file went, in words."""
+    lines = []
+    for name, ledger in ledgers.items():
+        dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
+        kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
+        lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
+        lines += [f"  left out: {printable(reason)}" for reason in ledger.bad_rows[:5]]
+        if len(ledger.bad_rows) > 5:
+            lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
+    return "\n".join(lines)
+
+
 def question_key(row: Row) -> str:
     """Equal for rows that ask the same question: the words, numbers and symbols of the conversation, without case, blanks
     and punctuation. (7 + 8 and 7 - 8 are two questions.)"""

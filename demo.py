@@ -336,9 +336,7 @@ def stages(settings: Any) -> list[Any]:
     if settings.dry_run:
         print("The demo's SFT model is not there yet; a real run makes it first. Shown here: its untrained model.")
         return [replace(asked, model=str(world.model))]
-    begun = (first / "run.json").exists()
-    print(f"The demo's SFT model comes first: {'resuming' if begun else 'running'} --stage sft in {first}/")
-    if begun:
+    if (first / "run.json").exists():
         before = replace(stored_settings(first), resume=True, out=settings.out, device=settings.device)
     else:
         given = {"name": first.name, "out": settings.out, "seed": settings.seed, "device": settings.device}

@@ -71,7 +71,7 @@ def ipo_loss(z: Tensor, beta: float) -> Tensor:
     return ((z - 0.5) / beta) ** 2
 
 
-# To add a loss, write its function of z (and of beta and eps, if it names them) and add it here.
+# To add a loss, write its function of z and add it here. A parameter called beta or eps gets that setting.
 LOSSES = {
     "sigmoid": sigmoid_loss,
     "robust": robust_loss,

@@ -1,25 +1,24 @@
-"""--stage eval: everything that is measured about models, side by side, each share and mean with its 95% interval.
+"""--stage eval: measures models side by side; every share and mean has its 95% interval.
 
     python train.py --stage eval --model out/demo-dpo out/demo-sft-seed0 --data pairs.jsonl
 
 The rows decide what is measured (metrics/): preferences for pairs, multiple choice for questions with options, and for all
-rows the texts: loss and perplexity of the reference answers, and the model's own answers to --samples prompts beside them
-(greedy, unless --temperature is given); with --bert their BERTScore, with --teacher the verdict of a judge.
+rows the texts, that is, loss and perplexity of the reference answers, and how much the model's own answers to --samples
+prompts look like them (greedy, unless --temperature is given). --bert adds BERTScore, --teacher the verdict of a judge.
 
     out/<name>/  eval.json  eval.md  answers.jsonl
 
-Every number is a sum over examples divided by their count, with the log-probability that training uses, so the batch size
-changes none. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
+Every number is a sum over examples divided by their count, so the batch size changes none; log-probabilities are those of
+training. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
 significantly even where their intervals overlap. A judge sees the last message of a row, not the turns before it.
 All models answer the same rows: those that fit into every model's window. They are measured one after the other, and results
-are written after each; a model that cannot be read costs its own row and no other.
+are written after each. If a model cannot be read, only its own row is missing.
 """
 
-import contextlib
 import random
 import sys
-import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,43 +48,33 @@ class Contestant:
     name: str
     directory: Path
     chat: ChatML
-    examples: list[Example]
+    examples: list[Example]  # the rows that fit into every model's window, as this one reads them
     reference: Path | None  # the model that its rewards are measured from
-
-
-@dataclass
-class Contest:
-    """Who is measured on what."""
-
-    measured: Measured  # the rows that fit into every model's window
-    contestants: list[Contestant]
-    encoder: tuple | None  # network and tokenizer for BERTScore
-    notes: list[str]
-    failures: list[str]  # a line for every model that cannot be read
 
 
 def run(settings: Eval) -> int:
     """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
-    contest = gather_contest(settings)
+    failures: list[str] = []  # a line for everything that went wrong
+    measured, contestants, notes = gather(settings, failures)
+    encoder = None  # network and tokenizer for BERTScore
+    if settings.bert:
+        encoder = load_encoder(resolve(settings.bert), BEST_LAYERS.get(Path(settings.bert).name), settings.device)
     teacher = open_teacher(settings)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(runs.open_run(settings))
-        if not parallel.is_main():  # all ranks find the same numbers; those of the others are thrown away
-            settings = replace(settings, out=stack.enter_context(tempfile.TemporaryDirectory()))
-        directory, failures = Path(settings.out) / settings.name, contest.failures
-        count = len(contest.measured.rows)
-        asked = sorted(random.Random(settings.seed).sample(range(count), min(settings.samples, count)))  # of every model
-        notes = [*contest.notes, f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for."]
-        results = Results(contest.measured.rows, contest.measured.where, asked, notes, failures=failures)
-        for contestant in contest.contestants:
+    directory, count = Path(settings.out) / settings.name, len(measured.rows)
+    asked = sorted(random.Random(settings.seed).sample(range(count), min(settings.samples, count)))  # of every model
+    notes.append(f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for.")
+    results = Results(measured.rows, measured.where, asked, notes, failures=failures)
+    with runs.open_run(settings):
+        for contestant in contestants:
             print(f"{printable(contestant.name)} ...", flush=True)
             try:
-                measured, answers = measure_model(settings, contest, contestant, asked)
-                results.models.append(measured)
+                sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder)
+                results.models.append(sections)
                 results.answers[contestant.name] = answers
             except (InputError, OSError, torch.OutOfMemoryError) as error:
                 fail(failures, f"{contestant.name}: {first_line(error)}")
-            tables.write(results, directory)
+            if parallel.is_main():  # all ranks find the same numbers
+                tables.write(results, directory)
         if teacher and any(results.answers.values()):
             try:
                 results.models += judge_models(results, lambda wanted: ask_all(wanted, teacher, "judging"))
@@ -103,17 +92,17 @@ def fail(failures: list[str], line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def gather_contest(settings: Eval) -> Contest:
-    """Reads the rows and finds the models. InputError if the rows are broken, no model is left, or a flag does not go with
-    the rows."""
-    failures: list[str] = []
+def gather(settings: Eval, failures: list[str]) -> tuple[Measured, list[Contestant], list[str]]:
+    """The rows that every model can read, the models, and what a reader of the numbers must know. InputError if the rows are
+    broken, no model is left, or a flag does not go with the rows."""
+    read_rows = partial(rows_to_measure, settings.data, letter_only=settings.letter_only, on_bad_row=settings.on_bad_row)
+    measured = read_rows(None) if settings.data else None
     found: list[Contestant] = []
-    notes: list[str] = []
-    measured = measured_rows(settings, None) if settings.data else None
+    trimmed: list[str] = []
     for name in settings.model:
         try:
             directory = resolve(name, settings.revision)
-            measured = measured or measured_rows(settings, directory)
+            measured = measured or read_rows(directory)
             chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
             reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
         except InputError as error:
@@ -123,7 +112,7 @@ def gather_contest(settings: Eval) -> Contest:
             continue
         found.append(Contestant(name, directory, chat, examples, reference))
         if ledger.trimmed:
-            notes.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
+            trimmed.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
     if not found:
         raise InputError("no model is left to measure")
     check_flags(settings, measured.kind)
@@ -133,15 +122,7 @@ def gather_contest(settings: Eval) -> Contest:
         raise InputError(f"none of the {len(measured.rows):,} rows fits into every model's window")
     for one in found:
         one.examples = [e for e in one.examples if e.where in common]
-    encoder = None
-    if settings.bert:
-        encoder = load_encoder(resolve(settings.bert), BEST_LAYERS.get(Path(settings.bert).name), settings.device)
-    notes = row_notes(settings, measured, kept, found) + notes
-    return Contest(replace(measured, rows=kept), found, encoder, notes, failures)
-
-
-def measured_rows(settings: Eval, directory: Path | None) -> Measured:
-    return rows_to_measure(settings.data, directory, settings.letter_only, settings.on_bad_row)
+    return replace(measured, rows=kept), found, row_notes(settings, measured, kept, found) + trimmed
 
 
 def row_notes(settings: Eval, measured: Measured, kept: list[Row], found: list[Contestant]) -> list[str]:
@@ -165,22 +146,22 @@ def check_flags(settings: Eval, kind: str) -> None:
     """InputError for a flag that means nothing for rows of this kind."""
     for name in ("eps", "reference_model"):
         if getattr(settings, name) is not None and kind != "pairs":
-            raise InputError(f"{flag_name(name)} is for preference pairs, and the rows are none; leave it out")
+            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
 
 
 def find_reference(settings: Eval, directory: Path, chat: ChatML) -> Path | None:
-    """The directory of the model that rewards are measured from; InputError if it reads other tokens than the model."""
+    """The model that rewards are measured from; InputError if it has another vocabulary than the model."""
     parent = resolve(settings.reference_model) if settings.reference_model else runs.tuned_from(directory)
     if parent and runs.load_chat(parent).tokenizer.get_vocab() != chat.tokenizer.get_vocab():
-        raise InputError(f"{parent}: its tokenizer is not that of {directory}, so no reward can be measured from it")
+        raise InputError(f"{parent}: its tokenizer differs from that of {directory}, so no reward can be measured from it")
     return parent
 
 
-def measure_model(settings: Eval, contest: Contest, one: Contestant, asked: list[int]) -> tuple[dict, list[str]]:
-    """All measures of one model in sections {section: {measure: Estimate}}, and its answers to the rows `asked`."""
-    kind, examples, reference = contest.measured.kind, one.examples, None
+def measure_model(settings: Eval, kind: str, one: Contestant, asked: list[int], encoder) -> tuple[dict, list[str]]:
+    """All measures of one model, {section: {measure: Estimate}}, and its answers to the rows `asked`."""
+    examples, reference = one.examples, None
     run_with = (settings.micro_batch_size, settings.device, settings.dtype)
-    if one.reference:  # its weights are rounded as those under the adapters of the measured model
+    if one.reference:  # in the number format of the weights under the measured model's adapters
         rounded = None if is_adapter(one.reference) else find_origin(one.directory).format
         model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
         reference = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
@@ -202,7 +183,12 @@ def measure_model(settings: Eval, contest: Contest, one: Contestant, asked: list
         length = min(settings.max_new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
         drawing = (settings.temperature, settings.seed, settings.micro_batch_size)
         answers, ended = sample_answers(model, one.chat, prompts, length, *drawing)
-        result["answers"], result["BLEU signature"] = measure_answers(contest, answers, ended, drawn)
+        references = [e.texts[0] for e in drawn]
+        result["answers"], result["BLEU signature"] = text.similarity(answers, references)
+        if encoder:
+            result["answers"]["BERTScore"] = mean(bert_score(answers, references, *encoder, 64))
+        graded = {"ends": ended} | grades(answers, drawn)  # grades: if a truth file is there
+        result["answers"] |= {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
     if kind.startswith("mcq"):
         scored = multiple_choice.score_options(model, examples, one.chat, *run_with)
         answered = multiple_choice.generated(answers, [examples[i] for i in asked]) if asked else None
@@ -210,19 +196,8 @@ def measure_model(settings: Eval, contest: Contest, one: Contestant, asked: list
     return result, answers
 
 
-def measure_answers(contest: Contest, answers: list[str], ended: list[bool], drawn: list[Example]) -> tuple[dict, str]:
-    """How much the model's own answers look like the reference answers, whether they end, and their grades, if the truth is
-    known; and BLEU's signature."""
-    references = [e.texts[0] for e in drawn]
-    measured, signature = text.similarity(answers, references)
-    if contest.encoder:
-        measured["BERTScore"] = mean(bert_score(answers, references, *contest.encoder, 64))
-    graded = {"ends": ended} | grades(answers, drawn)
-    return measured | {name: share(sum(flags), len(flags)) for name, flags in graded.items()}, signature
-
-
 def judge_models(results: Results, ask: judge.Ask) -> list[dict]:
-    """Every other model against the first, or a single one against the reference answers, by a judge."""
+    """A judge compares every other model with the first, or a single one with the reference answers."""
     asked = [results.rows[i] for i in results.asked]
     (first, theirs), *others = results.answers.items()
     contests = [(name, ours, first, theirs) for name, ours in others]

@@ -62,19 +62,21 @@ FORMATS = {
 
 
 def normal_float(bits: int) -> Tensor:
-    """The levels of NF2 and NF4 (QLoRA, section 3): quantiles of N(0, 1), so that every code is used about equally often if
-    weights are normal. Ascending, fp32 [2^bits], with an exact 0 and both ends.
+    """The levels of NF2 and NF4 (QLoRA, section 3): quantiles of N(0, 1), so that all codes would be used equally often if
+    all weights shared one scale fitted to their spread. Ascending, fp32 [2^bits], with an exact 0 and both ends.
 
-        l = Phi^-1(p) / Phi^-1(p_max),  2^(bits-1) values of p evenly from p_max down towards 1/2 for the positive side,
-        one fewer mirrored for the negative side, and 0;   p_max = 1 - (1/(2^bits - 1) + 1/2^bits) / 4
+        l = q(p) / q(p_max),   q the quantiles of N(0, 1),   p_max = 1 - (1/(2^bits - 1) + 1/2^bits) / 4
+
+    The positive side has 2^(bits-1) values of p, evenly spaced from p_max down towards 1/2; the negative side has one fewer,
+    mirrored; and there is 0.
 
     For NF4 p_max = 0.9677083 and the levels are -1, -.6962, -.5251, -.3949, -.2844, -.1848, -.0911, 0, .0796, .1609, .2461,
-    .3379, .4407, .5626, .7230, 1: equal to bitsandbytes' table in every bit, because p is in fp32 there too.
+    .3379, .4407, .5626, .7230, 1: equal to bitsandbytes' table in every bit, because its p is in fp32 too.
     """
     count = 2 ** (bits - 1)
     p_max = round(1 - (1 / (2**bits - 1) + 1 / 2**bits) / 4, 7)
 
-    def quantiles(n: int) -> Tensor:  # Phi^-1(p) = sqrt(2) erfinv(2p - 1)
+    def quantiles(n: int) -> Tensor:  # q(p) = sqrt(2) erfinv(2p - 1)
         p = torch.linspace(p_max, 0.5, n + 1)[:-1].double()
         return math.sqrt(2) * torch.erfinv(2 * p - 1)
 
@@ -226,7 +228,7 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     flat = w.detach().flatten()
     rows = F.pad(flat, (0, -len(flat) % block)).view(-1, block)  # [blocks, block]; zeros do not change the largest |w|
     parts = rows.split(max(1, quant_kernels.CHUNK // block))  # so that the temporary tensors stay in the cache
-    codes, absmax = map(torch.cat, zip(*(_encode(part.float(), code) for part in parts)))
+    codes, absmax = map(torch.cat, zip(*(encode_blocks(part.float(), code) for part in parts)))
     _check_finite(absmax)
     code_of_zero = int(levels(code).abs().argmin())
     packed = pack(codes.flatten()[: len(flat)], bits(code), fill=code_of_zero)[:, None]
@@ -239,7 +241,7 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     return q
 
 
-def _encode(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
+def encode_blocks(rows: Tensor, code: str) -> tuple[Tensor, Tensor]:
     """rows fp32 [blocks, block] -> codes uint8 [blocks, block], absmax fp32 [blocks]."""
     absmax = rows.abs().amax(dim=1)
     scaled = (rows * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)  # a block of zeros stays zeros

@@ -1,6 +1,6 @@
 """--stage sweep --preset report: the report's tables, curves and claims again, with a model of your choice.
 
-    python train.py --stage sweep --preset report                                          the demo, within half an hour
+    python train.py --stage sweep --preset report                                          the demo, about 10 minutes
     python train.py --stage sweep --preset report --model DIR --train pairs.jsonl --data test.jsonl
 
     Table 1   sizes of the training set: 20, 30, 40 and 54 parts of 54, each inside the next (the report's thousands)

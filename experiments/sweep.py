@@ -59,7 +59,7 @@ def open_sweep(settings: Sweep) -> Iterator[Path]:
     """The sweep's directory: a new one, or the one of an earlier call, which goes on."""
     directory = Path(settings.out) / settings.name
     goes_on = (directory / "run.json").exists() and not settings.overwrite
-    if goes_on and (found := runs_on_disk.stage_of(directory)) != "sweep":
+    if goes_on and (found := runs_on_disk.recorded(directory, "stage")) != "sweep":
         raise InputError(f"{directory} holds a run of --stage {found}, not a sweep; give this one another --name")
     with runs_on_disk.open_run(replace(settings, resume=goes_on)):
         yield directory

@@ -5,13 +5,15 @@ good. So everything is written beside its final name and then renamed: on one fi
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 from urllib.parse import unquote
 
 
@@ -53,32 +55,50 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same directory; renames it to `path` if the block succeeds, deletes it if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(file: Path) -> None:
+    """Waits until a file's content is on the disk, so that a name never outlives it through a power cut."""
+    with open(file, "r+b") as opened:
+        os.fsync(opened.fileno())
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same directory that no other writer uses. A killed writer leaves it (`runs.remove_leftovers`)."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def whole_directory(path: str | Path) -> Iterator[Path]:
     """As `whole_file`, for a directory: `path` appears complete or not at all. An older one of that name is replaced."""
     path = Path(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = _beside(path), _beside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory; one that is half deleted never has its name."""
+    hidden = _beside(path)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -92,6 +112,16 @@ def write_json(path: str | Path, value: object) -> None:
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+
+
+def sha256(*files: Path) -> str:
+    """Of the files' contents, one after the other, in 64 hex digits."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -138,6 +168,27 @@ def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict
             wrong = "missing" if found is None else type(found).__name__
             raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
     return {name: value.get(name) for name in kinds}
+
+
+class Unread:
+    """A text stream that drops what nobody reads any more (`| head -1`, a closed terminal) instead of raising an error."""
+
+    def __init__(self, stream: TextIO | None):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for what it does not have
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager

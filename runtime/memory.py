@@ -1,4 +1,4 @@
-"""What a training step needs in memory, estimated from shapes before anything is loaded; whether it fits; what it took.
+"""The memory that a training step needs, estimated from shapes before anything is loaded, and measured while it runs.
 
 Training all weights in fp32 takes 16 bytes a parameter, 44.5 GB for Phi-2, whatever the batch:
 
@@ -6,16 +6,16 @@ Training all weights in fp32 takes 16 bytes a parameter, 44.5 GB for Phi-2, what
     gradients    4 }  of the trained parameters: all, or with --lora the adapters, about 1 in 100
     AdamW        8 }  (2.03 with --optimizer adamw8bit)
 
-The rest grows with n, the tokens of the largest micro-batch, padding included. The backward pass uses what the forward pass
-computed, the *activations*. With L blocks of width D, c bytes a value and an MLP four times as wide, a block keeps per token
+The rest grows with n, the tokens of the largest micro-batch, padding included. The forward pass keeps *activations* for the
+backward pass. With L blocks of width D, c bytes a value and an MLP four times as wide, a block keeps per token
 
     x, LN(x), q, k, v, attention's output and its copy for the next product      7 D
     the MLP's hidden layer before and after GELU                                 8 D
 
 in all 15 L n D c bytes. With --gradient-checkpointing a block keeps x alone, and computes the others again when the backward
-pass reaches it. *Temporary buffers* come and go: logits, products of a backward pass, a decoded weight. The peak is in the
-output layer, with all activations; or when the last block's backward pass begins; or at the first block, when all gradients
-are there and one block's activations. The estimate is the largest of the three, without what makes less than 2% (attention
+pass reaches it. *Temporary buffers* live for one operation: logits, products of a backward pass, a decoded weight. The peak
+is in the output layer, with all activations; or where the last block's backward pass begins; or at the first block, with all
+gradients and one block's activations. The estimate is the largest of the three, without what adds less than 2% (attention
 masks, grouped heads). On the CPU it was within 10% of 13 measured peaks (7M to 105M parameters); on CUDA it is untested.
 """
 
@@ -31,17 +31,15 @@ import torch
 
 from data import Example
 from lora import find_origin
-from model import LOGIT_CHUNK, PhiConfig
+from model import LOGIT_CHUNK, PhiConfig, read_config
 from runtime import parallel
 from runtime.files import InputError
 from runtime.flags import flag_name
 from runtime.settings import Tuning
 
-# Bits of a weight and its share of the scales: 32 for 64 weights, in nf4-double 8, and 32 for 64 x 256.
+# Bits of a weight with its share of the scales: 32 bits for 64 weights; in nf4-double 8, and 32 for 64 x 256.
 BITS = {"int8": 8, "llm.int8": 8, "nf4": 4.5, "nf4-double": 4.127, "fp4": 4.5, "int4": 4.5, "nf2": 2.5}
-LIBRARIES = 100_000_000  # of a CPU process: what it loads between the estimate and its first steps
-ROOM = 1.1  # flags are suggested if the run would fit with a tenth to spare
-ADVICE = "A smaller --micro-batch-size or --max-length or --gradient-checkpointing needs less; --dry-run estimates how much."
+LIBRARIES = 100_000_000  # bytes that a CPU process loads between the estimate and its first steps
 
 
 def parameters(phi: PhiConfig) -> int:
@@ -51,22 +49,22 @@ def parameters(phi: PhiConfig) -> int:
 
 
 def largest_micro_batch(settings: Tuning, examples: Sequence[Example]) -> int:
-    """Its tokens, padding included. Batches are sorted by length, so all of its rows may be as long as the longest."""
+    """Its tokens, padding included. Micro-batches hold similar lengths, so all rows may be as long as the longest."""
     longest = min(max(map(len, examples)), settings.max_length * (2 if settings.objective == "dpo" else 1))
     rows = min(settings.micro_batch_size, settings.batch_size, len(examples))
     return rows * longest
 
 
 def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
-    """Bytes that a step needs on its device at its peak, by what they hold. `tokens`: of the largest micro-batch."""
+    """The bytes on its device at a step's peak, {what they hold: bytes}. `tokens`: of the largest micro-batch."""
     D, inner, V, L = phi.hidden_size, phi.intermediate_size, phi.vocab_size, phi.num_hidden_layers
     cuda = settings.device.startswith("cuda")
     bf16 = settings.dtype == "bf16"
     full = not settings.lora
-    ranks = parallel.size() if full else 1  # that share weights, gradients and moments
+    ranks = parallel.size() if full else 1  # which share weights, gradients and moments
     matrices = 4 * D * D + 2 * D * inner  # weights of a block
     c = 2 if bf16 else 4  # bytes of a value in a product
-    s = 2 if bf16 and settings.base in ("bf16", *BITS) else 4  # of a weight that is not quantized, and of x
+    s = 2 if bf16 and settings.base in ("bf16", *BITS) else 4  # bytes of a weight that is not quantized, and of x
     trained = parameters(phi) if full else L * settings.lora * (10 * D + 2 * inner)  # A [r, I] and B [O, r] of six [O, I]
     weights = s * parameters(phi) / ranks + (0 if full else 4 * trained)
     weights += L * matrices * (BITS.get(settings.base, 8 * s) / 8 - s)
@@ -108,7 +106,7 @@ def read_proc(file: str, name: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """What this process may hold, with what it holds now. Several processes on one CPU share what is free."""
+    """The most that this process can hold, what it holds now included. The processes on one CPU share what is free."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = read_proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -116,12 +114,13 @@ def free_bytes(device: str) -> int:
 
 
 def watch_peak(device: str) -> Callable[[], int | None]:
-    """Starts to watch; the result tells the peak since then: of tensors on CUDA, else of the process; None if unknown."""
+    """Starts watching; returns a function that gives the peak since then: of tensors on CUDA, otherwise of the process. It
+    gives None where that cannot be known."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return partial(torch.cuda.max_memory_allocated, device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, back to the present
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM, to the present size
     except OSError:
         return lambda: None
     return partial(read_proc, "self/status", "VmHWM")
@@ -129,7 +128,7 @@ def watch_peak(device: str) -> Callable[[], int | None]:
 
 @dataclass
 class Need:
-    parts: dict[str, int]  # bytes, by what they hold
+    parts: dict[str, int]  # {what they hold: bytes}
     total: int
     free: int
 
@@ -138,9 +137,9 @@ class Need:
         return f"a training step needs about {self.total / 1e9:.1f} GB ({parts}); {self.free / 1e9:.1f} GB are free"
 
 
-def find_need(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
-    """What a run needs on its device that tunes the model in `directory`, of shape `phi`. On the CPU that includes the
-    process, with the libraries that it will load."""
+def find_need(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
+    """What tuning the model in `directory` needs; on the CPU, the process and the libraries that it will load included."""
+    phi = read_config(directory)
     stored = phi.other.get("quantization_config", {})  # the files may hold quantized weights, or adapters of such
     code = "int8" if stored.get("load_in_8bit") else stored.get("code") or stored.get("bnb_4bit_quant_type")
     if settings.lora and not settings.base:
@@ -151,11 +150,11 @@ def find_need(phi: PhiConfig, directory: Path, settings: Tuning, examples: Seque
     return Need(parts, sum(parts.values()), free_bytes(settings.device))
 
 
-def check_fits(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
+def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -> Need:
     """What the run needs. InputError if less is free, with the flags that would help."""
-    need = find_need(phi, directory, settings, examples)
+    need = find_need(directory, settings, examples)
     if need.total > need.free:
-        raise InputError(f"{need} on {settings.device}.\n{way_out(phi, directory, settings, examples)}")
+        raise InputError(f"{need} on {settings.device}.\n{way_out(directory, settings, examples)}")
     if not settings.device.startswith("cuda") and need.total > 10**9:
         # glibc keeps freed blocks of up to 32 MB for later, and a step took twice its tensors. Now it returns those of 1 MB.
         with contextlib.suppress(OSError, AttributeError):  # there may be another C library
@@ -163,8 +162,11 @@ def check_fits(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequ
     return need
 
 
-def mildest_first(settings: Tuning, examples: Sequence[Example]) -> list[dict]:
-    """Flags that save memory: those that cost only time, then adapters and fewer bits, then shorter examples."""
+def way_out(directory: Path, settings: Tuning, examples: Sequence[Example]) -> str:
+    """The flags with which a run would fit with a tenth to spare, and no more than needed. First come those that cost only
+    time, then adapters and fewer bits, then shorter examples."""
+    if settings.resume:
+        return "A resumed run keeps its settings, so it needs more free memory."
     steps = [{"gradient_checkpointing": True}, {"micro_batch_size": 1}, {"optimizer": "adamw8bit"}]
     if settings.stage != "qat":
         lora = {"lora": settings.lora or 16}
@@ -173,27 +175,18 @@ def mildest_first(settings: Tuning, examples: Sequence[Example]) -> list[dict]:
             steps += [lora | {"base": "bf16", "dtype": "bf16"}, lora | {"base": "nf4"}]
     for n in (settings.max_length // 2, settings.max_length // 4, settings.max_length // 8):
         steps.append({"max_length": n, "max_prompt_length": min(settings.max_prompt_length, n // 2)})
-    return steps
 
-
-def way_out(phi: PhiConfig, directory: Path, settings: Tuning, examples: Sequence[Example]) -> str:
-    """The flags under which the run would fit, with a tenth to spare: the mildest, and none that is not needed."""
-    if settings.resume:
-        return "A resumed run keeps its settings, so it needs more free memory."
-
-    def flags(steps: list[dict]) -> dict:
+    def changed(steps: list[dict]) -> dict:
         return {name: value for step in steps for name, value in step.items() if value != getattr(settings, name)}
 
-    def need(steps: list[dict]) -> Need:
-        return find_need(phi, directory, replace(settings, **flags(steps)), examples)
+    def needed(steps: list[dict]) -> Need:
+        return find_need(directory, replace(settings, **changed(steps)), examples)
 
-    steps = mildest_first(settings, examples)
-    if ROOM * need(steps).total > need(steps).free:
-        return f"No flag makes it fit: the least is {need(steps).total / 1e9:.1f} GB, with all flags that save memory."
+    if 1.1 * needed(steps).total > needed(steps).free:
+        return f"No flag makes it fit: with all that save memory it still needs {needed(steps).total / 1e9:.1f} GB."
     for step in reversed(steps):
         fewer = [other for other in steps if other is not step]
-        if ROOM * need(fewer).total <= need(fewer).free:
+        if 1.1 * needed(fewer).total <= needed(fewer).free:
             steps = fewer
-    typed = flags(steps) if settings.dry_run else flags(steps) | {"overwrite": True}  # the run's directory is there now
-    words = [flag_name(name) if value is True else f"{flag_name(name)} {value}" for name, value in typed.items()]
-    return f"It would fit, with {need(steps).total / 1e9:.1f} GB, if you add\n  {' '.join(words)}"
+    words = [f"{flag_name(name)} {'' if value is True else value}".strip() for name, value in changed(steps).items()]
+    return f"It would fit, with {needed(steps).total / 1e9:.1f} GB, if you add\n  {' '.join(words)}"

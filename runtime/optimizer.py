@@ -1,4 +1,4 @@
-"""AdamW, the same with its moments in 8 bits, and the learning rate over a run.
+"""AdamW, and AdamW with its moments in 8 bits.
 
 AdamW (Loshchilov & Hutter 2019, algorithm 2) keeps two running means of every weight's gradient g, the *moments* m and v:
 
@@ -6,7 +6,7 @@ AdamW (Loshchilov & Hutter 2019, algorithm 2) keeps two running means of every w
     w = (1 - lr wd) w  -  lr m^ / (sqrt(v^) + eps)     with  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)  after t steps
 
 In fp32 the moments take 8 bytes a weight: 22 of the 44 GB that training all of Phi-2 needs before any activation. AdamW8bit
-keeps them in 2. Both optimizers allocate their whole state at once, so that a checkpoint can be compared with it.
+keeps them in 2. Both optimizers allocate their whole state when they are made, so a checkpoint can be checked against it.
 """
 
 import math
@@ -20,32 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import levels, midpoints
-from quant_kernels import CHUNK, nearest
+from quant import encode_blocks, levels
+from quant_kernels import CHUNK
 from runtime import parallel
 from runtime.files import InputError
 from runtime.settings import Optimizer
 
-
-def learning_rate(step: int, total: int, settings: Optimizer) -> float:
-    """Linear warm-up to `lr`, then a cosine or linear decay that would reach 0 one step after the last."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.lr * (0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress)
-
-
 # ------------------------------------------------------------------------------------------------- moments in 8 bits
 
 BLOCK = 256  # values that share a scale
-SMALL = 4096  # parameters with fewer values keep fp32 moments
 MOMENTS = {"exp_avg": "dynamic8", "exp_avg_sq": "dynamic8-unsigned"}  # m has a sign, v has none
 
 
 def in_8_bits(p: Tensor) -> bool:
-    """Whether AdamW8bit keeps p's moments in 8 bits: only those of large matrices, since a row of a vector fills no block.
-    A sharded parameter's shape is its whole shape, so the answer is the same for any number of processes."""
-    return p.ndim >= 2 and p.numel() >= SMALL
+    """Whether AdamW8bit keeps p's moments in 8 bits: only matrices from 4,096 values on. A sharded parameter's shape is its
+    whole shape, so the answer is the same for any number of processes."""
+    return p.ndim >= 2 and p.numel() >= 4096
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -54,8 +44,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
         m~ = l_c s,   s = max |m| of the block,   c = the code of the level nearest to m / s;     v the same, levels unsigned
 
-    Each step decodes m~ and v~, makes AdamW's step in fp32, and rounds the new m and v: 2 bytes a weight and 8/256 for the
-    scales. A parameter is worked on in slices, so the fp32 temporaries stay small.
+    Each step decodes m~ and v~, takes AdamW's step in fp32, and rounds the new m and v: 2 bytes a weight and 8/256 for the
+    scales. A parameter is updated slice by slice, so the fp32 temporaries stay small.
 
     One rule goes beyond the paper: v > 0 is never rounded to 0. A value whose gradient is below 4e-4 of the largest in its
     block has v / s < 1.6e-7, for which 0 is the nearest level, while its m survives. If its next gradient is 0, as in the
@@ -86,7 +76,7 @@ class AdamW8bit(torch.optim.Optimizer):
         t = state["step"].item()
         flat = {key: parallel.own(value).view(-1) for key, value in state.items()}
         w, g = parallel.own(p).view(-1), parallel.own(p.grad).reshape(-1)
-        # On the CPU a slice should fit the cache; on CUDA it must be long enough to pay for launching 30 kernels.
+        # On the CPU a slice should fit into the cache; on CUDA it must be worth the launch of 30 kernels.
         size = CHUNK if w.device.type == "cpu" else 4 * CHUNK
         for start in range(0, len(w), size):
             part = slice(start, start + size)
@@ -98,22 +88,24 @@ class AdamW8bit(torch.optim.Optimizer):
             moments = {key: _decode(*stored[key], code) for key, code in MOMENTS.items()}
             _adamw(w[part], g[part], *moments.values(), t, **group)
             for key, code in MOMENTS.items():
-                _encode(moments[key], code, *stored[key])
+                codes, scales = encode_blocks(_blocks(moments[key]), code)
+                stored[key][0].copy_(codes.view(-1)[: len(moments[key])])
+                stored[key][1].copy_(scales)
 
 
 def _zero_moments(p: Tensor) -> dict[str, Tensor]:
     """The moments of a parameter before its first step. InputError if it is sharded and its rows are not whole blocks."""
     if not in_8_bits(p):
         return {key: torch.zeros_like(p, dtype=torch.float32) for key in MOMENTS}
-    rows, row = len(p), math.prod(p.shape[1:])
-    codes, scales = (rows, row), (rows, row // BLOCK)
-    if row % BLOCK:
+    rows = p.flatten(1)
+    like_codes, like_scales = rows, rows[:, ::BLOCK]
+    if rows.shape[1] % BLOCK:
         if parallel.is_dtensor(p):
             needs = f"needs weights whose rows are a multiple of {BLOCK} values, and one is {list(p.shape)}"
             raise InputError(f"--optimizer adamw8bit on several GPUs {needs}; use --optimizer adamw")
-        codes, scales = (p.numel(),), (math.ceil(p.numel() / BLOCK),)
-    moments = {key: parallel.zeros_beside(p, codes, torch.uint8) for key in MOMENTS}  # any codes: their scales are 0
-    return moments | {f"{key}_absmax": parallel.zeros_beside(p, scales, torch.float32) for key in MOMENTS}
+        like_codes, like_scales = p.flatten(), p.flatten()[::BLOCK]
+    moments = {key: torch.zeros_like(like_codes, dtype=torch.uint8) for key in MOMENTS}  # any codes: their scales are 0
+    return moments | {f"{key}_absmax": torch.zeros_like(like_scales, dtype=torch.float32) for key in MOMENTS}
 
 
 def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: float, lr, betas, eps, weight_decay, **_) -> None:
@@ -126,7 +118,7 @@ def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: float, lr, betas, eps,
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """[n] -> [blocks, 256]; zeros fill up the last block."""
+    """[n] -> [blocks, 256]; the last block is filled up with zeros."""
     short = -len(x) % BLOCK
     return (F.pad(x, (0, short)) if short else x).view(-1, BLOCK)
 
@@ -135,14 +127,6 @@ def _decode(codes: Tensor, scale: Tensor, code: str) -> Tensor:
     """uint8 [n] and fp32 [blocks] -> fp32 [n]."""
     values = torch.index_select(levels(code, codes.device), 0, codes.int())
     return _blocks(values).mul_(scale[:, None]).view(-1)[: len(codes)]
-
-
-def _encode(values: Tensor, code: str, codes: Tensor, scale: Tensor) -> None:
-    """fp32 [n] -> codes uint8 [n] and scales fp32 [blocks], both written in place."""
-    blocks = _blocks(values)
-    torch.amax(blocks.abs(), dim=1, out=scale)
-    scaled = (blocks * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)  # a block of zeros stays zeros
-    codes.copy_(nearest(scaled, midpoints(code, scaled.device)).view(-1)[: len(codes)])
 
 
 def adamw(groups: list[dict], **settings) -> torch.optim.AdamW:
@@ -156,7 +140,7 @@ def adamw(groups: list[dict], **settings) -> torch.optim.AdamW:
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer for the parameters that require gradients. Biases and LayerNorms do not decay."""
+    """The optimizer that --optimizer names, for the trained parameters. Biases and LayerNorms do not decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim == 2], "weight_decay": settings.weight_decay},
@@ -169,19 +153,18 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 FILE = "optimizer.safetensors"
-DTYPES = {"F32": torch.float32, "U8": torch.uint8}  # by their names in a safetensors file
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """("exp_avg.lm_head.bias", tensor), ... of all trained parameters. 8-bit codes stay codes: the map has no level at -1,
-    so decoding and rounding them again would change them."""
+    so decoding and rounding them would change them."""
     for name, p in model.named_parameters():
         if p.requires_grad:
             yield from ((f"{key}.{name}", value) for key, value in optimizer.state[p].items())
 
 
 def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes the optimizer's whole state, which any number of ranks can resume from. Of several ranks all must call this."""
+    """Writes the optimizer's whole state, from which any number of ranks can resume. All ranks must call this."""
     state = dict(_named_state(model, optimizer))
     if parallel.size() > 1:
         state = parallel.whole_on_main(state.items())
@@ -190,12 +173,13 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills the optimizer's state in place; each rank reads its own rows only. InputError if another optimizer wrote it."""
+    """Fills the optimizer's state in place; each rank reads only its rows. InputError if another optimizer wrote it."""
     with safe_open(directory / FILE, framework="pt") as file:
         names = set(file.keys())
         for name, value in _named_state(model, optimizer):
             stored = file.get_slice(name) if name in names else None
-            if stored is None or (tuple(stored.get_shape()), DTYPES.get(stored.get_dtype())) != (value.shape, value.dtype):
+            kind = {torch.float32: "F32", torch.uint8: "U8"}[value.dtype]  # its name in a safetensors file
+            if stored is None or (stored.get_shape(), stored.get_dtype()) != ([*value.shape], kind):
                 key, _, parameter = name.partition(".")
                 what = f"no {key}" if stored is None else f"{key} as {stored.get_dtype()} {stored.get_shape()}"
                 raise InputError(f"{directory / FILE} has {what} for {parameter}; resume with the --optimizer that wrote it")

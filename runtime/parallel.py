@@ -1,4 +1,4 @@
-"""Several processes as one job: `torchrun --nproc-per-node 4 train.py ...` starts the same program four times.
+"""One job on several processes: `torchrun --nproc-per-node 4 train.py ...` starts the same program four times.
 
 Each process has a *rank*, 0 to n - 1. torchrun passes it in environment variables, and `job` connects the processes. Without
 torchrun there is a single process, of rank 0, and every function here returns what it was given. All processes run the same
@@ -36,8 +36,8 @@ from runtime.files import InputError
 from runtime.flags import flag_name
 from runtime.settings import TRAINING
 
-# For a process that hangs; one that ends is noticed at once. It must exceed anything that one rank does while the others
-# wait, such as writing Phi-2 and its moments, 33 GB, to a disk.
+# How long to wait for a process that hangs; one that ends is noticed at once. It must exceed anything that one rank does
+# while the others wait, such as writing Phi-2 and its moments, 33 GB, to a disk.
 TIMEOUT = datetime.timedelta(minutes=30)
 DOWNLOAD = datetime.timedelta(days=1)  # for `main_first`: the main process may be downloading a model
 
@@ -50,7 +50,7 @@ _turns = itertools.count()
 @contextlib.contextmanager
 def job() -> Iterator[None]:
     """Wraps a whole program: connects the processes that torchrun started, if any. Inside, only the main process prints and
-    warns, and a process that ends too early is an InputError in the others."""
+    warns, and if a process ends too early, the others raise InputError."""
     global _store
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         _store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -58,13 +58,24 @@ def job() -> Iterator[None]:
         group = dist.PrefixStore("group", _store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=TIMEOUT)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(watching())
         if not is_main():
             null = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(null))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises plain RuntimeErrors that quote its source file; NCCL and the store have an error class.
+            if size() == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise
+            what = "ended (torchrun names it below)"
+            if "timed out" in str(error).lower():
+                what = f"has not answered for {TIMEOUT.seconds // 60} minutes"
+            raise InputError(
+                f"another process of this job {what}, so rank {dist.get_rank()} stopped. No file is half-written; the same "
+                "command with --resume continues from the last checkpoint."
+            ) from None
     # Skipped after an error: the others may be waiting in a collective, which fails once this process has ended.
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -72,7 +83,7 @@ def job() -> Iterator[None]:
 
 
 def launcher() -> list[str]:
-    """The first words of the command that starts this job again: python, or torchrun with its flags."""
+    """The first words of the command that starts this job: python, or torchrun with its flags."""
     if size() == 1:
         return ["python"]
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -80,27 +91,8 @@ def launcher() -> list[str]:
     return ["torchrun", *(["--nnodes", str(machines), "..."] if machines > 1 else []), "--nproc-per-node", here]
 
 
-@contextlib.contextmanager
-def watching(when: str = "") -> Iterator[None]:
-    """Turns the error of a collective that another process left unanswered into an InputError. `when`: "in step 7"."""
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors that quote its source file; NCCL and the store have an error class.
-        if size() == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
-            raise
-        what = "ended (torchrun names it below)"
-        if "timed out" in str(error).lower():
-            what = f"has not answered for {TIMEOUT.seconds // 60} minutes"
-        raise InputError(
-            f"another process of this job {what}, so rank {rank()} stopped{when and ' ' + when}. No file is half-written; "
-            "the same command with --resume continues from the last checkpoint."
-        ) from None
-
-
 def first_to_report() -> bool:
-    """True only in the process that asks first. When one process fails, the others fail too, and only the first error is
-    the cause."""
+    """True only in the process that asks first. When one process fails, the others fail too; only the first error counts."""
     try:
         return _store is None or _store.add("reports", 1) == 1
     except RuntimeError:  # torchrun itself has ended
@@ -121,8 +113,8 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs the block alone, then the others run it together and find the files that it made: a download in
-    the hub's cache, or a file of the run. The block must not contain a collective."""
+    """The main process runs the block alone; then the others run it and find the files that it made, such as a download or
+    a file of the run. The block must not contain a collective."""
     turn = f"turn/{next(_turns)}"
     if not is_main():
         _store.wait([turn], DOWNLOAD)
@@ -134,21 +126,20 @@ def main_first() -> Iterator[None]:
 def on_this_machine(settings: Any) -> Any:
     """A stage's settings with the device of this process and, if it computes, the number type that suits the device.
 
-    InputError if several ranks would each do what is to be done once.
+    InputError if each of several ranks would do what must be done once.
     """
-    what = "" if settings.stage in (*TRAINING, "eval") else f"--stage {settings.stage}"
+    once = "" if settings.stage in (*TRAINING, "eval") else f"--stage {settings.stage}"
     for name in ("dry_run", "teacher", "precisions"):
-        what = what or (flag_name(name) if getattr(settings, name, None) else "")
-    if size() > 1 and what:
-        raise InputError(f"{what} is for one process: start it with python instead of torchrun")
-    if not hasattr(settings, "device"):
-        return settings
-    device = own_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = dataclasses.replace(settings, device=device)
+        once = once or (flag_name(name) if getattr(settings, name, None) else "")
+    if size() > 1 and once:
+        raise InputError(f"{once} is for one process: start it with python instead of torchrun")
+    changes = {}
+    if hasattr(settings, "device"):
+        changes["device"] = own_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if getattr(settings, "dtype", "none") is None:
-        bf16 = device.startswith("cuda") or getattr(settings, "base", None) == "bf16"
-        settings = dataclasses.replace(settings, dtype="bf16" if bf16 else "fp32")
-    return settings
+        bf16 = changes["device"].startswith("cuda") or getattr(settings, "base", None) == "bf16"
+        changes["dtype"] = "bf16" if bf16 else "fp32"
+    return dataclasses.replace(settings, **changes)
 
 
 def own_device(name: str) -> str:
@@ -165,10 +156,9 @@ def own_device(name: str) -> str:
     index = int(os.environ["LOCAL_RANK"]) if several else device.index or 0
     if index >= gpus:
         raise InputError(f"--device {name}: PyTorch sees {gpus} GPUs here, fewer than this job needs")
-    if not several:
-        return name
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+    if several:
+        torch.cuda.set_device(index)
+    return f"cuda:{index}" if several else name
 
 
 # ---------------------------------------------------------------------------------------------------- dividing the work
@@ -176,7 +166,7 @@ def own_device(name: str) -> str:
 
 def deal(items: Sequence, per_round: int) -> list[Sequence]:
     """This rank's items in rounds of at most `per_round`: r, r + n, r + 2n, ..., so from a list sorted by length every rank
-    gets short and long items. All ranks get the same number of rounds, if need be empty ones."""
+    gets short and long items. All ranks get the same number of rounds, some of them empty if necessary."""
     own = items[rank() :: size()]
     return [own[i * per_round : (i + 1) * per_round] for i in range(math.ceil(len(items) / (size() * per_round)))]
 
@@ -191,7 +181,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the ranks' gradients of parameters that every rank holds whole; those of sharded ones are sums already."""
+    """Adds up the ranks' gradients of parameters that are not sharded; FSDP has already added up those of sharded ones."""
     parameters = [p for p in parameters if p.requires_grad and not is_dtensor(p)]
     if size() == 1 or not parameters:
         return
@@ -214,7 +204,7 @@ def gather(value: Any) -> list:
     if size() == 1:
         return [value]
     text = json.dumps(value).encode()
-    text = text.ljust(int(largest(len(text))))  # JSON may end in blanks, so all texts get one length
+    text = text.ljust(int(largest(len(text))))  # blanks at the end give all texts one length
     own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     texts = [torch.empty_like(own) for _ in range(size())]
     dist.all_gather(texts, own)
@@ -233,7 +223,7 @@ def collect(own: list) -> list:
 def shard(model: nn.Module, blocks: Iterable[nn.Module], forward: str, device: str) -> None:
     """Splits the rows of all weights over the ranks, in place. Each of the `blocks` is gathered by itself, the other weights
     together. A model on the meta device stays there; `model.to_empty(device=...)` then allocates this rank's rows only.
-    Weights are whole only inside `forward`, the method that runs the whole network, and in the backward pass."""
+    Weights are whole only during the backward pass and inside `forward`, the name of the method that runs the network."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -267,15 +257,6 @@ def own_rows(x: Tensor) -> tuple[int, int]:
     return min(rank() * share, len(x)), min((rank() + 1) * share, len(x))
 
 
-def zeros_beside(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros with as many rows as p, split over the ranks if p is."""
-    if not is_dtensor(p):
-        return torch.zeros(shape, dtype=dtype, device=p.device)
-    from torch.distributed.tensor import zeros
-
-    return zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
-
-
 def whole(x: Tensor) -> Tensor:
     """All rows of a tensor, on every rank. Collective if the tensor is sharded."""
     return x.full_tensor() if is_dtensor(x) else x
@@ -283,13 +264,13 @@ def whole(x: Tensor) -> Tensor:
 
 def whole_on_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors by name, on the CPU of the main process. The other ranks help to gather them and return {}."""
-    gathered = ((name, whole(x.detach())) for name, x in tensors)  # one after the other
+    gathered = ((name, whole(x.detach())) for name, x in tensors)  # one at a time: the GPU need not hold them all
     return {name: x.cpu() for name, x in gathered if is_main()}
 
 
 @torch.no_grad()
 def copy_own_rows(x: Tensor, stored) -> None:
-    """Copies this rank's rows of x from a tensor or a slice of a safetensors file, of which no other rows are read."""
+    """Copies this rank's rows into x from a tensor or a slice of a safetensors file, and reads no others."""
     begin, end = own_rows(x)
     if begin < end:
         own(x).copy_(stored[begin:end])

@@ -5,8 +5,8 @@
              held_out.jsonl questions.json                   the rows that were held out, the questions that were trained on
              checkpoints/step-N/                             model, AdamW's moments and the loop's counters after step N
 
-Training draws no random numbers besides the order of the batches, which follows from (seed, epoch, position); so model,
-moments and the step number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
+The order of the batches follows from (seed, epoch, position) and dropout from (seed, step); so model, moments and the step
+number are the whole state, and a resumed run repeats the uninterrupted one bit for bit on the CPU.
 Nothing here knows the network: a model is its files.
 """
 
@@ -29,10 +29,21 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data import ChatML, Example, Ledger, load_tokenizer, question_key, write_truth
+from data import ChatML, Example, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import InputError, picture, printable, read_json, whole_directory, whole_file, write_json, write_jsonl
+from runtime.files import (
+    InputError,
+    picture,
+    printable,
+    read_json,
+    remove_directory,
+    sha256,
+    whole_directory,
+    whole_file,
+    write_json,
+    write_jsonl,
+)
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import METRICS, TRAINING
 
@@ -47,41 +58,53 @@ FIRST_FILES = ("questions.json", "ledger.json", "held_out.jsonl", "held_out.trut
 
 
 @contextlib.contextmanager
-def open_run(settings: Any, inputs: Any = None) -> Iterator[int]:
+def open_run(settings: Any, inputs: Any = None, parent: Path | None = None) -> Iterator[int]:
     """A run's directory while a stage writes to it: locked, with its run.json; yields the step to go on from.
 
     With --overwrite the earlier run is set aside, and deleted when the block ends. If the block fails before it has saved
     anything, the earlier run is back. run.json is written last: a directory without it is what a failed start left, and
-    nobody's run. `inputs`: the rows of a training stage (`write_inputs`). InputError rather than losing earlier work.
+    nobody's run. `inputs` and `parent`: the rows of a training stage and the model that it starts from. InputError rather
+    than losing earlier work.
     """
     run, start = Path(settings.out) / settings.name, None
     with locked(run) if parallel.is_main() else contextlib.nullcontext():
-        if parallel.is_main():
-            _end_overwrite(run, _worth_keeping(run))  # of a process that was killed
-            check_name(settings)
-            resume = getattr(settings, "resume", False)
-            start = max(steps_saved(run), default=0) if resume else 0
-            if (run / "run.json").exists() and not resume:
-                os.replace(run, _set_aside(run))
-            run.mkdir(parents=True, exist_ok=True)
-            if inputs is not None:
-                write_inputs(run, inputs)
-            if not resume:
-                versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
-                stored = asdict(settings)
-                if parallel.size() > 1:
-                    stored["device"] = torch.device(settings.device).type  # each rank has its own
-                write_json(run / "run.json", {"stage": settings.stage, "settings": stored, "versions": versions})
-        if parallel.size() > 1:
-            start = parallel.gather(start)[0]
         try:
+            if parallel.is_main():
+                start = _make_directory(settings, run, inputs, parent)
+            if parallel.size() > 1:
+                start = parallel.gather(start)[0]
             yield start
         except BaseException:
+            replaced = _set_aside(run).exists()
             if parallel.is_main():
                 _end_overwrite(run, _worth_keeping(run))
+            if start is not None and not replaced and settings.stage not in TRAINING and not _worth_keeping(run):
+                shutil.rmtree(run, ignore_errors=True)  # it was made here and holds nothing to go on with
             raise
         if parallel.is_main():
             _end_overwrite(run, keep=True)
+
+
+def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) -> int:
+    """Readies the directory of a new run, or of one that goes on; returns the step to go on from."""
+    _end_overwrite(run, _worth_keeping(run))  # of a process that was killed
+    check_name(settings)
+    files = what_is_read(settings, parent) if parent else {}
+    if getattr(settings, "resume", False):
+        remove_leftovers(run)
+        check_unchanged(run, files)
+        return max(steps_saved(run), default=0)
+    if (run / "run.json").exists():
+        os.replace(run, _set_aside(run))
+    run.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run)
+    read = write_inputs(run, inputs, files) if inputs else {}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
+    stored = asdict(settings)
+    if parallel.size() > 1:
+        stored["device"] = torch.device(settings.device).type  # each rank has its own
+    write_json(run / "run.json", {"stage": settings.stage, "settings": stored, "versions": versions, "read": read})
+    return 0
 
 
 def check_name(settings: Any) -> None:
@@ -148,15 +171,40 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def write_inputs(run: Path, inputs: Any) -> None:
-    """Notes what became of a training stage's rows: questions.json, ledger.json, held_out.jsonl with its truth."""
+def remove_leftovers(run: Path) -> None:
+    """Deletes the temporary files of writers that were killed. The caller has locked the run, so nobody else is writing."""
+    for path in [*run.rglob(".*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def what_is_read(settings: Any, parent: Path) -> dict[str, list[Path]]:
+    """The files that decide what a training run does, by what they hold."""
+    rows = {name: [Path(getattr(settings, name))] for name in ("train", "eval") if getattr(settings, name)}
+    return rows | {"model": sorted({*parent.glob("*.safetensors"), *base_directory(parent).glob("*.safetensors")})}
+
+
+def check_unchanged(run: Path, files: dict[str, list[Path]]) -> None:
+    """InputError if a run to be resumed would go on with other rows or other weights than it was started with."""
+    before = read_json(run / "run.json").get("read", {})
+    for name, paths in files.items():
+        if name in before and sha256(*paths) != before[name]:
+            raise InputError(
+                f"{paths[0]} has changed since {run} was started; put it back, or start another run with another --name"
+            )
+
+
+def write_inputs(run: Path, inputs: Any, files: dict[str, list[Path]]) -> dict[str, str]:
+    """Notes what became of a training stage's rows: questions.json, ledger.json, held_out.jsonl with its truth. Returns the
+    SHA-256 of the files."""
     by_place = {row.where: row for row in inputs.rows}
     seen = {_short(question_key(by_place[example.where])) for example in inputs.train}
     held_out = [by_place[example.where] for example in inputs.held_out]
+    digests = {name: sha256(*paths) for name, paths in files.items()}
     write_json(run / "questions.json", {"trained on": sorted(seen)})
     write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
     write_jsonl(run / "held_out.jsonl", [row.raw for row in held_out])
     write_truth(run / "held_out.jsonl", held_out)
+    return digests
 
 
 def resume_command(settings: Any) -> str:
@@ -225,7 +273,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Deletes all checkpoints but the last `keep` and the best."""
     for step in steps_saved(run)[:-keep]:
         if step != best:
-            shutil.rmtree(checkpoint_directory(run, step))
+            remove_directory(checkpoint_directory(run, step))
 
 
 def publish(run: Path, step: int) -> None:
@@ -322,28 +370,35 @@ def truncate_metrics(run: Path, step: int) -> None:
 # ---------------------------------------------------------------------------------- what is known about a model's directory
 
 
-def stage_of(run: Path) -> str | None:
-    """The stage in a run.json, of this version or of those before, which had it among the settings."""
+def recorded(run: Path, name: str) -> Any:
+    """What run.json says of a setting, or of "stage"; None if it says nothing. Earlier versions had all under "config"."""
     raw = read_json(run / "run.json")
-    return raw.get("stage", raw.get("config", {}).get("stage"))
+    inner = raw.get("settings", raw.get("config"))
+    return raw.get(name, inner.get(name) if isinstance(inner, dict) else None)
 
 
 def training_run(directory: Path) -> Path | None:
     """The run that tuned a model: its own directory or, if it was quantized from another, that one's; None if neither is."""
-    while (directory / "run.json").exists():
-        if stage_of(directory) in TRAINING:
+    seen = set()
+    while (directory / "run.json").exists() and directory.resolve() not in seen:
+        if recorded(directory, "stage") in TRAINING:
             return directory
-        directory = Path(read_json(directory / "results.json").get("parent", ""))
+        seen.add(directory.resolve())
+        directory = parent_of(directory) or Path()
     return None
+
+
+def parent_of(run: Path) -> Path | None:
+    """The model that a run was made from, as its results.json names it; None if that is not known."""
+    parent = read_json(run / "results.json").get("parent") if (run / "results.json").exists() else None
+    return Path(parent) if isinstance(parent, str) and parent else None
 
 
 def tuned_from(directory: Path) -> Path | None:
     """The model that a model was tuned from, which rewards are measured from; None if that is not recorded or gone."""
     run = training_run(directory)
-    if run is None or not (run / "results.json").exists():
-        return None
-    parent = Path(read_json(run / "results.json").get("parent", ""))
-    return parent if (parent / "config.json").exists() or is_adapter(parent) else None
+    parent = run and parent_of(run)
+    return parent if parent and ((parent / "config.json").exists() or is_adapter(parent)) else None
 
 
 def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
@@ -353,9 +408,8 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
     """
     run, base = training_run(directory), base_directory(directory)
     own = directory if (directory / "tokenizer.json").exists() else base
-    if system_prompt is None and run:  # an earlier version's model is used even where its run could not be resumed
-        raw = read_json(run / "run.json")
-        system_prompt = raw.get("settings", raw.get("config", {})).get("system_prompt")
+    if system_prompt is None and run:
+        system_prompt = recorded(run, "system_prompt")
     chat = ChatML(load_tokenizer(own), system_prompt)
     rows = read_json(base / "config.json").get("vocab_size", 0)
     largest = max(chat.tokenizer.get_vocab().values())
@@ -381,19 +435,6 @@ def _short(key: str) -> str:  # 16 hex digits are enough to tell questions apart
 
 
 # -------------------------------------------------------------------------------------------------------- for people to see
-
-
-def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
-    """Where the rows of each file went, in words."""
-    lines = []
-    for name, ledger in ledgers.items():
-        dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
-        kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
-        lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
-        lines += [f"  left out: {printable(reason)}" for reason in ledger.bad_rows[:5]]
-        if len(ledger.bad_rows) > 5:
-            lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
-    return "\n".join(lines)
 
 
 def metrics_table(measured: dict[str, dict[str, float]]) -> str:

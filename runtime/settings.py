@@ -1,53 +1,40 @@
-"""Everything that can be set: one dataclass a stage, made of shared parts. Each field is a flag of the command line.
+"""Everything that can be set: one dataclass per stage, made of shared parts. Each field is a flag of the command line.
 
 Settings are flat, `settings.lr`, and a function names the part that it needs: `make_optimizer(model, settings: Optimizer)`.
 A value comes from the highest layer that has one:
 
     flag       what was typed
     preset     --preset NAME, from PRESETS
-    demo       DEMO, if --model is the demo: a model of a million parameters wants other rates than Phi-2
-    default    DEFAULTS for the stage, else the field's own default below: values for Phi-2
+    demo       DEMO, if --model is demo: a model of a million parameters needs other learning rates than Phi-2
+    default    DEFAULTS for the stage, or the field's own default below: values for Phi-2
 
-`runtime/flags.py` makes flags and help of the fields, puts the layers together and checks the values. Neither file imports
-torch, so a command line is understood in a fraction of a second.
+`runtime/flags.py` turns the fields into flags and help, puts the layers together and checks the values. Neither file imports
+torch, so the command line answers in a fraction of a second.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-# The names in quant.FORMATS, which needs torch; tests/runtime/test_settings.py compares the two.
+# The names in quant.FORMATS; quant.py needs torch, so they are repeated here, and a test compares the two.
 FORMATS = ("int8", "llm.int8", "nf4", "nf4-double", "fp4", "int4", "nf2")
 PRECISIONS = ("fp32", "bf16", *FORMATS)
-# What "best" may mean. A robust loss is not among them: it falls without bound when a run diverges (see dpo.py).
+# What can decide which checkpoint is best. The robust loss cannot: it falls without bound when a run diverges (see dpo.py).
 METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", "dpo_loss")}
 LOWER_IS_BETTER = ("loss", "dpo_loss")
 
-
-@dataclass(frozen=True)
-class Limit:
-    """The words for a range, its ends, and whether these are allowed values."""
-
-    words: str
-    low: float
-    high: float
-    ends: tuple[bool, bool]
+# A limit: what to say of other values, the interval of those allowed, and which of its ends are ("[" or "]").
+POSITIVE = ("must be positive", 0, math.inf, "()")
+NOT_NEGATIVE = ("must be 0 or more", 0, math.inf, "[)")
+BETWEEN = ("must lie between 0 and 1", 0, 1, "()")
+PROBABILITY = ("is a probability: above 0, at most 1", 0, 1, "(]")
+DROPOUT = ("must lie in [0, 1)", 0, 1, "[)")
+FLIP_RATE = ("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", 0, 0.5, "[)")
 
 
-POSITIVE = Limit("must be positive", 0, math.inf, (False, False))
-NOT_NEGATIVE = Limit("must be 0 or more", 0, math.inf, (True, False))
-BETWEEN = Limit("must lie between 0 and 1", 0, 1, (False, False))
-PROBABILITY = Limit("is a probability: above 0, at most 1", 0, 1, (False, True))
-DROPOUT = Limit("must lie in [0, 1)", 0, 1, (True, False))
-FLIP_RATE = Limit("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", 0, 0.5, (True, False))
-
-
-def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: Limit | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "limit": limit})
-
-
-def settings_list(help: str, metavar: str) -> Any:
-    return field(default_factory=list, metadata={"help": help, "choices": (), "limit": None, "metavar": metavar})
+def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: tuple | None = None) -> Any:
+    value = {"default_factory": list} if default == [] else {"default": default}
+    return field(**value, metadata={"help": help, "choices": choices, "limit": limit})
 
 
 # ---------------------------------------------------------------------------------------------------------- shared parts
@@ -55,34 +42,21 @@ def settings_list(help: str, metavar: str) -> Any:
 
 
 @dataclass
-class Start:
-    """model"""
+class Model:
+    """model and machine"""
 
-    model: str = setting("demo", "demo, a directory, or a hub name such as microsoft/phi-2")
+    model: str | None = setting(None, "a directory, or a hub name such as microsoft/phi-2")
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
-
-
-@dataclass
-class Source:
-    """model"""
-
-    model: str | None = setting(None, "a directory or a hub name")
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
-
-
-@dataclass
-class Machine:
-    """machine"""
-
     device: str | None = setting(None, "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
 
 
 @dataclass
-class Compute:
-    """machine"""
+class RunningModel(Model):
+    """model and machine"""
 
     dtype: str | None = setting(None, "compute type (default: bf16 on CUDA, fp32 on a CPU)", ("fp32", "bf16"))
-    seed: int = setting(0, "of everything that is drawn at random", limit=NOT_NEGATIVE)
+    system_prompt: str | None = setting(None, "system turn for prompts without one (default: the model's own, if any)")
+    seed: int = setting(0, "seed of all random numbers", limit=NOT_NEGATIVE)
 
 
 @dataclass
@@ -95,18 +69,10 @@ class Run:
 
 
 @dataclass
-class Resume:
-    """run"""
-
-    resume: bool = setting(False, "go on from the last checkpoint of the run of this name")
-    dry_run: bool = setting(False, "show settings, data, batches, memory and time; train nothing")
-
-
-@dataclass
 class BadRows:
     """data"""
 
-    on_bad_row: str = setting("stop", "a row that cannot be used ends the run, or is left out", ("stop", "skip"))
+    on_bad_row: str = setting("stop", "what an unusable row does: stop the run, or be skipped", ("stop", "skip"))
 
 
 @dataclass
@@ -115,16 +81,9 @@ class Rows:
 
     train: str | None = setting(None, "JSONL file to train on (the demo has its own)")
     eval: str | None = setting(None, "JSONL file to evaluate on (default: a share of --train)")
-    eval_share: float = setting(0.2, "share of the questions that is kept for evaluation", limit=BETWEEN)
+    eval_share: float = setting(0.2, "share of the questions to evaluate on", limit=BETWEEN)
     max_length: int = setting(2048, "tokens of a prompt with one completion; longer examples are dropped", limit=POSITIVE)
     max_prompt_length: int = setting(1024, "tokens of a prompt; longer ones lose their oldest text", limit=POSITIVE)
-
-
-@dataclass
-class SystemPrompt:
-    """data"""
-
-    system_prompt: str | None = setting(None, "system turn for prompts without one (default: the model's own, if any)")
 
 
 @dataclass
@@ -143,9 +102,9 @@ class Optimizer:
 
     lr: float = setting(1e-5, "peak learning rate", limit=POSITIVE)
     schedule: str = setting("cosine", "decay of the learning rate to 0 after the warm-up", ("cosine", "linear"))
-    warmup_steps: int = setting(5, "steps in which the learning rate rises from 0", limit=NOT_NEGATIVE)
+    warmup_steps: int = setting(5, "steps during which the learning rate rises from 0", limit=NOT_NEGATIVE)
     epochs: int = setting(3, "passes over the training rows", limit=POSITIVE)
-    max_steps: int | None = setting(None, "stop after this many steps (the schedule ends there too)", limit=POSITIVE)
+    max_steps: int | None = setting(None, "stop after this many steps; the schedule ends there too", limit=POSITIVE)
     batch_size: int = setting(32, "examples per optimizer step", limit=POSITIVE)
     optimizer: str = setting("adamw", "adamw8bit keeps AdamW's two moments in 8 bits", ("adamw", "adamw8bit"))
     adam_beta2: float = setting(0.999, "AdamW's memory of squared gradients", limit=BETWEEN)
@@ -158,11 +117,12 @@ class Memory:
     """memory"""
 
     preset: str | None = setting(
-        None, "values for a GPU of that size; report: the report's", ("report", "8gb", "24gb", "80gb")
+        None, "settings for a GPU of that size, or those of the report", ("report", "8gb", "24gb", "80gb")
     )
     micro_batch_size: int = setting(4, "examples per forward pass", limit=POSITIVE)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
     compile: bool = setting(False, "fuse each block's operations with torch.compile")
+    dry_run: bool = setting(False, "show settings, data, batches, memory and time; train nothing")
 
 
 @dataclass
@@ -171,7 +131,7 @@ class Adapters:
 
     lora: int | None = setting(None, "train adapters of this rank instead of all weights", limit=POSITIVE)
     lora_alpha: float | None = setting(None, "scale the adapters' output by ALPHA / RANK (default: RANK)", limit=POSITIVE)
-    lora_dropout: float = setting(0.0, "share of an adapter's inputs that a training step drops", limit=DROPOUT)
+    lora_dropout: float = setting(0.0, "dropout on an adapter's inputs while training", limit=DROPOUT)
     lora_targets: str | None = setting(None, "layers to adapt, such as q_proj,v_proj (default: all but the output layer)")
     base: str | None = setting(None, "number format of the frozen weights (default: fp32)", PRECISIONS)
 
@@ -183,9 +143,10 @@ class Checkpoints:
     eval_every: int = setting(500, "steps between evaluations", limit=POSITIVE)
     save_every: int | None = setting(None, "steps between checkpoints (default: --eval-every)", limit=POSITIVE)
     keep: int = setting(2, "checkpoints to keep, besides the best one", limit=POSITIVE)
-    metric: str | None = setting(None, "what makes a checkpoint the best (default: loss; DPO: debiased_accuracy)")
+    metric: str | None = setting(None, "what decides which checkpoint is best (default: loss; DPO: debiased_accuracy)")
     patience: int | None = setting(None, "stop after this many evaluations without a new best", limit=POSITIVE)
     samples: int = setting(16, "evaluation prompts to answer before and after", limit=NOT_NEGATIVE)
+    resume: bool = setting(False, "continue the run of this name from its last checkpoint")
 
 
 @dataclass
@@ -201,8 +162,8 @@ class Asking:
     """teacher"""
 
     teacher: str | None = setting(None, "model that writes missing answers, or judges (OPENAI_API_KEY, OPENAI_BASE_URL)")
-    concurrency: int = setting(8, "calls to the teacher at a time", limit=POSITIVE)
-    price: str | None = setting(None, "of a million tokens in and out, such as 0.5,1.5")
+    concurrency: int = setting(8, "simultaneous calls to the teacher", limit=POSITIVE)
+    price: str | None = setting(None, "price of a million tokens in and out, such as 0.5,1.5")
     budget: float | None = setting(None, "stop before the teacher costs more, in the price's currency", limit=NOT_NEGATIVE)
 
 
@@ -218,15 +179,15 @@ class Data(BadRows, Asking, Run):
     sizes: str = setting("", "training rows of each mixture, such as 20000,30000 (default: one with all rows)")
     shares: str = setting("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)")
     shares_by: str = setting("source", "what --shares names", ("source", "topic"))
-    match_lengths: bool = setting(False, "as many pairs with the longer answer chosen as with the shorter, by source")
-    eval_share: float = setting(0.2, "share of the questions that is kept for tests", limit=BETWEEN)
-    seed: int = setting(0, "of the split and the mixtures", limit=NOT_NEGATIVE)
-    dry_run: bool = setting(False, "say what the teacher would be asked and what it would cost")
+    match_lengths: bool = setting(False, "in each source, choose the longer answer as often as the shorter")
+    eval_share: float = setting(0.2, "share of the questions to test on", limit=BETWEEN)
+    seed: int = setting(0, "seed of the split and the mixtures", limit=NOT_NEGATIVE)
+    dry_run: bool = setting(False, "show what the teacher would be asked and what that would cost")
 
 
 @dataclass
-class Tuning(Start, Rows, SystemPrompt, BadRows, Optimizer, Memory, Checkpoints, Machine, Compute, Resume, Run):
-    """What every training stage has. A class variable below is a setting that the stage does not leave open."""
+class Tuning(RunningModel, Rows, BadRows, Optimizer, Memory, Checkpoints, Run):
+    """What every training stage has. A class variable, here and below, is a setting that has no flag in that stage."""
 
     letter_only: ClassVar[bool] = False
     whole_text: ClassVar[bool] = False
@@ -266,42 +227,41 @@ class Qat(Format, Preference, Tuning):
     lora: ClassVar[None] = None
     lora_dropout: ClassVar[float] = 0.0
     base: ClassVar[None] = None
-    objective: str = setting("sft", "what to minimize", ("sft", "dpo"))
+    objective: str = setting("sft", "the loss to minimize", ("sft", "dpo"))
 
 
 @dataclass
-class Quantize(Source, Format, Machine, Run):
+class Quantize(Model, Format, Run):
     """Write a checkpoint in int8, 4 bits or 2 bits"""
 
     stage: ClassVar[str] = "quantize"
 
 
 @dataclass
-class Merge(Source, Machine, Run):
-    """Make one plain model of adapters and their base"""
+class Merge(Model, Run):
+    """Merge adapters and their base into one plain model"""
 
     stage: ClassVar[str] = "merge"
     data: str | None = setting(None, "JSONL file to compare on (default: what the model's run held out)")
 
 
 @dataclass
-class Eval(SystemPrompt, BadRows, Asking, Machine, Compute, Run):
+class Eval(RunningModel, BadRows, Asking, Run):
     """Measure models side by side, or one model in several number formats"""
 
     stage: ClassVar[str] = "eval"
-    model: list[str] = settings_list("one or more directories or hub names", "MODEL")
-    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    model: list[str] = setting([], "one or more directories or hub names")
     data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
     letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
     micro_batch_size: int = setting(16, "examples per forward pass", limit=POSITIVE)
     precisions: str | None = setting(None, "report card: formats to compare, such as fp32,int8,nf4-double")
     reference_model: str | None = setting(None, "model that rewards are measured from (default: its parent)")
-    beta: float = setting(0.1, "of the DPO loss", limit=POSITIVE)
+    beta: float = setting(0.1, "beta of the DPO loss", limit=POSITIVE)
     eps: float | None = setting(None, "share of flipped labels that debiased accuracy assumes", limit=FLIP_RATE)
     bert: str | None = setting(None, "BERT or RoBERTa for BERTScore: a directory or a hub name")
     samples: int = setting(200, "prompts to answer", limit=NOT_NEGATIVE)
     max_new_tokens: int = setting(256, "tokens of an answer, at most", limit=POSITIVE)
-    temperature: float = setting(0.0, "of sampling; 0 always takes the likeliest token", limit=NOT_NEGATIVE)
+    temperature: float = setting(0.0, "randomness of the answers; 0 always takes the likeliest token", limit=NOT_NEGATIVE)
 
 
 @dataclass
@@ -309,19 +269,19 @@ class Sweep(Dpo):
     """Compare the settings of DPO runs"""
 
     stage: ClassVar[str] = "sweep"
-    grid: list[str] = settings_list("values to try, one flag at a time, such as beta=0.1,0.3", "FLAG=VALUES")
+    grid: list[str] = setting([], "FLAG=VALUES to try, one flag at a time, such as beta=0.1,0.3")
     seeds: int = setting(1, "runs of each setting, with seeds SEED, SEED + 1, ...", limit=POSITIVE)
-    data: str | None = setting(None, "JSONL file of test pairs (default: questions that are set aside)")
+    data: str | None = setting(None, "JSONL file of test pairs (default: questions set aside from --train)")
 
 
 @dataclass
-class Chat(Source, SystemPrompt, Machine, Compute):
+class Chat(RunningModel):
     """Talk to a model in the terminal"""
 
     stage: ClassVar[str] = "chat"
-    prompt: str | None = setting(None, "answer this once and exit (- reads it from standard input)")
-    temperature: float = setting(0.7, "of sampling; 0 always takes the likeliest token", limit=NOT_NEGATIVE)
-    top_p: float = setting(0.95, "sample from the likeliest tokens that have this probability together", limit=PROBABILITY)
+    prompt: str | None = setting(None, "answer this one prompt and exit (- reads it from standard input)")
+    temperature: float = setting(0.7, "randomness of the answers; 0 always takes the likeliest token", limit=NOT_NEGATIVE)
+    top_p: float = setting(0.95, "sample from the likeliest tokens that together have this probability", limit=PROBABILITY)
     max_new_tokens: int = setting(256, "tokens of an answer, at most", limit=POSITIVE)
 
 
@@ -331,16 +291,12 @@ TRAINING = ("sft", "dpo", "mcq", "qat")
 
 # ----------------------------------------------------------------------------------------------- the layers of defaults
 
-SFT_DEFAULTS = dict(warmup_steps=20, epochs=1, eval_every=200, samples=3)
-DEFAULTS = {
-    "sft": SFT_DEFAULTS,
-    "mcq": SFT_DEFAULTS,
-    "qat": SFT_DEFAULTS,
-    "sweep": dict(samples=0),
-}
+SFT_DEFAULTS = dict(model="demo", warmup_steps=20, epochs=1, eval_every=200, samples=3)
+DEFAULTS = dict.fromkeys(("sft", "mcq", "qat"), SFT_DEFAULTS)
+DEFAULTS |= {"dpo": dict(model="demo"), "sweep": dict(model="demo", samples=0)}
 
 # fmt: off
-# Tuned until the demo's answers improved.
+# Chosen by trial until the demo's answers improved.
 DEMO_SFT = dict(
     max_length=1024, max_prompt_length=512, eval_share=0.01, epochs=1, lr=1.5e-3, adam_beta2=0.99, warmup_steps=50,
     batch_size=8, micro_batch_size=8, eval_every=1000, samples=0,
@@ -351,10 +307,10 @@ DEMO_DPO = dict(
 )
 DEMO_QAT = DEMO_SFT | dict(eval_share=0.2, epochs=2, lr=5e-4, eval_every=200)
 DEMO = {"sft": DEMO_SFT, "dpo": DEMO_DPO, "sweep": DEMO_DPO | dict(samples=0), "qat": DEMO_QAT}
-DEMO_LORA_LR = 2e-3  # adapters start from 0 and want longer steps
+DEMO_LORA_LR = 2e-3  # adapters start from 0 and need a larger learning rate
 
-# `report` is what the report's authors ran, from their code. The others fit Phi-2 on a GPU of that size, with rows as long
-# as --max-length allows, by the estimate of runtime/memory.py.
+# `report` is what the report's authors ran, from their code. With the others Phi-2 fits on a GPU of that size, even if all
+# rows are as long as --max-length allows, according to runtime/memory.py.
 LEAN = dict(dtype="bf16", gradient_checkpointing=True)
 PRESETS = {
     "report": dict(

@@ -13,6 +13,10 @@ import demo  # noqa: E402
 from runtime.files import read_json  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="hundreds of kills and inputs in tests/robustness")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """For the tests and the processes that they start: sums in one order, and no threads waiting for each other, which on a

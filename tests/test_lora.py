@@ -348,9 +348,7 @@ def test_the_reference_is_the_model_with_its_adapters(tiny, tmp_path, capsys):
     answer has drifted, which would not be so if the reference were the base, adapters off."""
     assert dpo(tmp_path, tiny, "sft", "--lora", "4") == 0
     assert dpo(tmp_path, tmp_path / "sft", "run", "--lora", "4") == 0
-    assert (
-        f"Reference: {tmp_path}/sft with its adapters, not without them, run once before training" in capsys.readouterr().out
-    )
+    assert f"Reference: {tmp_path}/sft with its adapters, not the model under them, run once" in capsys.readouterr().out
     assert read_metrics(tmp_path / "run")[0]["drift/absolute"] <= 1e-4
 
 
@@ -444,10 +442,10 @@ def test_adapters_that_differ_from_what_is_asked_for_are_refused(tiny, tmp_path,
     """Going on with adapters keeps their rank, alpha, layers and number format."""
     adapters(tiny, tmp_path / "adapters", base="nf4")
     for flags, message in [
-        (("--lora", "8"), "adapters with --lora 4, which tuning goes on with"),
-        (("--lora", "4", "--lora-alpha", "4"), "adapters with --lora-alpha 8"),
-        (("--lora", "4", "--lora-targets", "fc1"), "--lora-targets: "),
-        (("--lora", "4", "--base", "int8"), "holds adapters of nf4 weights, not of int8: leave out --base"),
+        (("--lora", "8"), "adapters with --lora 4, not 8. Give that, or merge them first: python train.py"),
+        (("--lora", "4", "--lora-alpha", "4"), "adapters with --lora-alpha 8.0, not 4.0"),
+        (("--lora", "4", "--lora-targets", "fc1"), "adapters with --lora-targets "),
+        (("--lora", "4", "--base", "int8"), "holds adapters with --base nf4, not int8"),
     ]:
         assert dpo(tmp_path, tmp_path / "adapters", "bad", *flags, "--overwrite") == 2
         assert message in capsys.readouterr().err

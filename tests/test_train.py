@@ -1,5 +1,6 @@
 """The driver end to end, on a model that trains in seconds: a run's files, resume, kill, signals, bad input, the demo."""
 
+import os
 import shlex
 import shutil
 import signal
@@ -372,3 +373,12 @@ def test_quantizing_the_result_of_qat_changes_nothing_and_it_resumes_bit_for_bit
     losses = {row["step"]: row["loss"] for row in logged if "loss" in row}
     shown = [(event.step, event.value) for event in board.Scalars("loss")]
     assert len(shown) == 16 and dict(shown) == pytest.approx(losses, rel=1e-6)  # steps that ran twice are shown once
+
+
+@pytest.mark.parametrize("broken", ["| head -1", ">&- 2>&- <&-", "> ascii.txt"], ids=["head", "closed", "ascii"])
+def test_output_that_cannot_be_written_does_not_end_a_run(tiny, pairs, tmp_path, broken):
+    words = flags("dpo", tiny, pairs, tmp_path, "--max-steps", "2", "--samples", "2")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    command = f"{shlex.join([sys.executable, str(ROOT / 'train.py'), *words])} {broken}"
+    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
+    assert (tmp_path / "run" / "results.json").exists()

@@ -22,6 +22,7 @@ from runtime.files import (
     write_jsonl,
     write_text,
 )
+from runtime.runs import remove_leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +97,21 @@ with whole_file(sys.argv[1]) as temporary:
     assert path.read_text() == "old"
     assert "half of the n" in tree(tmp_path).values()  # it had really begun to write
     write_text(path, "new")
-    assert tree(tmp_path) == {"a.txt": "new"}  # the next write takes the left-over away, too
+    assert path.read_text() == "new"
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"a.txt": "new"}
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """Whoever is done last has its whole content there; so too for a directory."""
+    with whole_file(tmp_path / "a.txt") as one, whole_file(tmp_path / "a.txt") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert tree(tmp_path) == {"a.txt": "one"}
+    with whole_directory(tmp_path / "run") as one, whole_directory(tmp_path / "run") as other:
+        (one / "1").write_text("one")
+        (other / "2").write_text("other")
+    assert tree(tmp_path) == {"a.txt": "one", "run/1": "one"}
 
 
 # ------------------------------------------------------------------------------------------------------- a directory
@@ -145,6 +160,7 @@ with whole_directory(sys.argv[1]) as temporary:
     assert tree(path) == {"a.txt": "old"}
     with whole_directory(path) as temporary:
         (temporary / "a.txt").write_text("new")
+    remove_leftovers(tmp_path)
     assert tree(tmp_path) == {"run/a.txt": "new"}  # b.txt of the killed process is not in it
 
 

@@ -16,7 +16,8 @@ from quant import CODES, levels, midpoints, quantize_blockwise
 from quant_kernels import nearest
 from runtime.files import InputError
 from runtime.flags import settle
-from runtime.optimizer import AdamW8bit, adamw, in_8_bits, learning_rate, load_optimizer, make_optimizer, save_optimizer
+from runtime.optimizer import AdamW8bit, adamw, in_8_bits, load_optimizer, make_optimizer, save_optimizer
+from train import learning_rate
 
 UNSIGNED = "dynamic8-unsigned"
 

@@ -32,11 +32,13 @@ from runtime.runs import (
     questions_seen,
     read_metrics,
     read_state,
+    remove_leftovers,
     resume_command,
     resumed_settings,
     steps_saved,
     stop_requests,
     stored_settings,
+    training_run,
     truncate_metrics,
     tuned_from,
 )
@@ -75,7 +77,7 @@ def test_step_10_comes_after_step_9(tmp_path):
 
 def test_a_directory_that_is_being_written_does_not_count(tmp_path):
     checkpoints(tmp_path, 5)
-    for name in (".step-6.tmp", ".step-5.old"):
+    for name in (".step-6.tmp", ".step-5.old.tmp"):
         (tmp_path / "checkpoints" / name).mkdir()
     assert steps_saved(tmp_path) == [5]
 
@@ -168,6 +170,21 @@ def test_an_overwritten_run_is_back_if_the_new_one_fails_before_it_has_saved_any
         raise KeyboardInterrupt
     assert steps_saved(tmp_path / "run") == [7]
     assert {path.name for path in tmp_path.iterdir()} == {"run", ".run.lock"}
+
+
+def test_a_stage_without_resume_that_fails_leaves_its_name_free(tmp_path):
+    quantize = settle("quantize", {"model": "x", "to": "nf4", "out": str(tmp_path), "name": "run"}).settings
+    with pytest.raises(OSError, match="disk"), open_run(quantize):
+        raise OSError("the disk is full")
+    assert not (tmp_path / "run").exists()
+
+    opened(settings_in(tmp_path))  # a run in its first steps: no checkpoint, no results
+    before = tree(tmp_path / "run")
+    with pytest.raises(InputError, match="already holds a run"):
+        opened(quantize)
+    with pytest.raises(OSError, match="disk"), open_run(replace(quantize, overwrite=True)):
+        raise OSError("the disk is full")
+    assert tree(tmp_path / "run") == before
 
 
 def test_a_run_that_was_killed_while_it_replaced_another_gives_way_to_it(tmp_path):
@@ -278,7 +295,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
 def test_a_setting_that_is_unknown_or_missing_is_named_in_one_line(tmp_path, capsys):
     command = ["--stage", "dpo", "--out", str(tmp_path), "--name", "run", "--resume"]
     for change, message in (
-        (lambda settings: settings | {"sparkle": 3}, "the setting sparkle = 3 is none that this version has"),
+        (lambda settings: settings | {"sparkle": 3}, "the setting sparkle = 3 is unknown to this version"),
         (lambda settings: {k: v for k, v in settings.items() if k != "beta"}, "the setting beta is missing"),
     ):
         opened(settings_in(tmp_path, overwrite=True))
@@ -292,6 +309,24 @@ def test_the_command_that_resumes_names_what_is_not_the_default(tmp_path):
     settings = settings_in("out", name="two words")
     assert resume_command(settings) == "python train.py --stage dpo --name 'two words' --resume"
     assert resume_command(settings_in(tmp_path)).endswith(f"--name run --out {tmp_path} --resume")
+
+
+def test_a_resumed_run_needs_the_rows_and_the_weights_that_it_began_with(tiny, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}')
+    model = shutil.copytree(tiny, tmp_path / "model")
+    settings = settings_in(tmp_path, train=str(tmp_path / "rows.jsonl"))
+    with open_run(settings, Inputs(None, [], [], [], {}), model):
+        pass
+    again = replace(settings, resume=True)
+    for file in (tmp_path / "rows.jsonl", model / "model.safetensors"):
+        with open_run(again, None, model):
+            pass
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match=f"{file.name} has changed since .*run was started; put it back, or start"):
+            with open_run(again, None, model):
+                pass
+        file.write_bytes(content)
 
 
 # -------------------------------------------------------------------------------------------- what a model was made from
@@ -316,6 +351,20 @@ def test_a_model_knows_its_run_through_the_stages_that_did_not_tune_it(tiny, tmp
     assert tuned_from(tiny) is None and questions_seen(tiny, ["what is 3 3"]) == 0
     text = (dpo / "questions.json").read_text()
     assert "what" not in text  # hashes, not the questions themselves
+
+
+@pytest.mark.parametrize("record", [{}, {"stage": 3}, {"settings": [1]}, {"stage": ["sft"], "config": 7}])
+def test_a_foreign_run_json_says_nothing_about_a_model(tiny, tmp_path, record):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    write_json(model / "run.json", record)
+    write_json(model / "results.json", {"parent": 3})
+    assert tuned_from(model) is None and load_chat(model).system_prompt is None and questions_seen(model, ["x"]) == 0
+
+
+def test_a_folder_that_names_itself_as_parent_is_no_endless_loop(tmp_path):
+    opened(settle("quantize", {"model": "x", "to": "nf4", "out": str(tmp_path), "name": "a"}).settings)
+    write_json(tmp_path / "a" / "results.json", {"parent": str(tmp_path / "a")})
+    assert training_run(tmp_path / "a") is None
 
 
 def test_a_tokenizer_needs_an_embedding_for_its_last_id(tiny, tmp_path):
@@ -420,10 +469,11 @@ def test_killed_in_the_middle_of_a_checkpoint_the_former_one_is_there(tiny, tmp_
     command = [sys.executable, "-B", "-c", DIE, str(tiny), str(tmp_path), str(step)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    half = tmp_path / "checkpoints" / f".step-{step}.tmp"
+    (half,) = (tmp_path / "checkpoints").glob(f".step-{step}.*.tmp")
     assert (half / "model.safetensors").exists()  # it had really begun to write
     assert steps_saved(tmp_path) == [9] and tree(tmp_path / "checkpoints" / "step-9") == before
-    save(tmp_path, step, model)  # the run goes on: the left-over is no obstacle, and goes
+    save(tmp_path, step, model)  # the run goes on: the leftover is no obstacle
+    remove_leftovers(tmp_path)
     assert steps_saved(tmp_path) == sorted({9, step}) and not half.exists()
 
 

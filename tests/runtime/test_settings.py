@@ -69,7 +69,7 @@ def test_stored_settings_come_back():
 
 
 def test_a_setting_that_is_unknown_or_missing_is_named():
-    with pytest.raises(InputError, match="run.json: the setting sparkle = 3 is none that this version has"):
+    with pytest.raises(InputError, match="run.json: the setting sparkle = 3 is unknown to this version"):
         from_stored(stored(sparkle=3), "run.json")
     cut = stored()
     del cut["settings"]["beta"]
