@@ -1,4 +1,4 @@
-"""Atomic file writes, and the one error type whose message is shown to the user.
+"""Atomic file writes, JSON that others wrote, and text of others as it may be shown.
 
 A crash in the middle of `open(path, "w")` leaves half a file under its final name, and the next run reads it as if it were
 good. So everything is written beside its final name and then renamed: on one file system a rename happens or does not.
@@ -8,11 +8,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
+from urllib.parse import unquote
 
 
 class InputError(ValueError):
@@ -20,8 +22,32 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its kind if it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of an error's message as it may be shown; its kind if it has none."""
+    return printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+
+
+# Control characters but for tab and newline, signs that turn the direction of writing, line separators, and half characters,
+# which file names have. On a terminal they could move the cursor or disguise a text; some cannot be printed at all.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN")  # in the environment
+USER = re.compile(r"(?<=://)[^\s/@]+(?=@)")  # and password, in a URL
+
+
+def redact(text: str) -> str:
+    """The text without the environment's keys and without user names and passwords in URLs."""
+    values = [os.environ.get(name, "") for name in SECRETS]
+    for user in USER.findall(os.environ.get("OPENAI_BASE_URL", "")):
+        values += [user.rpartition(":")[2], unquote(user.rpartition(":")[2])]
+    for value in values:
+        if len(value := value.strip()) >= 7:  # shorter ones, such as "none" and "ollama", are words of a local server
+            text = text.replace(value, "***")
+    return USER.sub("***", text)
+
+
+def printable(text: str) -> str:
+    """Text that others wrote (data, file names, models, servers) as it may be shown: without secrets, and with control
+    characters as escapes, "\\x1b"."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], redact(text.replace("\r\n", "\n")))
 
 
 @contextlib.contextmanager
@@ -77,7 +103,7 @@ def remove_directory(path: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters as in JSON: \\ud800
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -85,7 +111,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def sha256(*files: Path) -> str:
@@ -128,6 +154,20 @@ def read_json(path: str | Path) -> dict:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict:
+    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing or of another type;
+    {"answer": str | None} lets an answer be missing, which makes it None."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON {type(value).__name__}, not an object")
+    for name, kind in kinds.items():
+        found = value.get(name)
+        flag_for_number = type(found) is bool and bool not in (kind, *get_args(kind))  # to Python True is an int
+        if flag_for_number or not isinstance(found, kind):
+            wrong = "missing" if found is None else type(found).__name__
+            raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
+    return {name: value.get(name) for name in kinds}
 
 
 class Unread:

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from runtime.files import InputError, first_line, read_json, whole_directory, whole_file, write_json, write_jsonl, write_text
+from runtime.files import (
+    InputError,
+    first_line,
+    printable,
+    read_fields,
+    read_json,
+    redact,
+    whole_directory,
+    whole_file,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from runtime.runs import remove_leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,3 +216,55 @@ def test_directory_in_place_of_a_json_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(InputError, match="not readable as JSON") as error:
         read_json(tmp_path)
     assert str(error.value).startswith(str(tmp_path))
+
+
+def test_half_a_character_is_written_as_json_writes_it(tmp_path):
+    write_json(tmp_path / "a.json", {"text": "\ud83d, half of an emoji"})
+    assert read_json(tmp_path / "a.json") == {"text": "\ud83d, half of an emoji"}
+
+
+KINDS = {"name": str, "count": int, "share": int | float, "note": str | None, "on": bool | None}
+
+
+def test_known_fields_of_foreign_json():
+    fields = {"name": "a", "count": 3, "share": 0.5, "on": True}
+    assert read_fields(fields | {"other": 7}, KINDS, "x.json") == fields | {"note": None}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1], "a JSON list, not an object"),
+        ({}, '"name" is missing, not str'),
+        ({"name": 7}, '"name" is int, not str'),
+        ({"name": "a", "count": 3.0}, '"count" is float, not int'),
+        ({"name": "a", "count": True}, '"count" is bool, not int'),
+        ({"name": "a", "count": 3, "share": "0.5"}, '"share" is str, not int | float'),
+        ({"name": "a", "count": 3, "share": 1, "note": ["x"]}, '"note" is list, not str | None'),
+        ({"name": "a", "count": 3, "share": 1, "on": 1}, '"on" is int, not bool | None'),
+    ],
+)
+def test_fields_of_another_type_are_named(value, message):
+    with pytest.raises(InputError) as error:
+        read_fields(value, KINDS, "x.json:2")
+    assert str(error.value) == f"x.json:2: {message}"
+
+
+# ------------------------------------------------------------------------------------------------------- text of others
+
+
+def test_text_of_others_cannot_steer_a_terminal():
+    text = "Zo\u00eb\t\u529b\n\x1b]0;owned\x07\x1b[2J\x9b31m\r\x7f\x85\u2028\u202e\ud83d"
+    assert printable(text) == "Zo\u00eb\t\u529b\n\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\r\\x7f\\x85\\u2028\\u202e\\ud83d"
+    assert printable("two\r\nlines") == "two\nlines"
+    assert first_line(OSError("\x1b[2J\nmore")) == "\\x1b[2J"
+
+
+def test_keys_and_passwords_are_not_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://me:hunter%32two@example.org/v1")
+    assert redact("key sk-secret-1, hunter%32two and hunter2two") == "key ***, *** and ***"
+    assert printable("at http://you:pass@[::1]:80/v1") == "at http://***@[::1]:80/v1"
+    assert redact("a@b.org: see https://example.org/@x") == "a@b.org: see https://example.org/@x"
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # what local servers are given
+    assert redact("none of these") == "none of these"
