@@ -25,13 +25,10 @@ import torch
 from data import ChatML
 from generate import stream
 from model import Phi
-from runtime.files import InputError
+from runtime.files import InputError, printable
 from runtime.runs import load_chat
 from runtime.settings import Chat
 from runtime.weights import resolve
-
-# Control characters (C0, DEL, C1) except newline and tab: an escape can move the cursor, fake lines, even type for the user.
-CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 @dataclass
@@ -66,12 +63,12 @@ def run(settings: Chat) -> int:
 
 
 def show(text: str) -> None:
-    """Prints a piece of an answer at once; on a terminal, only the characters that are safe there."""
-    print(text.translate(CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
+    """Prints a piece of an answer at once; on a terminal, as it is safe there."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def hint(text: str) -> None:
-    print(text.translate(CONTROL), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def text_pieces(chat: ChatML, tokens: Iterable[int]) -> Iterator[str]:

@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from runtime.files import InputError, json_object, numbered_lines, write_json, write_jsonl
+from runtime.files import InputError, json_object, numbered_lines, printable, read_fields, write_json, write_jsonl
 
 LETTERS = "ABCDEFGHIJ"  # name the options of a multiple-choice question
 IM_START = "<|im_start|>"
@@ -184,8 +184,8 @@ def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
     for name, ledger in ledgers.items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
         kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
-        lines.append(f"{name}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
-        lines += [f"  left out: {reason}" for reason in ledger.bad_rows[:5]]
+        lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
+        lines += [f"  left out: {printable(reason)}" for reason in ledger.bad_rows[:5]]
         if len(ledger.bad_rows) > 5:
             lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
     return "\n".join(lines)
@@ -231,16 +231,14 @@ def read_truth(path: str | Path) -> dict[str, Truth]:
     truths: dict[str, Truth] = {}
     for number, line in numbered_lines(path) if path.exists() else ():
         try:
-            value = json_object(line)
-            prompt = value["prompt"]
+            kinds = {"flipped": bool | None, "answer": str | None, "grades": dict | None, "prompt": str | list}
+            *known, grades, prompt = read_fields(json_object(line), kinds, "the line").values()
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             key = question_key(Row(messages, [], "", {}))
-            truth = Truth(value.get("flipped"), value.get("answer"), value.get("grades") or {})
-            if not isinstance(truth.flipped, bool | None) or not isinstance(truth.answer, str | None):
-                raise TypeError
+            truth = Truth(*known, grades or {})
             for pattern in truth.grades.values():
                 re.compile(pattern)
-        except (ValueError, TypeError, KeyError, AttributeError, re.error):
+        except (ValueError, TypeError, KeyError, AttributeError, re.error, RecursionError, OverflowError):
             form = '{"prompt": ..., "flipped": true or false, "answer": text, "grades": {name: regex}}'
             raise InputError(f"{path}:{number}: not of the form {form}") from None
         if truths.setdefault(key, truth) != truth:
@@ -284,12 +282,17 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
     examples = []
     for row in rows:
         try:
-            whole = chat.prompt(row.messages)
-            prompt = chat.prompt(row.messages, max_prompt_length) if len(whole) > max_prompt_length else whole
+            prompt = whole = chat.prompt(row.messages)
+            completions = [chat.reply(text) for text in row.completions]
+        except InputError:
+            ledger.drop("text that the tokenizer takes for a control token")
+            continue
+        try:
+            if len(whole) > max_prompt_length:
+                prompt = chat.prompt(row.messages, max_prompt_length)
         except InputError:
             ledger.drop("prompt does not fit")
             continue
-        completions = [chat.reply(text) for text in row.completions]
         if len(prompt) + max(map(len, completions)) > max_length:
             ledger.drop("completion does not fit")
             continue
@@ -316,11 +319,12 @@ def coloured(example: Example, chat: ChatML, colour: bool) -> str:
     inverse. Without colour, every token stands in brackets."""
 
     def paint(ids: list[int], code: str) -> str:
+        texts = [(i, printable(chat.decode([i]))) for i in ids]
         if not colour:
-            return "".join(f"[{chat.decode([i])}]" for i in ids)
-        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{chat.decode([i])}\x1b[0m" for i in ids)
+            return "".join(f"[{text}]" for _, text in texts)
+        return "".join(f"\x1b[{code}{';7' if i in chat.control_ids else ''}m{text}\x1b[0m" for i, text in texts)
 
-    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {example.where}", ""]
+    lines = [f"prompt ({len(example.prompt)} tokens, no loss), {printable(example.where)}", ""]
     starts = [i for i, token in enumerate(example.prompt) if token == chat.start]
     for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
         turn = example.prompt[start:end]

@@ -35,7 +35,7 @@ from model import Phi, all_logprobs
 from prepare.rows import Measured, encode_for, rows_to_measure
 from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
-from runtime.files import InputError, first_line
+from runtime.files import InputError, first_line, printable
 from runtime.flags import flag_name
 from runtime.settings import Eval
 from runtime.weights import resolve
@@ -66,7 +66,7 @@ def run(settings: Eval) -> int:
     results = Results(measured.rows, measured.where, asked, notes, failures=failures)
     with runs.open_run(settings):
         for contestant in contestants:
-            print(f"{contestant.name} ...", flush=True)
+            print(f"{printable(contestant.name)} ...", flush=True)
             try:
                 sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder)
                 results.models.append(sections)
@@ -87,6 +87,7 @@ def run(settings: Eval) -> int:
 
 
 def fail(failures: list[str], line: str) -> None:
+    line = printable(line)
     failures.append(line)
     print(f"error: {line}", file=sys.stderr, flush=True)
 

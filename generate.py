@@ -54,14 +54,17 @@ class KVCache:
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """Next token ids [B] of logits [B, V]: greedy at temperature 0, else from softmax(logits / temperature) restricted to
-    the smallest set of likeliest tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020)."""
+    the smallest set of likeliest tokens, at least one, whose probabilities reach `top_p` (nucleus sampling, Holtzman et al.
+    2020)."""
     if temperature < 1e-6:  # 0, or so near to it that logits / temperature may overflow
         return logits.argmax(dim=-1)
     p = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
         sorted_p, order = p.sort(dim=-1, descending=True)
-        before = sorted_p.cumsum(dim=-1) - sorted_p  # the probability of all likelier tokens
-        p = torch.zeros_like(p).scatter(1, order, sorted_p.where(before < top_p, 0.0))
+        before = sorted_p.cumsum(dim=-1).roll(1, dims=-1)  # the probability of all likelier tokens
+        before[:, 0] = -1.0  # the likeliest token stays, whatever top_p is
+        # The tolerance is for sums that reach top_p but for their rounding.
+        p = torch.zeros_like(p).scatter(1, order, sorted_p.where(before < top_p - 1e-6, 0.0))
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 

@@ -54,7 +54,7 @@ from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, 
 from prepare.rows import Inputs, load_inputs
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
-from runtime.files import InputError, first_line, whole_file, write_json
+from runtime.files import InputError, first_line, printable, whole_file, write_json
 from runtime.optimizer import load_optimizer, make_optimizer, save_optimizer
 from runtime.settings import LOWER_IS_BETTER, METRICS, TRAINING, Tuning
 
@@ -483,7 +483,7 @@ def main(argv: list[str]) -> int:
             if getattr(last, "dry_run", False):
                 print("Settings")
                 for name, value in asdict(last).items():
-                    print(f"  {name:24} {value!s:40} {command.origins.get(name, '')}".rstrip())
+                    print(f"  {name:24} {printable(str(value)):40} {command.origins.get(name, '')}".rstrip())
                 print()
             return run_stage(last)
     except (InputError, OSError, SafetensorError) as error:  # safetensors' is no OSError, even where a disk is full
@@ -495,7 +495,7 @@ def main(argv: list[str]) -> int:
         goes_on = "; --resume goes on from the last checkpoint" if command.settings.stage in TRAINING else ""
         message, status = f"\nStopped. Nothing half-written is left{goes_on}.", 130
     if parallel.first_to_report():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     return status
 
 

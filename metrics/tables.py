@@ -8,7 +8,7 @@ from textwrap import indent
 
 from data import Row
 from metrics.intervals import Estimate
-from runtime.files import write_json, write_jsonl, write_text
+from runtime.files import printable, write_json, write_jsonl, write_text
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,8 +26,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def plain(cell: str) -> str:
     """A cell in one line, without characters that steer a terminal, and with nothing that Markdown or HTML would act on."""
-    text = "".join(c if c.isprintable() else " " for c in cell)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
+    return " ".join(printable(cell).split()).replace("|", "\\|").replace("<", "\\<")
 
 
 def percent(value: Estimate | float | None) -> str:
@@ -133,5 +132,5 @@ def side_by_side(record: dict) -> str:
     """A prompt with every model's answer, in Markdown. Texts are indented, so nothing in them becomes markup."""
     prompt = "\n\n".join(message["content"] for message in record["prompt"])
     texts = {"the prompt": prompt, **record["answers"], "the reference answer": record["reference"]}
-    parts = [f"**{name}**\n\n{indent(text, '    ', lambda line: True)}" for name, text in texts.items()]
-    return "\n\n".join([f"## {record['where']}", *parts])
+    parts = [f"**{plain(name)}**\n\n{indent(printable(text), '    ', lambda line: True)}" for name, text in texts.items()]
+    return "\n\n".join([f"## {plain(record['where'])}", *parts])

@@ -16,7 +16,7 @@ from data import LETTERS
 from prepare import mixture
 from prepare.sources import Item, Reading, read_source
 from prepare.teacher import ask_all, estimate, open_teacher
-from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl
+from runtime.files import InputError, printable, read_json, whole_directory, write_json, write_jsonl
 from runtime.settings import Data
 
 
@@ -105,7 +105,7 @@ def read_sources(settings: Data) -> dict[str, Reading]:
             raise InputError(f"--sources names {label} twice")
         name, _, path = label.partition("=")
         source = read_source(name, path, pinned.get(name), settings.on_bad_row)
-        print(f"{source.origin}: {in_words(source.counts)}")
+        print(printable(f"{source.origin}: {in_words(source.counts)}"))
         if not path:
             pinned[name] = source.origin.rpartition("@")[2]
             write_json(lock, pinned)

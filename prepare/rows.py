@@ -1,16 +1,21 @@
-"""The rows of people's data files: one JSON object a line, checked and turned into `data.Row`.
+"""The rows of people's data files: JSON lines, a JSON array, CSV or parquet, checked and turned into `data.Row`.
 
     pairs   {"prompt", "chosen", "rejected"}
     sft     {"prompt", "completion"}, or {"messages"} whose last message is the assistant's
     mcq     {"question", "choices", "answer": letter, "explanation"}, or a question with its options in the text
 
-A prompt is text or a list of {"role", "content"}; a completion is text or a list of one assistant message. Other fields mean
-nothing to the program. What is known about the questions may be in a truth file beside the rows (`data.read_truth`).
+A prompt is text or a list of {"role", "content"}; a completion is text or a list of one assistant message. A field that is
+null is absent. Other fields mean nothing to the program. What is known about the questions may be in a truth file beside the
+rows (`data.read_truth`).
 """
 
+import codecs
 import contextlib
+import csv
 import functools
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +23,11 @@ import data
 from data import LETTERS, ChatML, Example, Ledger, Row, question_key
 from model import read_config
 from runtime import runs
-from runtime.files import InputError, json_object, numbered_lines
+from runtime.files import InputError, first_line, json_object, numbered_lines
 from runtime.settings import Tuning
 
-SHOWN = 20  # bad rows that an error message lists
+SHOWN = 20  # reasons that an error message lists
+NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking")  # parts of a message that no row can teach
 
 
 def _text(value: object, name: str) -> str:
@@ -49,10 +55,15 @@ def _messages(row: dict, name: str, last: str) -> list[dict]:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant") or (role == "system" and i > 0):
             raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
-        _text(message.get("content"), f"{name}[{i}].content")
+        if role != "system" or message.get("content") != "":  # an empty system turn is none
+            _text(message.get("content"), f"{name}[{i}].content")
+        if unlearned := [part for part in NOT_TEXT if message.get(part)]:
+            raise ValueError(f'"{name}"[{i}] has {unlearned[0]}, which cannot be learned as text')
     if role != last:
         raise ValueError(f'"{name}" ends with the {role}, not with the {last}')
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    if message.get("weight") == 0 or message.get("train") is False:
+        raise ValueError(f'"{name}" ends with a message that is not to be learned')
+    return [{"role": m["role"], "content": m["content"]} for m in value if m["content"]]
 
 
 def _reply(row: dict, name: str) -> str:
@@ -73,7 +84,7 @@ def parse_pair(row: dict, where: str = "") -> Row:
 
 def parse_sft(row: dict, where: str = "") -> Row:
     """{"prompt", "completion"}, or {"messages"}; the last message is the completion."""
-    if "messages" not in row:
+    if row.get("messages") is None:
         return Row(_messages(row, "prompt", "user"), [_reply(row, "completion")], where, row)
     *prompt, last = _messages(row, "messages", "assistant")
     if not prompt or prompt[-1]["role"] != "user":
@@ -103,9 +114,12 @@ def parse_mcq(row: dict, where: str = "", letter_only: bool = False) -> Row:
         options = [f"{letter}. {_text(choice, 'choices')}" for letter, choice in zip(LETTERS, choices)]
         question = "\n".join([f"Question: {question}", "", "Options:", *options, "", "Answer:"])
     letter = row.get("answer")
+    if type(letter) is int and 0 <= letter < len(choices):
+        letter = LETTERS[letter]
     if letter not in tuple(LETTERS[: len(choices)]):
-        raise ValueError(f'"answer" is {letter!r}, not the letter of an option')
-    explanation = str(row.get("explanation") or "").strip()
+        raise ValueError(f'"answer" is {str(letter)[:60]!r}, not the letter of an option, nor its number from 0 on')
+    explanation = row.get("explanation") or ""
+    explanation = _text(explanation, "explanation").strip() if explanation != "" else ""
     reply = letter if letter_only else f"{explanation}\n\nAnswer: {letter}".strip()
     return Row([{"role": "user", "content": question}], [reply], where, row, choices, LETTERS.index(letter))
 
@@ -114,17 +128,66 @@ LETTER = functools.partial(parse_mcq, letter_only=True)
 PARSERS = {"pairs": parse_pair, "sft": parse_sft, "mcq": parse_mcq, "mcq letter": LETTER}
 
 
+def records(path: Path) -> Iterator[tuple[int, object]]:
+    """The records of a file with their numbers: the rows of parquet, the elements of a JSON array, or the lines. A line of
+    JSON is still bytes (see `parsed`), so that a broken one is an error of its own."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import read_table
+
+            yield from enumerate(read_table(path).to_pylist(), start=1)
+        elif path.suffix == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                lines = csv.DictReader(file)
+                yield from ((lines.line_num, line) for line in lines)
+        elif start == b"[" and path.suffix != ".jsonl":
+            yield from enumerate(json.loads(path.read_bytes().decode("utf-8-sig")), start=1)
+        else:
+            yield from numbered_lines(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, NotImplementedError, RecursionError, csv.Error) as error:  # pyarrow's errors are kinds of these
+        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)})") from None
+
+
+def parsed(record: object) -> dict:
+    """A record of `records` as an object; ValueError if it is none."""
+    if isinstance(record, bytes):
+        return json_object(record)
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, not an object")
+    if None in record:  # where csv puts them
+        raise ValueError("more cells than the first line has")
+    return record
+
+
+def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
+    """The error for rows that cannot be used, each "file:line: reason": a line for each reason, with the first places."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for line in bad:
+        file, number, reason = re.fullmatch(r"(?s)(.*?):(\d+): (.*)", line).groups()
+        places.setdefault((file, reason), []).append(number)
+    lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:"]
+    for (file, reason), found in list(places.items())[:SHOWN]:
+        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+        lines.append(f"{file}:{', '.join(found[:5])}{more}: {reason}")
+    lines += [f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else []
+    return InputError("\n  ".join(lines) + "\nCorrect them, or leave them out with --on-bad-row skip.")
+
+
 def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
-    """Reads a JSONL file of a `kind` of PARSERS: "pairs", "sft", "mcq" or "mcq letter". Blank lines are not counted.
+    """Reads a file of a `kind` of PARSERS: "pairs", "sft", "mcq" or "mcq letter". Blank lines are not counted.
 
     Rows that cannot be used are reported as `file:line: reason`: with on_bad_row "stop" in one InputError after the whole
     file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
     """
     rows, bad = [], ledger.bad_rows
-    for number, line in numbered_lines(path):
+    for number, record in records(Path(path)):
         ledger.rows += 1
         try:
-            row = PARSERS[kind](json_object(line), f"{path}:{number}")
+            row = PARSERS[kind](parsed(record), f"{path}:{number}")
         except ValueError as error:
             ledger.drop("bad row")
             bad.append(f"{path}:{number}: {error}")
@@ -133,9 +196,7 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     if not ledger.rows:
         raise InputError(f"{path}: the file holds no rows")
     if bad and on_bad_row == "stop":
-        more = [f"... and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
-        reasons = "\n  ".join([f"{len(bad):,} of {ledger.rows:,} rows of {path} cannot be used:", *bad[:SHOWN], *more])
-        raise InputError(f"{reasons}\nCorrect them, or leave them out with --on-bad-row skip.")
+        raise bad_rows(bad, ledger.rows, path)
     if truths := data.read_truth(path):
         for row in rows:
             row.truth = truths.get(question_key(row))
@@ -143,13 +204,13 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
 
 
 def kind_of(path: str | Path) -> str:
-    """Which of PARSERS a JSONL file is for, "pairs", "mcq" or "sft", by the fields of its first readable row."""
-    for _, line in numbered_lines(path):
+    """Which of PARSERS a file is for, "pairs", "mcq" or "sft", by the fields of its first readable row."""
+    for _, record in records(Path(path)):
         with contextlib.suppress(ValueError):  # reported by `read_rows`
-            row = json_object(line)
-            if "chosen" in row and "completion" not in row:
+            found = {name for name, value in parsed(record).items() if value is not None}
+            if "chosen" in found and "completion" not in found:
                 return "pairs"
-            return "mcq" if "question" in row and not {"prompt", "messages"} & row.keys() else "sft"
+            return "mcq" if "question" in found and not {"prompt", "messages"} & found else "sft"
     return "sft"
 
 
@@ -174,13 +235,19 @@ def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
         data.check_no_leak(*parts)
     else:
         parts = data.split_by_question(parts[0], settings.eval_share, settings.seed)
+        if sum(parts, []) and not all(parts):
+            questions = len({question_key(row) for row in sum(parts, [])})
+            asked = "one question" if questions == 1 else f"{questions:,} questions, which one side got"
+            hint = "give other rows to evaluate on with --eval FILE, or more questions"
+            raise InputError(f"{files[0]}: all rows ask {asked}, so they cannot be split; {hint}")
     sides = []
     for side, rows, file in zip(("train", "eval"), parts, (files[0], files[-1])):
         examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[file])
         if not examples:
             limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
-            hint = "give more rows, other limits, or another --eval-share"
-            raise InputError(f"{file}: no row is left for the {side} side ({len(rows):,} before {limits}); {hint}")
+            causes = [f"{count:,} {cause}" for cause, count in ledgers[file].dropped.items()] + ledgers[file].bad_rows[:1]
+            left_out = f"left out of {ledgers[file].rows:,} with {limits}: {', '.join(causes)}"
+            raise InputError(f"{file}: no row is left for the {side} side; {left_out}. Give other rows or limits.")
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers)
 

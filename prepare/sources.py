@@ -1,21 +1,21 @@
 """The report's data sets. Each has its own columns; a short function turns one of its records into an `Item`.
 
     --sources theoremqa            from the Hugging Face hub, downloaded once, then read from the cache
-    --sources theoremqa=PATH       a local copy: a parquet, JSON or JSON lines file, or a directory of them
+    --sources theoremqa=PATH       a local copy: a parquet, JSON, JSON lines or CSV file, or a directory of them
 
 A missing column is an error that lists the columns that were found.
 """
 
-import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import LETTERS
-from runtime.files import InputError, json_object, numbered_lines
+from prepare.rows import bad_rows, parsed, records
+from runtime.files import InputError, first_line
 from runtime.weights import hub_snapshot
 
 
@@ -78,11 +78,29 @@ def _right(choices: list[str], letter: str) -> str:
     return named
 
 
+def _options(value: object) -> list:
+    if not isinstance(value, list):
+        raise ValueError(f"the options are {type(value).__name__}, not a list")
+    return value
+
+
+def check_text(value: object, name: str) -> str:
+    """`value`; ValueError if it is not text."""
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is {"missing" if value is None else type(value).__name__}, not text')
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
+    return value
+
+
 def mmlu_stem(record: dict, file: Path) -> Item:
     """question, choices (list), answer (0-3), subject."""
-    choices, subject = list(record["choices"]), record["subject"]
+    choices, subject = _options(record["choices"]), record["subject"]
     topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
-    return Item(record["question"], choices[int(record["answer"])], choices, topic=topic)
+    right = int(record["answer"])
+    if not 0 <= right < len(choices):
+        raise ValueError(f"the right option is {right}, but there are {len(choices)}")
+    return Item(record["question"], choices[right], choices, topic=topic)
 
 
 def theoremqa(record: dict, file: Path) -> Item | None:
@@ -129,7 +147,7 @@ def sciq(record: dict, file: Path) -> Item:
 
 def aqua_rat(record: dict, file: Path) -> Item:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
-    choices = [re.sub(r"^\s*[A-E]\s*\)", "", option).strip() for option in record["options"]]
+    choices = [re.sub(r"^\s*[A-E]\s*\)", "", option).strip() for option in _options(record["options"])]
     return Item(record["question"], _right(choices, record["correct"]), choices, record["rationale"], topic="Mathematics")
 
 
@@ -148,11 +166,12 @@ def epfl(record: dict, file: Path) -> list[Item]:
 
 def pairs(record: dict, file: Path) -> Item:
     """Your own pairs: prompt, chosen, rejected; topic, source, question_id and licence if you have them."""
-    item = Item(record["prompt"], record["chosen"], chosen=record["chosen"], rejected=record["rejected"])
-    item.source = record.get("source") or file.stem
-    item.topic = "" if record.get("topic", "Unknown") == "Unknown" else record["topic"]
-    item.question_id = str(record.get("question_id", ""))
-    item.licence = record.get("licence", "")
+    prompt, chosen, rejected = (check_text(record[name], name) for name in ("prompt", "chosen", "rejected"))
+    item = Item(prompt, chosen, chosen=chosen, rejected=rejected)
+    for name in ("topic", "source", "question_id", "licence"):
+        setattr(item, name, "" if record.get(name) is None else str(record[name]))
+    item.topic = "" if item.topic == "Unknown" else item.topic
+    item.source = item.source or file.stem
     return item
 
 
@@ -170,25 +189,6 @@ SOURCES = {
 }
 
 
-def records(path: Path) -> Iterator[tuple[int, dict]]:
-    """The records of a file with their numbers (JSON lines: the numbers of the lines). JSON is an array, or an object on
-    each line: AQUA-RAT's files with lines are called .json too."""
-    where = str(path)
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import read_table
-
-            yield from enumerate(read_table(path).to_pylist(), start=1)
-        elif (data := path.read_bytes().removeprefix(codecs.BOM_UTF8)).lstrip().startswith(b"["):
-            yield from enumerate(json.loads(data), start=1)
-        else:
-            for number, line in numbered_lines(path):
-                where = f"{path}:{number}"
-                yield number, json_object(line)
-    except (ValueError, NotImplementedError, OSError) as error:  # pyarrow's errors are kinds of these
-        raise InputError(f"{where}: cannot be read as {path.suffix[1:]} ({error})") from None
-
-
 @dataclass
 class Reading:
     """What one source gave."""
@@ -201,16 +201,16 @@ class Reading:
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:
     """Reads a source from the hub, at a `revision`, or from the local copy at `path`.
 
-    InputError names the file and record that lacks a column or cannot be used; with on_bad_row "skip", unusable records are
-    counted and left out.
+    InputError names the files and records that lack a column or cannot be used; with on_bad_row "skip", they are counted and
+    left out.
     """
     if name not in SOURCES:
         raise InputError(f"no source {name!r}; there are {', '.join(SOURCES)}")
     source = SOURCES[name]
     if path:
-        origin, wanted = path, ("*.parquet", "*.json", "*.jsonl")
+        origin, wanted = path, ("*.parquet", "*.json", "*.jsonl", "*.csv")
         found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-        files = [file for file in found if file.suffix in (".parquet", ".json", ".jsonl") and file.exists()]
+        files = [file for file in found if f"*{file.suffix}" in wanted and file.exists()]
     elif source.repo:
         folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
         origin, wanted = f"{source.repo}@{folder.name}", source.files
@@ -220,28 +220,35 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
     if not files:
         raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
 
-    reading = Reading([], origin, Counter())
+    reading, bad = Reading([], origin, Counter()), []
     for file, number, record in ((one, *numbered) for one in files for numbered in records(one)):
         reading.counts["records"] += 1
+        wrong = ""
         try:
+            record = parsed(record)
             made = source.read(record, file)
+            made = [made] if isinstance(made, Item) else made
+            for what, said in (one for item in made or () for one in vars(item).items()):
+                for text in said if what == "choices" else [said]:
+                    check_text(text, what)
         except KeyError as error:
-            found = ", ".join(map(str, record))
-            raise InputError(f"{file}:{number}: {name} has no column {error}; found: {found}") from None
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            if on_bad_row == "stop":
-                hint = "correct it, or leave such records out with --on-bad-row skip"
-                raise InputError(f"{file}:{number}: not a record of {name} ({error}); {hint}") from None
+            wrong = f"{name} has no column {error}; found: {', '.join(map(str, record))}"
+        except (ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            wrong = f"not a record of {name} ({first_line(error)})"
+        if wrong:
             reading.counts["not usable"] += 1
+            bad.append(f"{file}:{number}: {wrong}")
             continue
         if made is None:
             reading.counts[source.skips] += 1
             continue
-        for item in made if isinstance(made, list) else [made]:
+        for item in made:
             item.source = item.source or name
             item.licence = item.licence or source.licence
             item.question_id = item.question_id or f"{name}-{len(reading.items)}"
             reading.items.append(item)
+    if bad and (on_bad_row == "stop" or not reading.items):
+        raise bad_rows(bad, reading.counts["records"], origin)
     if not reading.items:
         raise InputError(f"{origin}: has no row of {name}")
     return reading

@@ -6,8 +6,8 @@
     judgement     the better of two answers: "A", "B" or "tie"
 
 Every answer is appended to a journal, under the hash of its request, before it is used. A second run asks only what is
-missing, and a kill loses at most the calls in flight. OPENAI_API_KEY and OPENAI_BASE_URL come from the environment alone;
-the key is never written anywhere.
+missing, and a kill loses at most the calls in flight. One process at a time asks; the next one waits and reads what the
+first has paid for. OPENAI_API_KEY and OPENAI_BASE_URL come from the environment alone; the key is never written anywhere.
 """
 
 import asyncio
@@ -15,19 +15,23 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from data import LETTERS
-from runtime.files import InputError, first_line, json_object, numbered_lines
+from runtime import runs
+from runtime.files import InputError, first_line, json_object, read_fields, redact
 from runtime.settings import Data, Eval
 
 RETRIES = 8  # by the client, of a call that fails on its way; the growing waits add up to some 40 seconds
 USELESS = 3  # unusable answers after which a request is given up for good
 TIMEOUT = 120.0  # seconds for one answer
+FAILURES = 20  # calls in a row without an answer after which nothing else is asked
 
 
 @dataclass(frozen=True)
@@ -95,26 +99,47 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.answers: dict[str, str | None] = {}
-        self.tokens = [0, 0]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a last line that a kill cut short
-        for number, line in numbered_lines(path):
+        self.read()
+
+    def read(self) -> None:
+        """Reads the file anew. A last line without its end was cut short by a kill, or is just being written."""
+        self.answers: dict[str, str | None] = {}
+        self.tokens = [0, 0]
+        *lines, _ = self.path.read_bytes().split(b"\n")
+        self.size = sum(len(line) + 1 for line in lines)  # where the next entry goes
+        for number, line in enumerate(lines, start=1):
             try:
-                self._take(**json_object(line))
-            except (ValueError, TypeError) as error:
+                self._take(json_object(line))
+            except ValueError as error:
                 hint = "correct it, or remove it to ask and pay again"
-                raise InputError(f"{path}:{number}: not a line of a teacher's journal ({error}); {hint}") from None
+                raise InputError(f"{self.path}:{number}: not a line of a teacher's journal ({error}); {hint}") from None
 
-    def _take(self, key: str, answer: str | None, tokens: list[int]) -> None:
-        self.answers[key] = answer
-        self.tokens = [had + new for had, new in zip(self.tokens, tokens, strict=True)]
+    def _take(self, entry: dict) -> None:
+        fields = read_fields(entry, {"key": str, "answer": str | None, "tokens": list}, "the entry")
+        if len(fields["tokens"]) != 2 or not all(map(is_count, fields["tokens"])):
+            raise ValueError('"tokens" are not two counts')
+        self.answers[fields["key"]] = fields["answer"]
+        self.tokens = [had + new for had, new in zip(self.tokens, fields["tokens"])]
 
-    def add(self, **entry) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._take(**entry)
+    def add(self, key: str, answer: str | None, tokens: list[int]) -> None:
+        entry = {"key": key, "answer": answer and redact(answer), "tokens": tokens}
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        try:
+            with open(self.path, "r+b") as file:
+                file.truncate(self.size)
+                file.seek(self.size)
+                file.write(line)
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; an answer that was paid for is lost") from None
+        self.size += len(line)
+        self._take(entry)
+
+
+def is_count(value: object) -> bool:
+    """Whether a number of tokens can be one: neither NaN nor negative nor absurd."""
+    return type(value) is int and 0 <= value < 10**9
 
 
 @dataclass
@@ -127,6 +152,7 @@ class Teacher:
     price: tuple[float, ...] = (0.0, 0.0)
     budget: float = math.inf  # for all calls in the journal
     open_calls: list[float] = field(default_factory=list)  # what each call in flight may cost
+    failures: int = 0  # calls in a row without an answer
 
     def cost(self, tokens: list[int]) -> float:
         return sum(count * price / 1e6 for count, price in zip(tokens, self.price))
@@ -165,24 +191,43 @@ def estimate(requests: list[Request], teacher: Teacher) -> str:
 
 
 def ask_all(requests: list[Request], teacher: Teacher, label: str) -> list[str | None]:
-    """The parsed answer to every request; None where the teacher refused or gave no usable one. InputError if there is no
-    point in asking on: a wrong key, an empty account, an unknown model, or the budget."""
-    todo = teacher.missing(requests)
-    try:
-        if todo:
-            asyncio.run(_ask_missing(todo, teacher, label))
-    except InputError as stop:
-        left = f"{len(teacher.missing(requests)):,} of {len(requests):,} answers are missing"
-        raise InputError(f"{stop} ({left}; the same command asks only for those)") from None
-    answers = [teacher.journal.answers.get(request.key(teacher.model)) for request in requests]
+    """The parsed answer to every request; None where the teacher refused or gave no usable one. InputError if an answer is
+    still missing: the server failed, or there is no point in asking on (a wrong key, an unknown model, the budget)."""
+    journal, stop = teacher.journal, None
+    with runs.locked(journal.path, wait=True):
+        journal.read()
+        if todo := teacher.missing(requests):
+            try:
+                asyncio.run(_ask_missing(todo, teacher, label))
+            except InputError as error:
+                stop = redact(str(error))
+    if missing := len(teacher.missing(requests)):
+        left = f"{missing:,} of {len(requests):,} answers are missing; the same command asks only for those"
+        raise InputError(f"{stop or 'the server of the teacher failed'} ({left})")
+    answers = [journal.answers.get(request.key(teacher.model)) for request in requests]
     return [None if answer is None else request.parse(answer) for request, answer in zip(requests, answers)]
+
+
+def check_environment() -> None:
+    """InputError if the key or the address cannot be used, before the client tries them eight times for each request."""
+    if not (key := os.environ.get("OPENAI_API_KEY")):
+        raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
+    if not re.fullmatch("[!-~]+", key):
+        raise InputError("OPENAI_API_KEY holds a blank, a line break or another character that no key has; set it anew")
+    url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    try:
+        parts = urlsplit(url)
+        usable = re.fullmatch("[!-~]+", url) and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"OPENAI_BASE_URL {url!r} is no address such as http://localhost:8000/v1")
 
 
 async def _ask_missing(todo: dict[str, Request], teacher: Teacher, label: str) -> None:
     import openai
 
-    if not os.environ.get("OPENAI_API_KEY"):
-        raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
+    check_environment()
     queue = deque(todo.items())
     async with openai.AsyncOpenAI(max_retries=RETRIES, timeout=TIMEOUT) as api:
         with tqdm(total=len(todo), desc=label, unit="call", mininterval=1) as bar:
@@ -216,11 +261,7 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
         teacher.open_calls.append(bound)
         try:
             response = await api.chat.completions.create(**body)
-            choice, usage = response.choices[0], response.usage
-            tokens = [int(usage.prompt_tokens), int(usage.completion_tokens)]
-            # A model tuned on answers that were cut off would not learn to stop.
-            text = "" if choice.finish_reason == "length" else choice.message.content or ""
-        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError) as error:
+        except Exception as error:  # openai's, and whatever its libraries make of an answer that is none
             code = getattr(error, "code", None)
             if "max_tokens" in body and "max_completion_tokens" in str(error):
                 body["max_completion_tokens"] = body.pop("max_tokens")  # a newer model
@@ -231,12 +272,39 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
             if unreached or code == "insufficient_quota" or getattr(error, "status_code", 0) in (400, 401, 403, 404, 422):
                 reason = first_line(error.__cause__ or error)
                 raise InputError(f"the teacher's server at {api.base_url} cannot be used: {reason}") from None
-            return tqdm.write(f"  no answer ({type(error).__name__}); the next run asks again")
+            return _no_answer(teacher, type(error).__name__)
         finally:
             teacher.open_calls.remove(bound)
-        usable = request.parse(text) is not None
+        text, refused, tokens = read_response(response)
+        if text is None and not refused:  # no answer, but it may have been paid for
+            if tokens:
+                journal.add(key="", answer=None, tokens=tokens)
+            return _no_answer(teacher, "a response without a message")
+        teacher.failures = 0
+        usable = text is not None and request.parse(text) is not None
         useless += not usable
-        final = usable or getattr(choice.message, "refusal", None) or useless == USELESS
-        journal.add(key=key if final else "", answer=text if usable else None, tokens=tokens)
+        final = usable or refused or useless == USELESS
+        journal.add(key=key if final else "", answer=text if usable else None, tokens=tokens or request.at_most())
         if final:
             return
+
+
+def read_response(response: object) -> tuple[str | None, bool, list[int] | None]:
+    """What a server sent, which may be anything: the answer, None if there is none; whether the teacher refused; the tokens
+    in and out, None unless they are counts."""
+    choices, usage = getattr(response, "choices", None), getattr(response, "usage", None)
+    tokens = [getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)]
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
+    text = getattr(message, "content", None)
+    if message is not None and (not isinstance(text, str) or getattr(choice, "finish_reason", None) == "length"):
+        text = ""  # a model tuned on answers that were cut off would not learn to stop
+    return text, bool(getattr(message, "refusal", None)), tokens if all(map(is_count, tokens)) else None
+
+
+def _no_answer(teacher: Teacher, reason: str) -> None:
+    """Leaves a request open. InputError if the last calls all went like this."""
+    teacher.failures += 1
+    if teacher.failures >= FAILURES:
+        raise InputError(f"the teacher's server gave no answer to the last {FAILURES} calls: {reason}")
+    tqdm.write(f"  no answer ({reason}); the next run asks again")

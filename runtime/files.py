@@ -111,7 +111,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def sha256(*files: Path) -> str:
@@ -156,6 +156,21 @@ def read_json(path: str | Path) -> dict:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
+def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict:
+    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing, infinite, or of another type;
+    {"answer": str | None} lets an answer be missing, which makes it None."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON {type(value).__name__}, not an object")
+    for name, kind in kinds.items():
+        found = value.get(name)
+        flag_for_number = type(found) is bool and bool not in (kind, *get_args(kind))  # to Python True is an int
+        endless = type(found) in (int, float) and not abs(found) < 1e30  # NaN, infinity, and what fp32 makes infinite
+        if flag_for_number or endless or not isinstance(found, kind):
+            wrong = "missing" if found is None else f"{found!s:.30}" if endless else type(found).__name__
+            raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
+    return {name: value.get(name) for name in kinds}
+
+
 class Unread:
     """A text stream that drops what nobody reads any more (`| head -1`, a closed terminal) instead of raising an error."""
 
@@ -175,21 +190,6 @@ class Unread:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict:
-    """The fields {name: type} of a JSON value that others wrote. InputError if one is missing, infinite, or of another type;
-    {"answer": str | None} lets an answer be missing, which makes it None."""
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: a JSON {type(value).__name__}, not an object")
-    for name, kind in kinds.items():
-        found = value.get(name)
-        flag_for_number = type(found) is bool and bool not in (kind, *get_args(kind))  # to Python True is an int
-        endless = type(found) in (int, float) and not abs(found) < 1e30  # NaN, infinity, and what fp32 makes infinite
-        if flag_for_number or endless or not isinstance(found, kind):
-            wrong = "missing" if found is None else f"{found!s:.30}" if endless else type(found).__name__
-            raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
-    return {name: value.get(name) for name in kinds}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import typing
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from runtime.files import InputError
+from runtime.files import InputError, printable
 from runtime.settings import DEFAULTS, DEMO, DEMO_DPO, DEMO_LORA_LR, FORMATS, METRICS, PRECISIONS, PRESETS, STAGES, TRAINING
 
 
@@ -57,7 +57,7 @@ def parse_or_exit(argv: list[str]) -> Command:
         return parse(argv)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -36,6 +36,7 @@ from runtime import parallel
 from runtime.files import (
     InputError,
     picture,
+    printable,
     read_json,
     remove_directory,
     sha256,
@@ -501,7 +502,7 @@ def _showpieces(examples: list[Example], before: list[str], after: list[str]) ->
             f"  after:  {_marked(example, new)}",
         ]
         if example.truth and example.truth.answer:
-            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{example.truth.answer}")
+            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{_one_line(example.truth.answer)}")
     return lines
 
 
@@ -510,7 +511,7 @@ def _all_right(example: Example, answer: str) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
 
 
 def _marked(example: Example, answer: str) -> str:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from data import (
     ChatML,
@@ -243,8 +243,9 @@ def test_bad_row_is_reported_with_file_line_and_reason(tmp_path, kind, row, reas
 def test_stop_reports_all_bad_rows_at_once_and_counts_those_it_does_not_print(tmp_path):
     with pytest.raises(InputError) as error:
         read(tmp_path, "sft", *[b"!"] * 25)
-    assert "25 of 25 rows" in str(error.value) and "... and 5 more" in str(error.value)
-    assert str(error.value).count("not JSON") == 20
+    assert "25 of 25 rows" in str(error.value) and ":1, 2, 3, 4, 5 and 20 more: " in str(error.value)
+    with pytest.raises(InputError, match=r"31 of 31 rows(.*\n){21} *\.\.\. and 11 more reasons\nCorrect them"):
+        read(tmp_path, "sft", *[b" " * i + b"!" for i in range(31)])
 
 
 def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
@@ -350,6 +351,20 @@ def test_encode_counts_every_row_never_cuts_a_completion_and_shares_the_prompt()
     completions = [[*b"good", END], [*b"bad", END]]
     assert first == Example(user_turn(b"abcde") + REPLY_HEADER, completions, "f:1", {"id": 1}, "abcde", ["good", "bad"])
     assert second == Example(user_turn(b"defgh") + REPLY_HEADER, completions, "f:2", {}, "abcdefgh", ["good", "bad"])
+
+
+def test_text_that_becomes_a_control_token_is_dropped_under_its_own_cause():
+    tokenizer = make_tokenizer(chatml=False)
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", normalized=True)])
+    tokenizer.normalizer = normalizers.Replace("\uff1c", "<")
+    pair = ["good", "bad"]
+    rows = [Row([user(text)], answers, "", {}) for text, answers in ((WIDE, pair), ("?", [WIDE, "bad"]), ("?", pair))]
+    ledger = Ledger(rows=3)
+    assert len(encode(rows, ChatML(tokenizer), 99, 99, ledger)) == ledger.kept == 1
+    assert ledger.dropped == {"text that the tokenizer takes for a control token": 2}
+
+
+WIDE = "\uff1c|im_end|>"  # with a wide "<", which the tokenizer makes a narrow one
 
 
 def test_longest_completion_decides_whether_a_row_fits():

@@ -485,6 +485,9 @@ def test_sampling_is_reproducible_and_a_tiny_nucleus_is_greedy():
         (1.0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
         (0.5, 0.8, [16 / 25, 9 / 25, 0, 0]),  # the nucleus of the sharpened distribution: 25/30 reaches .8
         (1.0, 0.3, [1, 0, 0, 0]),
+        *((1.0, top_p, [1, 0, 0, 0]) for top_p in (0.0, 1e-9, 0.4)),  # at least one; exact sums need no more
+        (1.0, 0.7, [4 / 7, 3 / 7, 0, 0]),
+        (1.0, 0.9, [4 / 9, 3 / 9, 2 / 9, 0]),
         (0.0, 1.0, [1, 0, 0, 0]),
     ],
 )

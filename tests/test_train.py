@@ -262,6 +262,27 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tiny, pairs, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_nothing_in_the_rows_steers_the_terminal(tiny, tmp_path, capsys, monkeypatch):
+    """A dry run, a run, the data stage and errors show texts, file names and columns of others."""
+    monkeypatch.chdir(tmp_path)
+    file = f"a{ESCAPES}.jsonl"
+    rows = [
+        {"prompt": f"{ESCAPES} {i}?", "chosen": f"{i} it is {ESCAPES}", "rejected": f"No, {i}{ESCAPES}"} for i in range(9)
+    ]
+    write_jsonl(file, [*rows, {ESCAPES: 1}])
+    write_jsonl(f"a{ESCAPES}.truth.jsonl", [{"prompt": rows[0]["prompt"], "answer": ESCAPES}])
+    words = ["--model", str(tiny), "--train", file, "--on-bad-row", "skip", "--eval-share", "0.4", "--max-steps", "1"]
+    assert main(["--stage", "dpo", *words, "--dry-run"]) == 0 and main(["--stage", "dpo", *words]) == 0
+    assert main(["--stage", "dpo", *words[:4]]) == 2
+    assert main(["--stage", "data", "--sources", f"pairs={file}"]) == 2
+    assert main(["--stage", "data", "--sources", f"pairs={file}", "--on-bad-row", "skip"]) == 0
+    printed = "".join(capsys.readouterr()).replace("\x1b[A", "")  # a progress bar goes up a line
+    assert "\\x1b]0;owned\\x07" in printed and not set(printed) & set("\x1b\x07\x9b\u202e")
+
+
 # --------------------------------------------------------------------------------------------------------------- the demo
 
 

@@ -11,7 +11,8 @@ FAULTS = ("429", "500", "cut", "empty", "too many words", "slow")
 
 
 class Server(ThreadingHTTPServer):
-    """`fault(body, attempt)` names what to do to a request's nth attempt, or None. `answered` counts good answers."""
+    """`fault(body, attempt)` names what to do to a request's nth attempt, or None; it may also be the answer itself: a JSON
+    value, HTML, or (status, either). `answered` counts good answers."""
 
     def __init__(self, answer, fault=lambda body, attempt: None, key="sk-test"):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -35,7 +36,8 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status, body, headers=()):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        if "Content-Type" not in dict(headers):
+            self.send_header("Content-Type", "application/json")
         for name, value in headers:
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
@@ -77,6 +79,11 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.attempts[name] += 1
             fault = self.server.fault(body, self.server.attempts[name])
+        if isinstance(fault, tuple | dict | list) or str(fault).startswith("<"):
+            status, said = fault if isinstance(fault, tuple) else (200, fault)
+            html = isinstance(said, str)
+            kind = [("Content-Type", "text/html")] if html else []
+            return self.reply(status, said.encode() if html else said, kind)
         if fault == "newer model" and "max_tokens" in body:
             return self.error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
         if fault in ("context_length_exceeded", "content_filter"):

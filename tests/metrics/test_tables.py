@@ -3,7 +3,7 @@
 import pytest
 
 from metrics.intervals import Estimate
-from metrics.tables import decimal, markdown, percent
+from metrics.tables import decimal, markdown, percent, side_by_side
 from runtime.files import picture
 
 
@@ -20,7 +20,14 @@ def test_a_table():
 def test_text_in_a_cell_is_text():
     """A bar does not end the cell, a tag is none, a newline is a blank, and an escape reaches no terminal."""
     assert markdown(["a"], [["<|im_end|>"]]).splitlines()[2] == "| \\<\\|im_end\\|> |"
-    assert markdown(["a"], [["x\n\x1b[31my"]]).splitlines()[2] == "| x [31my |"
+    assert markdown(["a"], [["x\n\x1b[31my"]]).splitlines()[2] == r"| x \x1b[31my |"
+
+
+def test_no_answer_steers_the_terminal_that_shows_a_report():
+    said = "\x1b]0;owned\x07\x9b31m\u2028"
+    record = {"where": said, "prompt": [{"content": said}], "reference": said, "answers": {said: f"a\n{said}"}}
+    shown = side_by_side(record)
+    assert not set(shown) & set(said[:1] + "\x07\x9b\u2028") and shown.count("\\x1b]0;owned\\x07\\x9b31m\\u2028") == 5
 
 
 def test_one_example_has_no_interval():

@@ -135,6 +135,15 @@ def test_a_build_that_was_stopped_goes_on_and_pays_for_nothing_twice(files, serv
     assert len(serve.answered) == sum(serve.answered.values()) == 220
 
 
+def test_a_build_that_lacks_answers_is_an_error_writes_nothing_and_goes_on(files, serve, tmp_path, capsys):
+    command = ["--stage", "data", "--sources", files, "--out", str(tmp_path), "--teacher", "m"]
+    serve.fault = lambda body, attempt: "<html>Welcome</html>" if "7 + 1" in str(body) else None
+    assert main(command) == 2 and not (tmp_path / "data").exists()
+    assert "of 60 answers are missing; the same command asks only for those" in capsys.readouterr().err
+    serve.fault = lambda body, attempt: None
+    assert main(command) == 0 and max(serve.answered.values()) == 1
+
+
 # A build twice, in a process of its own, whose environment points to another hub.
 TWICE = """
 import sys

@@ -1,7 +1,11 @@
 """Rows as people's files have them: what decides their kind, which fields have a meaning, and the truth file beside them."""
 
+import csv
+import datetime
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from rows import pair_rows
@@ -77,6 +81,105 @@ def test_a_row_is_written_again_as_it_was_read(tmp_path):
     assert [row.raw for row in read_rows(tmp_path / "rows.jsonl", "pairs", "stop", Ledger())] == rows
 
 
+SEPARATORS = "\u2028one\u2029two\u0085three\x1c"  # where str.splitlines() cuts
+
+
+def test_files_of_every_form_keep_every_character(tmp_path):
+    rows = [{**PAIR, "prompt": f"{i}{SEPARATORS}?", "chosen": 'a "b",\nc'} for i in range(3)]
+    plain = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + plain, encoding="utf-8")
+    (tmp_path / "b.json").write_text(plain, encoding="utf-8")
+    (tmp_path / "c.json").write_text("\ufeff\n" + json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"when": datetime.date(2024, 1, 2)} for row in rows]), tmp_path / "d.parquet"
+    )
+    with open(tmp_path / "e.csv", "w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    for path in sorted(tmp_path.iterdir()):
+        assert kind_of(path) == "pairs"
+        read = read_rows(path, "pairs", "stop", Ledger())
+        assert [row.messages[0]["content"] for row in read] == [row["prompt"] for row in rows]
+        assert {row.completions[0] for row in read} == {'a "b",\nc'}
+        write_jsonl(tmp_path / "copy.jsonl", [row.raw for row in read])
+        assert len(read_rows(tmp_path / "copy.jsonl", "pairs", "stop", Ledger())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[1, {}, [2]]", '(?s)3 of 3 rows .*json:1: a JSON int, not an object\n.*json:2: "chosen" is missing'),
+        ("a.json", '[{"prompt": ', "cannot be read as json"),
+        ("a.json", "[" * 100_000, "cannot be read as json"),
+        ("a.jsonl", "[" * 100_000 + "\n" + "9" * 5_000, "(?s)2 of 2 rows .*jsonl:1: not JSON"),
+        ("a.parquet", "PAR1 no", "cannot be read as parquet"),
+        ("a.csv", "prompt,chosen,rejected\nQ\na,b,c,d\n", 'csv:2: "chosen" is missing\n.*csv:3: more cells than the first'),
+        ("a.csv", "prompt\n" + "a" * 200_000, "cannot be read as csv"),
+        ("a.csv", "", "the file holds no rows"),
+        ("none.json", None, "none.json: No such file"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path / name, "pairs", "stop", Ledger())
+
+
+def dialogue(**last):
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "so"} | last]}
+
+
+@pytest.mark.parametrize(
+    ("parse", "row", "message"),
+    [
+        (parse_sft, dialogue(tool_calls=[{"id": "1"}]), r'"messages"\[1\] has tool_calls, which cannot be learned'),
+        (parse_sft, dialogue(reasoning_content="because"), "has reasoning_content"),
+        (parse_sft, dialogue(content=[{"type": "image"}]), "is list, not text"),
+        (parse_sft, dialogue(weight=0), "ends with a message that is not to be learned"),
+        (parse_sft, dialogue(train=False), "ends with a message that is not to be learned"),
+        (parse_sft, {"messages": 7}, "neither text nor a list"),
+        (parse_pair, PAIR | {"chosen": {"role": "assistant", "content": "4"}}, "neither text nor a list"),
+        (parse_pair, PAIR | {"prompt": 7}, "neither text nor a list"),
+        (
+            parse_mcq,
+            {"question": "?", "choices": ["a", "b"], "answer": "A", "explanation": ["x"]},
+            '"explanation" is list, not',
+        ),
+        (parse_mcq, {"question": "?", "choices": ["a", "b"], "answer": 2}, "not the letter of an option, nor its number"),
+        (parse_mcq, {"question": "?", "choices": ["a", "b"], "answer": True}, "not the letter of an option"),
+        (parse_mcq, {"question": "?", "choices": ["a", 2], "answer": "A"}, '"choices" is int, not text'),
+    ],
+)
+def test_fields_of_the_wrong_type_are_named(parse, row, message):
+    with pytest.raises(ValueError, match=message):
+        parse(row)
+
+
+def test_what_means_nothing_changes_nothing():
+    """Null columns, an empty system turn, marks that keep a message as it is; and 0 is the first option."""
+    plain = parse_sft(dialogue())
+    assert parse_sft(dialogue(weight=1, train=True, tool_calls=None)).completions == plain.completions
+    assert parse_sft({"messages": None, "prompt": "?", "completion": "so"}).completions == plain.completions
+    assert parse_sft(dialogue() | {"prompt": None, "completion": None}).messages == plain.messages
+    empty = [{"role": "system", "content": ""}, *dialogue()["messages"]]
+    assert parse_sft({"messages": empty}).messages == plain.messages
+    context = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        *dialogue()["messages"],
+    ]
+    row = parse_sft({"messages": context})
+    assert [m["content"] for m in row.messages] == ["?", "no", "?"] and row.completions == ["so"]
+    assert [parse_mcq({"question": "?", "choices": ["a", "a", "b"], "answer": i}).answer for i in range(3)] == [0, 1, 2]
+
+
+def test_a_null_field_does_not_decide_the_kind(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": None, "chosen": None, "prompt": "?", "completion": "so"}])
+    assert kind_of(tmp_path / "rows.jsonl") == "sft"
+
+
 # ---------------------------------------------------------------------------------------------------------- truth files
 
 
@@ -124,6 +227,9 @@ def test_a_conversation_is_a_question_too(tmp_path):
         ("7", "truth.jsonl:1: not of the form"),
         ('{"flipped": true}', "truth.jsonl:1: not of the form"),
         ('{"prompt": 7}', "truth.jsonl:1: not of the form"),
+        ('{"prompt": ["?"]}', "truth.jsonl:1: not of the form"),
+        ('{"prompt": "?", "grades": {"right": "a{99999999999}"}}', "truth.jsonl:1: not of the form"),
+        ("[" * 100_000, "truth.jsonl:1: not of the form"),
         ('{"prompt": "?", "flipped": "false"}', "truth.jsonl:1: not of the form"),
         ('{"prompt": "?", "answer": 4}', "truth.jsonl:1: not of the form"),
         ('{"prompt": "?", "grades": ["4"]}', "truth.jsonl:1: not of the form"),
@@ -177,3 +283,17 @@ def test_a_file_for_evaluation_is_read_beside_and_must_not_repeat_a_question(tin
     write_jsonl(tmp_path / "eval.jsonl", rows[5:])
     with pytest.raises(InputError, match="1 evaluation rows ask a question of the training rows"):
         sides(tiny, tmp_path, eval=str(tmp_path / "eval.jsonl"))
+
+
+def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
+    rows = [{"prompt": "Like a pirate?", "completion": f"Arr, {i}"} for i in range(9)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(InputError, match="all rows ask one question, so they cannot be split; .* with --eval FILE"):
+        sides(tiny, tmp_path)
+    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Like a sailor?", "completion": "Ahoy"}])
+    assert len(sides(tiny, tmp_path, eval=str(tmp_path / "eval.jsonl")).train) == 9
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "?"}, {"prompt": "!", "completion": "x" * 99}, {"prompt": ""}])
+    with pytest.raises(
+        InputError, match='left out of 3 with .*: 2 bad row, 1 completion does not fit, .*:1: "completion" is missing'
+    ):
+        sides(tiny, tmp_path, on_bad_row="skip", eval=str(tmp_path / "eval.jsonl"))

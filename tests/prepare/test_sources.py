@@ -149,6 +149,43 @@ def test_what_does_not_fit_names_file_record_and_columns(name, change, message, 
         read_source(name, write(tmp_path / "x.json", [record]))
 
 
+BROKEN = {  # a change of a good record that makes it unusable
+    "mmlu_stem": [{"choices": "abcd"}, {"choices": ["1", 2, "3", "4"]}, {"answer": -1}, {"answer": None}, {"subject": 7}],
+    "theoremqa": [{"Question": None}, {"Question": ["?"]}],
+    "math_qa": [{"options": ["1", "2"]}, {"correct": 2}, {"Rationale": None}],
+    "arxiv_physics": [{"answer": None}, {"answer": {"text": "x"}}, {"question": "half \ud83d"}],
+    "open_platypus": [{"data_source": ["leetcode_ne"]}, {"output": None}, {"input": None}],
+    "sciq": [{"distractor1": None}, {"correct_answer": 7}, {"support": ["x"]}],
+    "aqua_rat": [{"options": "A)1B)2"}, {"options": [1, 2]}, {"correct": "F"}, {"rationale": None}],
+    "epfl": [{"preference": None}, {"preference": ["A"]}, {"preference": [{"A": "a", "B": None, "overall": "B"}]}],
+    "pairs": [{"prompt": None}, {"chosen": ["a"]}, {"rejected": 7}],
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_unusable_fields_are_named_or_counted_in_every_source(name, tmp_path):
+    good = RECORDS[name]
+    records = [good | change for change in BROKEN[name]] + [{}, 7, [good]]
+    for record in records:
+        with pytest.raises(InputError, match="leave them out with --on-bad-row skip") as error:
+            read_source(name, write(tmp_path / "x.json", [record, good]))
+        assert f"1 of 2 rows of {tmp_path}/x.json cannot be used:\n  {tmp_path}/x.json:1: " in str(error.value)
+        assert str(error.value).count("\n") == 2
+    path = tmp_path / "y.jsonl"
+    write(path, [good, *records])
+    path.write_bytes(path.read_bytes() + b'{"half": \n\xff\n' + b"[" * 100_000 + b"\n")
+    reading = read_source(name, str(path), on_bad_row="skip")
+    assert reading.counts == {"records": len(records) + 4, "not usable": len(records) + 3}
+    assert len(reading.items) == len(good.get("preference", "1"))
+    with pytest.raises(InputError, match=r"(?s)1 of 1 rows of .*x\.json:1: not a record"):
+        read_source(name, write(tmp_path / "x.json", records[:1]), on_bad_row="skip")
+
+
+def test_own_pairs_may_have_odd_fields_of_their_own(tmp_path):
+    (item,) = read("pairs", tmp_path, {"licence": ["MIT"], "topic": 7, "source": None, "question_id": None})
+    assert (item.licence, item.topic, item.source, item.question_id) == ("['MIT']", "7", "x", "pairs-0")
+
+
 def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
     records = [RECORDS["aqua_rat"], RECORDS["aqua_rat"] | {"correct": "F"}]
     source = read_source("aqua_rat", write(tmp_path / "x.json", records), on_bad_row="skip")
@@ -158,7 +195,7 @@ def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("x.json", b"[1, 2]", r"x\.json:1: not a record of sciq"),
+        ("x.json", b"[1, 2]", r"x\.json:1, 2: not a record of sciq"),
         ("x.json", b"[{", "cannot be read as json"),
         ("x.parquet", b"PAR1 no", "cannot be read as parquet"),
         ("x.jsonl", json.dumps(RECORDS["sciq"]).encode() + b"\n\n{", r"x\.jsonl:3: .*not JSON"),
@@ -224,8 +261,10 @@ def test_a_directory_is_read_in_order_and_json_lines_may_be_called_json(tmp_path
 
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(RECORDS["sciq"] | {"question": "one\u2028two"}, ensure_ascii=False) + "\n", "utf-8")
-    assert [item.question for item in read_source("sciq", str(path)).items] == ["one\u2028two"]
+    path.write_text(
+        json.dumps(RECORDS["sciq"] | {"question": "one\u2028\u2029\u0085two"}, ensure_ascii=False) + "\n", "utf-8"
+    )
+    assert [item.question for item in read_source("sciq", str(path)).items] == ["one\u2028\u2029\u0085two"]
 
 
 def test_unknown_and_private_sources():
@@ -246,7 +285,7 @@ def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tm
         "for name in sys.argv[1:]:\n"
         "    name, _, revision = name.partition('@')\n"
         "    try: source = read_source(name, None, revision or None); print(len(source.items), source.origin)\n"
-        "    except InputError as error: print('error:', error)"
+        "    except InputError as error: print('error:', *str(error).split('\\n'))"
     )
 
     def read(*names, offline=False):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from openai_server import FAULTS, Server
+from openai_server import FAULTS, Handler, Server
 
 from prepare import teacher
 from prepare.teacher import Journal, Teacher, ask_all, estimate, explanation, judgement, rejected, topic
@@ -39,6 +39,13 @@ def serve(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def reply(**changes):
+    """A good response of the protocol, but for its `choices` or `usage`."""
+    choices = [{"index": 0, "message": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}]
+    usage = {"prompt_tokens": 5, "completion_tokens": 10, "total_tokens": 15}
+    return {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": choices, "usage": usage} | changes
 
 
 @pytest.fixture
@@ -126,7 +133,8 @@ def test_a_stop_ends_all_calls(serve, asker):
 def test_calls_that_led_to_nothing_are_paid_for_and_the_request_stays_open(serve, asker, capsys, fault, attempts, name):
     """An answer of no use, 5 tokens in and 10 out, then errors until the client gives up."""
     server = serve(fault=lambda body, attempt: "empty" if attempt == 1 else fault)
-    assert ask_all(questions(1), asker(), "x") == [None]
+    with pytest.raises(InputError, match=r"server of the teacher failed \(1 of 1 answers are missing"):
+        ask_all(questions(1), asker(), "x")
     assert list(server.attempts.values()) == [1 + attempts]
     assert f"no answer ({name}); the next run asks again" in capsys.readouterr().out
     later = asker()
@@ -134,6 +142,125 @@ def test_calls_that_led_to_nothing_are_paid_for_and_the_request_stays_open(serve
     server.fault = lambda body, attempt: None
     assert ask_all(questions(1), later, "x") == ["Answer to What is 0 + 0?"]
     assert asker().journal.tokens == [10, 20]
+
+
+USAGES = [None, {}, {"prompt_tokens": math.nan, "completion_tokens": 1}, {"prompt_tokens": -5, "completion_tokens": 10}, "1"]
+
+
+@pytest.mark.parametrize("usage", [*USAGES, {"prompt_tokens": 5, "completion_tokens": 10**400}])
+def test_an_answer_whose_tokens_are_not_counted_is_kept_and_counted_at_its_most(serve, asker, usage):
+    server = serve(fault=lambda body, attempt: reply(usage=usage))
+    for _ in range(2):
+        one = asker(price=(1e4, 1e4), budget=21.0)  # there is room for two calls of some 10.4
+        with pytest.raises(InputError, match="budget of 21.0 is used up.*1 of 3 answers"):
+            ask_all(questions(3), one, "x")
+    assert len(server.attempts) == sum(server.attempts.values()) == 2
+    assert one.journal.tokens == [sum(counts) for counts in zip(*(request.at_most() for request in questions(2)))]
+
+
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [
+        ((500, {"error": "down"}), [0, 0]),
+        ((413, "<h1>Too large</h1>"), [0, 0]),
+        ("<html>Welcome</html>", [0, 0]),
+        ([1, 2], [0, 0]),
+        (reply(choices=[]), [5, 10]),  # paid for
+        (reply(choices=None, usage=None), [0, 0]),
+        (reply(choices="none"), [5, 10]),
+        (reply(choices=[{"message": None}]), [5, 10]),
+    ],
+)
+def test_a_server_that_fails_ends_in_an_error_and_the_same_call_goes_on(serve, asker, answer, tokens):
+    server = serve(fault=lambda body, attempt: answer if "3 + 3" in str(body) else None)
+    one = asker()
+    with pytest.raises(InputError, match="server of the teacher failed.*1 of 5 answers are missing"):
+        ask_all(questions(5), one, "x")
+    assert one.journal.tokens == [20 + tokens[0], 40 + tokens[1]] == asker().journal.tokens
+    server.fault = lambda body, attempt: None
+    assert ask_all(questions(5), one, "x") == [f"Answer to What is {i} + {i}?" for i in range(5)]
+    assert sum(server.answered.values()) == 5
+
+
+@pytest.mark.parametrize("content", [7, ["fine"], {"text": "fine"}, "cut \ud83d\u2028\u0085here"])
+def test_a_message_of_any_kind_is_journalled(serve, asker, content):
+    choices = [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]
+    serve(fault=lambda body, attempt: reply(choices=choices))
+    answers = ask_all(questions(1), asker(), "x")
+    assert answers == ask_all(questions(1), asker(), "x") == [content if isinstance(content, str) else None]
+
+
+def test_a_server_that_always_fails_is_not_asked_everything(serve, asker):
+    server = serve(fault=lambda body, attempt: "<html>Welcome</html>")
+    with pytest.raises(InputError, match="no answer to the last 20 calls.*100 of 100 answers are missing"):
+        ask_all(questions(100), asker(concurrency=1), "x")
+    assert len(server.attempts) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("OPENAI_API_KEY", "sk-secret-1\n", "OPENAI_API_KEY holds a blank, a line break"),
+        ("OPENAI_API_KEY", "sk-\u00e9-secret", "OPENAI_API_KEY holds"),
+        ("OPENAI_BASE_URL", "localhost:8000/v1", "'localhost:8000/v1' is no address such as http"),
+        ("OPENAI_BASE_URL", "http://me:hunter2two@", r"'http://\*\*\*@' is no address"),
+        ("OPENAI_BASE_URL", "http://h:99999/v1", "is no address"),
+        ("OPENAI_BASE_URL", "http://localhost:8000/v1\n", "is no address"),
+    ],
+)
+def test_a_key_or_address_that_cannot_work_stops_at_once(serve, asker, monkeypatch, name, value, message):
+    server = serve()
+    monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=message) as error:
+        ask_all(questions(3), asker(), "x")
+    assert time.monotonic() - began < 5 and not server.attempts and "secret" not in str(error.value)
+
+
+def test_a_key_and_a_password_are_nowhere(serve, asker, monkeypatch, tmp_path, capfd):
+    """The server's errors and answers repeat both."""
+    echo = "You sent sk-secret-1 and hunter2two to http://me:hunter2two@here/v1"
+    answers = [(401, {"error": {"message": echo}}), (500, echo)]
+    server = serve(lambda body: echo, fault=lambda body, attempt: answers[0])
+    monkeypatch.setattr(Handler, "allowed", lambda self: True)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("127", "me:hunter2two@127"))
+    errors = []
+    while answers:
+        with pytest.raises(InputError) as error:
+            ask_all(questions(1), asker(), "x")
+        errors.append(str(error.value))
+        answers.pop(0)
+    server.fault = lambda body, attempt: None
+    assert ask_all(questions(1), asker(), "x") == ["You sent *** and *** to http://***@here/v1"]
+    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    everything = "".join([*errors, *capfd.readouterr(), *files])
+    assert "You sent ***" in errors[0] and "***@127.0.0.1" in errors[0]
+    assert not any(secret in everything for secret in ("sk-secret-1", "hunter2two"))
+
+
+def test_two_builds_on_one_journal_pay_once(serve, asker):
+    server = serve(lambda body: time.sleep(0.02) or "fine")
+    asked, made = questions(30), []
+    teachers = [asker(), asker()]  # both have read an empty journal
+    both = [threading.Thread(target=lambda one=one: made.append(ask_all(asked, one, "x"))) for one in teachers]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert made == [["fine"] * 30] * 2 and sum(server.attempts.values()) == 30
+
+
+def test_an_answer_that_cannot_be_written_is_an_error_and_spoils_nothing(asker):
+    journal = asker().journal
+    journal.add(key="a", answer="x", tokens=[1, 2])
+    path, journal.path = journal.path, Path("/dev/full")
+    with pytest.raises(InputError, match="/dev/full: .*; an answer that was paid for is lost"):
+        journal.add(key="b", answer="y", tokens=[1, 1])
+    path.write_bytes(path.read_bytes() + b'{"key": "half of a li')  # what a full disk leaves
+    journal.path = path
+    journal.add(key="c", answer="z", tokens=[1, 1])
+    assert asker().journal.answers == {"a": "x", "c": "z"}
 
 
 def test_tokens_of_all_attempts_are_counted(serve, asker):
@@ -261,9 +388,17 @@ def test_a_torn_last_line_is_removed_and_other_damage_is_named(tmp_path):
     assert journal.answers == {"a": "x"}
     journal.add(key="c", answer="y", tokens=[1, 1])
     assert Journal(path).answers == {"a": "x", "c": "y"}
-    path.write_text('{"key": "a"}\n{"key": "b", "answer": "x", "tokens": [1, 2]}\n')
-    with pytest.raises(InputError, match=r"j\.jsonl:1: not a line of a teacher's journal"):
-        Journal(path)
+    good, tokens = (
+        '{"key": "b", "answer": "x", "tokens": [1, 2]}',
+        ("[1]", "7", "[NaN, 1]", "[-1, 1]", "[true, 1]", "[1.5, 1]"),
+    )
+    broken = [f'{{"key": "b", "answer": "x", "tokens": {value}}}' for value in tokens]
+    broken += ['{"key": "a"}', '{"key": 7, "answer": "x", "tokens": [1, 2]}', '{"key": "a", "answer": 7, "tokens": [1, 2]}']
+    for line in [*broken, "", "[" * 100_000, "9" * 5_000, "\x00"]:
+        path.write_text(f"{line}\n{good}\n")
+        with pytest.raises(InputError, match=r"j\.jsonl:1: not a line of a teacher's journal") as error:
+            Journal(path)
+        assert "\n" not in str(error.value)
 
 
 def test_rows_with_faults_on_a_third_and_a_kill_in_the_middle(serve, asker, tmp_path, monkeypatch):
