@@ -48,6 +48,7 @@ import sft
 from data import ChatML, Example, by_length, collate, coloured, describe_ledgers, epoch_order, grades, lengths_of
 from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
+from metrics import tables
 from metrics.preferences import flips, training_summary
 from metrics.text import answer_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
@@ -287,8 +288,8 @@ def run(settings: Tuning) -> int:
         results = measure_all(settings, run, parent, inputs, reference.get("held out")) | state
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
-            print(runs.summary(settings, run, inputs.held_out, results))
-            runs.training_figure(run, settings.objective)
+            print(tables.summary(settings, run, inputs.held_out, results))
+            tables.training_figure(run, settings.objective)
             write_json(run / "results.json", results)
     return 0
 

@@ -29,14 +29,12 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data import ChatML, Example, load_tokenizer, question_key, write_truth
+from data import ChatML, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from model import read_config
 from runtime import parallel
 from runtime.files import (
     InputError,
-    picture,
-    printable,
     read_json,
     remove_directory,
     sha256,
@@ -46,7 +44,7 @@ from runtime.files import (
     write_jsonl,
 )
 from runtime.flags import Command, flag_name, from_stored
-from runtime.settings import METRICS, TRAINING
+from runtime.settings import TRAINING
 
 CHAT_FILES = "tokenizer*.json special_tokens_map.json added_tokens.json chat_template.jinja generation_config.json".split()
 MODEL_FILES = "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json".split() + CHAT_FILES
@@ -431,130 +429,3 @@ def questions_seen(directory: Path, keys: Iterable[str]) -> int:
 
 def _short(key: str) -> str:  # 16 hex digits are enough to tell questions apart
     return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-# -------------------------------------------------------------------------------------------------------- for people to see
-
-
-def metrics_table(measured: dict[str, dict[str, float]]) -> str:
-    """Metrics of several models side by side, {heading: metrics}. Rewards are measured from the model "before", so it has
-    none of its own."""
-    rows = [("", *measured)]
-    for name in measured["after"]:
-        reward = "reward" in name or name in ("debiased accuracy", "ties")
-        cells = ["-" if reward and which == "before" else _number(name, m[name]) for which, m in measured.items()]
-        rows.append((name, *cells))
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"  {name:{width}}" + "".join(f"  {cell:>8}" for cell in cells) for name, *cells in rows)
-
-
-def _number(name: str, value: float) -> str:
-    if "logp" in name or "loss" in name:
-        return f"{value:.3f}"
-    return f"{value:.1f}" if "tokens" in name else f"{100 * value:.1f}%"
-
-
-def summary(settings: Any, run: Path, examples: list[Example], results: dict) -> str:
-    """The end of a run as text: a table, three questions with the answers before and after, files, and what to do next."""
-    kinds = [which for which in ("before", "rounded", "after") if which in results]
-    metric = settings.metric or METRICS[settings.objective][0]
-    lines = [
-        "",
-        f"{len(examples):,} held-out examples, best step {results['best_step']} (by {metric}: {results['best_value']:.4f})",
-        metrics_table({which: results[which]["metrics"] for which in kinds}),
-    ]
-    if settings.stage == "qat" and settings.objective == "sft":
-        full, rounded, after = (results[which]["metrics"]["loss per token"] for which in kinds)
-        share = f" ({100 * (rounded - after) / (rounded - full):.0f}% won back)" if rounded - full > 0.01 else ""
-        lines.append(
-            f"  Rounding to {settings.to} changes the loss by {rounded - full:+.4f} nats per token; after training through "
-            f"the rounding {after - full:+.4f} are left{share}."
-        )
-    lines += _showpieces(examples, results["before"]["answers"], results["after"]["answers"])
-    used = results["memory"]
-    if used["measured"]:
-        sizes = f"{used['measured'] / 1e9:.2f} GB measured, {used['estimated'] / 1e9:.2f} GB estimated"
-        lines += ["", f"Peak memory of training: {sizes}"]
-    weights = "adapter_model.safetensors" if settings.lora else "model.safetensors"
-    lines += ["", f"Model, metrics and figure: {run}/ ({weights}, metrics.jsonl, figures/training.png)"]
-    return "\n".join(lines)
-
-
-def _showpieces(examples: list[Example], before: list[str], after: list[str]) -> list[str]:
-    """Three questions with both answers and, where a truth file grades them, their marks: three that tuning put right, with
-    how many there are, and how many it spoiled."""
-    asked = list(zip(examples, before, after, strict=False))
-    if not asked:
-        return []
-    lines = []
-    if all(example.truth and example.truth.grades for example, _, _ in asked):
-        changes = [(_all_right(example, old), _all_right(example, new)) for example, old, new in asked]
-        corrected = [one for one, change in zip(asked, changes) if change == (False, True)]
-        spoiled = changes.count((True, False))
-        names = ", ".join(asked[0][0].truth.grades)
-        lines = ["", f"Of {len(asked):,} answers tuning put {len(corrected):,} right and {spoiled:,} wrong. Marks: {names}."]
-        asked = corrected + asked
-    for example, old, new in asked[:3]:
-        lines += [
-            "",
-            _one_line(example.question),
-            f"  before: {_marked(example, old)}",
-            f"  after:  {_marked(example, new)}",
-        ]
-        if example.truth and example.truth.answer:
-            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{_one_line(example.truth.answer)}")
-    return lines
-
-
-def _all_right(example: Example, answer: str) -> bool:
-    return all(example.truth.grade(answer).values())
-
-
-def _one_line(text: str) -> str:
-    return " ".join(printable(text).split())
-
-
-def _marked(example: Example, answer: str) -> str:
-    """ "✓✗ the answer": which grades of the truth file it has, in their order; without marks where no truth is known."""
-    passed = example.truth.grade(answer) if example.truth else {}
-    marks = "".join("✓" if has else "✗" for has in passed.values())
-    return f"{marks} {_one_line(answer)[:300]}".strip()
-
-
-PANELS = {  # of figures/training.png: axis label -> metric -> its name and colour
-    "sft": {"loss (nats per token)": {"loss": ("loss", "C0")}},
-    "dpo": {
-        "loss (nats per pair)": {"loss": ("loss", "C0"), "dpo_loss": ("DPO loss (eps = 0)", "C2")},
-        "reward accuracy": {"rewards/accuracies": ("raw", "C0"), "debiased_accuracy": ("debiased", "C2")},
-        "reward: beta * log-ratio to the reference (nats)": {
-            "rewards/chosen": ("chosen", "C2"),
-            "rewards/rejected": ("rejected", "C3"),
-        },
-    },
-}
-
-
-def training_figure(run: Path, objective: str) -> None:
-    """figures/training.png: the metrics of every step, faint, their means over 20 steps, and dots for the held-out rows."""
-    rows, panels = read_metrics(run), PANELS[objective]
-    shown = [name for metrics in panels.values() for name in metrics]
-    curves = {name: _curve(rows, name) for metric in shown for name in (metric, f"eval_{metric}")}
-    means = {
-        name: [sum(y[max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(len(y))] for name, (_, y) in curves.items()
-    }
-    with picture(run / "figures" / "training.png", len(panels), (5 * len(panels), 3.8)) as axes:
-        for axis, (axis_label, metrics) in zip(axes, panels.items()):
-            for name, (label, colour) in metrics.items():
-                steps, values = curves[name]
-                if steps:
-                    axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
-                    axis.plot(steps, means[name], color=colour, alpha=0.8, label=f"{label}, training (mean of 20 steps)")
-                dots = dict(color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
-                axis.plot(*curves[f"eval_{name}"], **dots)
-            axis.set(xlabel="optimizer step", ylabel=axis_label)
-            axis.legend(fontsize=7)
-
-
-def _curve(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The steps that logged a metric, and its values."""
-    return [row["step"] for row in rows if name in row], [row[name] for row in rows if name in row]
