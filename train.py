@@ -245,7 +245,6 @@ def check_finite(what: str, value: float, where: list[str]) -> None:
 
 def run(settings: Tuning) -> int:
     """Runs a training stage, from its inputs to its report; returns the exit status."""
-    check_loss(settings)
     run = Path(settings.out) / settings.name
     with parallel.main_first():
         parent = weights.resolve(settings.model, settings.revision)
@@ -292,15 +291,6 @@ def run(settings: Tuning) -> int:
             tables.training_figure(run, settings.objective)
             write_json(run / "results.json", results)
     return 0
-
-
-def check_loss(settings: Tuning) -> None:
-    """InputError if loss, beta and eps make no sense together; called before anything is read."""
-    if settings.objective == "dpo":
-        try:
-            dpo.preference_loss(torch.zeros(1), settings.loss, settings.beta, settings.eps)
-        except ValueError as error:
-            raise InputError(f"--loss {settings.loss}: {error}") from None
 
 
 def load_to_tune(directory: Path, settings: Tuning) -> Phi:

@@ -31,8 +31,8 @@ from model import Phi, all_logprobs
 from prepare.rows import read_rows
 from runtime import runs as runs_on_disk
 from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, write_json, write_jsonl
-from runtime.flags import check_limits, flag_name, parser_of
-from runtime.settings import Dpo, Sweep
+from runtime.flags import check_limits, check_loss, flag_name, parser_of
+from runtime.settings import LOSSES, Dpo, Sweep
 from runtime.weights import fingerprint, resolve
 
 # With other rows, or the same rows cut differently, runs could not be compared pair by pair. To compare two models, use
@@ -101,10 +101,9 @@ def at_point(base: Dpo, point: dict) -> Dpo:
     sense together."""
     settings = replace(base, **point)
     if "loss" in point and "eps" not in point:
-        takes_eps = "eps" in dpo.options(settings.loss)
-        settings = replace(settings, eps=(base.eps or 0.1) if takes_eps else None)
+        settings = replace(settings, eps=(base.eps or 0.1) if LOSSES[settings.loss] else None)
     check_limits(settings)
-    train.check_loss(settings)
+    check_loss(settings)
     return settings
 
 

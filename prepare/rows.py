@@ -23,7 +23,7 @@ import data
 from data import LETTERS, ChatML, Example, Ledger, Row, question_key
 from model import read_config
 from runtime import runs
-from runtime.files import InputError, first_line, json_object, numbered_lines
+from runtime.files import InputError, first_line, json_object, numbered_lines, printable
 from runtime.settings import Tuning
 
 SHOWN = 20  # reasons that an error message lists
@@ -186,11 +186,12 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     rows, bad = [], ledger.bad_rows
     for number, record in records(Path(path)):
         ledger.rows += 1
+        where = f"{printable(str(path))}:{number}"
         try:
-            row = PARSERS[kind](parsed(record), f"{path}:{number}")
+            row = PARSERS[kind](parsed(record), where)
         except ValueError as error:
             ledger.drop("bad row")
-            bad.append(f"{path}:{number}: {error}")
+            bad.append(f"{where}: {error}")
             continue
         rows.append(row)
     if not ledger.rows:

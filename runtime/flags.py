@@ -17,7 +17,19 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from runtime.files import InputError, printable
-from runtime.settings import DEFAULTS, DEMO, DEMO_DPO, DEMO_LORA_LR, FORMATS, METRICS, PRECISIONS, PRESETS, STAGES, TRAINING
+from runtime.settings import (
+    DEFAULTS,
+    DEMO,
+    DEMO_DPO,
+    DEMO_LORA_LR,
+    FORMATS,
+    LOSSES,
+    METRICS,
+    PRECISIONS,
+    PRESETS,
+    STAGES,
+    TRAINING,
+)
 
 
 @dataclass
@@ -249,8 +261,19 @@ def check_limits(settings: Any) -> None:
                 raise InputError(f"{flag_name(f.name)} {value}: {words}")
 
 
+def check_loss(settings: Any) -> None:
+    """InputError if eps is missing where the loss takes one, or given where it takes none."""
+    loss, eps = settings.loss, settings.eps
+    if LOSSES[loss] and eps is None:
+        raise InputError(f"--loss {loss} needs --eps, the share of labels that you believe to be flipped, such as 0.1")
+    if eps is not None and not LOSSES[loss]:
+        raise InputError(f"--loss {loss} takes no --eps; leave it out")
+
+
 def _check_training(s: Any, stage: str) -> None:
     demo = s.model == "demo"
+    if s.objective == "dpo":
+        check_loss(s)
     if s.preset == "report" and stage not in ("dpo", "sweep"):
         raise InputError(f"--preset report is for --stage dpo and sweep; leave it out of --stage {stage}")
     if stage == "qat" and "lora" in PRESETS.get(s.preset, {}):

@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 # The names in quant.FORMATS; quant.py needs torch, so they are repeated here, and a test compares the two.
 FORMATS = ("int8", "llm.int8", "nf4", "nf4-double", "fp4", "int4", "nf2")
 PRECISIONS = ("fp32", "bf16", *FORMATS)
+# The names in dpo.LOSSES, and whether the loss takes eps; compared by the same test.
+LOSSES = {"sigmoid": False, "robust": True, "conservative": True, "ipo": False, "hinge": False}
 # What can decide which checkpoint is best. The robust loss cannot: it falls without bound when a run diverges (see dpo.py).
 METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", "dpo_loss")}
 LOWER_IS_BETTER = ("loss", "dpo_loss")
@@ -91,7 +93,7 @@ class Rows:
 class Preference:
     """objective"""
 
-    loss: str = setting("robust", "preference loss: sigmoid (plain DPO), robust, conservative, ipo, hinge")
+    loss: str = setting("robust", "preference loss; sigmoid is plain DPO", tuple(LOSSES))
     beta: float = setting(0.3, "strength of the pull towards the reference", limit=POSITIVE)
     eps: float | None = setting(0.1, "share of flipped labels that robust and conservative assume", limit=FLIP_RATE)
     nll_weight: float = setting(0.0, "weight of the chosen answer's NLL per token", limit=NOT_NEGATIVE)
