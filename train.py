@@ -492,6 +492,9 @@ def main(argv: list[str]) -> int:
 
 def run_before(settings: Any) -> int:
     """Runs the demo's SFT stage, unless another process has run it while this one waited."""
+    for file in (settings.train, settings.eval):
+        if file and not Path(file).exists():  # rather now than after minutes of SFT
+            raise InputError(f"{file}: no such file")
     lock = runs.locked(Path(settings.out) / f"demo-seed{settings.seed}", wait=True)
     with lock if parallel.is_main() else contextlib.nullcontext():
         with parallel.main_first():

@@ -397,3 +397,11 @@ def test_output_that_cannot_be_written_does_not_end_a_run(tiny, pairs, tmp_path,
     command = f"{shlex.join([sys.executable, str(ROOT / 'train.py'), *words])} {broken}"
     subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_missing_file_of_rows_is_noticed_before_the_demo_is_tuned(small_demo, capsys):
+    shutil.rmtree(small_demo / "demo-sft-seed0", ignore_errors=True)
+    assert main(["--out", str(small_demo), "--train", "nosuch.jsonl", "--name", "z"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "error: nosuch.jsonl: no such file\n" and "comes first" not in told.out
+    assert not (small_demo / "z").exists() and not (small_demo / "demo-sft-seed0").exists()
