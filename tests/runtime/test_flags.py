@@ -131,6 +131,9 @@ def test_an_error_from_the_shell_is_one_line(words, status, told):
         ("--save-every 0", "--save-every 0: must be positive"),
         ("--lr nan", "--lr nan: must be positive"),
         ("--beta 1e999", "--beta inf: must be positive"),
+        ("--loss dpo", "--loss: invalid choice: 'dpo'"),
+        ("--loss sigmoid --eps 0.1", "--loss sigmoid takes no --eps; leave it out"),
+        ("--loss conservative", "--loss conservative needs --eps, the share of labels that you believe to be flipped"),
     ],
 )
 def test_values_that_could_not_work_are_refused(words, told):
