@@ -410,7 +410,9 @@ def config_from(cls: type, raw: dict, where: str):
     own = {name: config.pop(name) for name in kinds if name in config}
     for name, value in own.items():
         most = 1024 if name == "num_hidden_layers" else 2**24  # more than any Phi has, and little enough to build
-        if value is not None and (type(value) not in kinds[name] or not 0 < value <= most):
+        if name == "num_key_value_heads" and value is None:  # as many as heads
+            continue
+        if type(value) not in kinds[name] or not 0 < value <= most:
             raise InputError(f"{where}: {name} is {value!r:.60}, not a positive number up to {most:,}")
     try:
         return cls(**own, other=config)

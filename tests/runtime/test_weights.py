@@ -287,7 +287,7 @@ def test_pickle_is_not_read(saved):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn' is not supported"),
-        *(({"hidden_size": x}, f"hidden_size is {x}, not a positive number up to") for x in (2**40, -1, 40.0, True)),
+        *(({"hidden_size": x}, f"hidden_size is {x}, not a positive number up to") for x in (2**40, -1, 40.0, True, None)),
         *(({"rope_theta": x}, "rope_theta is ") for x in (float("nan"), float("inf"), "10000", [], 1e300)),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, not a positive number up to 1,024"),
         ({"quantization_config": []}, '"quantization_config" is list, not dict | None'),
