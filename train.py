@@ -79,7 +79,7 @@ def train(
                 record.say(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
                 break
 
-            # Which examples: a function of the seed, the epoch and the place of the step in it.
+            # Which examples: this depends only on the seed, the epoch and the step's position in it.
             epoch, batch = divmod(step - 1, steps_per_epoch)
             if batch == 0 or step == first:
                 order = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch)

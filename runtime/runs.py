@@ -72,11 +72,11 @@ def open_run(settings: Any, inputs: Any = None, parent: Path | None = None) -> I
                 start = parallel.gather(start)[0]
             yield start
         except BaseException:
-            replaced = _set_aside(run).exists()
             if parallel.is_main():
+                made = start is not None and not getattr(settings, "resume", False) and not _set_aside(run).exists()
                 _end_overwrite(run, _worth_keeping(run))
-            if start is not None and not replaced and settings.stage not in TRAINING and not _worth_keeping(run):
-                shutil.rmtree(run, ignore_errors=True)  # it was made here and holds nothing to go on with
+                if made and settings.stage not in TRAINING and not _worth_keeping(run):  # nothing here to go on with
+                    shutil.rmtree(run, ignore_errors=True)
             raise
         if parallel.is_main():
             _end_overwrite(run, keep=True)
@@ -193,9 +193,9 @@ def check_unchanged(run: Path, files: dict[str, list[Path]]) -> None:
 def write_inputs(run: Path, inputs: Any, files: dict[str, list[Path]]) -> dict[str, str]:
     """Notes what became of a training stage's rows: questions.json, ledger.json, held_out.jsonl with its truth. Returns the
     SHA-256 of the files."""
-    by_place = {row.where: row for row in inputs.rows}
-    seen = {_short(question_key(by_place[example.where])) for example in inputs.train}
-    held_out = [by_place[example.where] for example in inputs.held_out]
+    by_where = {row.where: row for row in inputs.rows}
+    seen = {_short(question_key(by_where[example.where])) for example in inputs.train}
+    held_out = [by_where[example.where] for example in inputs.held_out]
     digests = {name: sha256(*paths) for name, paths in files.items()}
     write_json(run / "questions.json", {"trained on": sorted(seen)})
     write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})

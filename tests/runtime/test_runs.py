@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,12 @@ def test_a_stage_without_resume_that_fails_leaves_its_name_free(tmp_path):
         raise OSError("the disk is full")
     assert not (tmp_path / "run").exists()
 
+    opened(quantize)  # it was there before, and goes on: not this call's to delete
+    with pytest.raises(OSError, match="disk"), open_run(SimpleNamespace(**asdict(quantize), stage="sweep", resume=True)):
+        raise OSError("the disk is full")
+    assert (tmp_path / "run" / "run.json").exists()
+    shutil.rmtree(tmp_path / "run")
+
     opened(settings_in(tmp_path))  # a run in its first steps: no checkpoint, no results
     before = tree(tmp_path / "run")
     with pytest.raises(InputError, match="already holds a run"):
@@ -242,6 +249,7 @@ def test_a_process_waits_for_the_one_that_makes_the_same_demo(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from runtime.runs import locked
 
 path = Path(sys.argv[1])
@@ -446,6 +454,7 @@ def test_a_checkpoint_holds_the_model_the_tokenizer_the_moments_and_the_counters
 DIE = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 import train
 from data import ChatML, Example, Row, load_tokenizer
