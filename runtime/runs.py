@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from data import ChatML, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
-from model import read_config
 from runtime import parallel
 from runtime.files import (
     InputError,
+    read_fields,
     read_json,
     remove_directory,
     sha256,
@@ -408,7 +408,8 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
     if system_prompt is None and run:
         system_prompt = recorded(run, "system_prompt")
     chat = ChatML(load_tokenizer(own), system_prompt)
-    rows = read_config(base).vocab_size
+    config = base / "config.json"
+    rows = read_fields(read_json(config), {"vocab_size": int}, config)["vocab_size"]
     largest = max(chat.tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(

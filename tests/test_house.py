@@ -66,6 +66,11 @@ def test_imports_point_only_down_the_floors(here):
     assert not upward, f"{here} (floor {floor_of(here)}) imports {sorted(upward)}, which lie above it"
 
 
+def test_a_run_on_disk_knows_no_model_and_weights_know_neither_phi_nor_adapters():
+    assert "model" not in imports(OURS["runtime.runs"])
+    assert not imports(OURS["runtime.weights"]) & {"model", "lora"}
+
+
 def test_no_circle_of_imports():
     left = {name: imports(path) & OURS.keys() - {name} for name, path in OURS.items()}
     while left:

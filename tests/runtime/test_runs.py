@@ -385,7 +385,7 @@ def test_a_tokenizer_needs_an_embedding_for_its_last_id(tiny, tmp_path):
     with pytest.raises(InputError, match="its ids reach 767, the model's embedding has 767 rows"):
         load_chat(tmp_path)
     write_json(tmp_path / "config.json", {**config, "vocab_size": "768"})
-    with pytest.raises(InputError, match="vocab_size is '768', not a positive number"):
+    with pytest.raises(InputError, match='config.json: "vocab_size" is str, not int'):
         load_chat(tmp_path)
 
 
