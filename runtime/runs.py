@@ -347,6 +347,10 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     try:
         first = lambda: received[0] if received else 0  # noqa: E731
         yield (lambda: int(parallel.largest(first()))) if parallel.size() > 1 else first
+    except RuntimeError:
+        if parallel.size() > 1:  # torchrun now stops the ranks that are left with SIGTERM; they must still say why they end
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, action in previous.items():
             signal.signal(number, action)

@@ -16,7 +16,7 @@ from train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
-    "--batch-size 6 --micro-batch-size 2 --epochs 3 --eval-every 2 --lr 1e-3 --samples 3 --max-length 256 "
+    "--batch-size 6 --micro-batch-size 2 --epochs 4 --eval-every 2 --lr 1e-3 --samples 3 --max-length 256 "
     "--max-prompt-length 128"
 )
 
@@ -50,7 +50,7 @@ def finished(process):
 def assert_same_curve(run, other):
     """Training and evaluation, at every step: equal to 1e-5, the loss and all other metrics."""
     rows, others = read_metrics(run), read_metrics(other)
-    assert [row["step"] for row in rows] == [row["step"] for row in others] and len(rows) > 12
+    assert [row["step"] for row in rows] == [row["step"] for row in others] and len(rows) > 16
     for row, expected in zip(rows, others):
         row.pop("tokens_per_second", None), expected.pop("tokens_per_second", None)
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-5), row["step"]
@@ -80,11 +80,10 @@ def test_two_ranks_with_adapters_have_the_curve_of_one_process(tiny, alone):
 
 def test_a_killed_rank_ends_the_job_and_four_ranks_go_on(tiny, alone):
     process = torchrun(2, *command(tiny, alone, "killed"))
-    run, limit = alone / "killed", time.monotonic() + 120
-    while not (steps_saved(run) and len(read_metrics(run)) > 4):
+    run, limit, ranks = alone / "killed", time.monotonic() + 120, []
+    while not (len(ranks) == 2 and steps_saved(run)):  # on a slow machine the kill must not come after the last step
         assert process.poll() is None and time.monotonic() < limit, process.stderr.read()
-        time.sleep(0.01)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
