@@ -1,6 +1,7 @@
 """--stage eval: measures models side by side; every share and mean has its 95% interval.
 
     python train.py --stage eval --model out/demo-dpo out/demo-sft-seed0 --data pairs.jsonl
+    python train.py --stage eval --model out/demo-dpo --precisions fp32,int8,nf4     one model in several number formats
 
 The rows decide what is measured (metrics/): preferences for pairs, multiple choice for questions with options, and for all
 rows the texts, that is, loss and perplexity of the reference answers, and how much the model's own answers to --samples
@@ -26,7 +27,7 @@ import torch
 from data import ChatML, Example, Row, grades, lengths_of, question_key
 from generate import sample_answers
 from lora import find_origin, is_adapter
-from metrics import judge, multiple_choice, tables, text
+from metrics import judge, multiple_choice, precisions, tables, text
 from metrics.bertscore import BEST_LAYERS, bert_score, load_encoder
 from metrics.intervals import mean, share
 from metrics.preferences import flips, measure_baselines, measure_rewards
@@ -37,8 +38,8 @@ from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
 from runtime.files import InputError, first_line, printable
 from runtime.flags import flag_name
-from runtime.settings import Eval
-from runtime.weights import resolve
+from runtime.settings import FORMATS, Eval
+from runtime.weights import is_quantized, resolve
 
 
 @dataclass
@@ -50,12 +51,16 @@ class Contestant:
     chat: ChatML
     examples: list[Example]  # the rows that fit into every model's window, as this one reads them
     reference: Path | None  # the model that its rewards are measured from
+    precision: str | None = None  # number format that its weights are read in, one of PRECISIONS; None: as they are
 
 
 def run(settings: Eval) -> int:
     """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
     failures: list[str] = []  # a line for everything that went wrong
     measured, contestants, notes = gather(settings, failures)
+    if settings.precisions:  # what differs is the weights' format alone, so products are fp32 in all
+        settings = replace(settings, dtype="fp32")
+        contestants = [replace(contestants[0], name=name, precision=name) for name in settings.precisions.split(",")]
     encoder = None  # network and tokenizer for BERTScore
     if settings.bert:
         encoder = load_encoder(resolve(settings.bert), BEST_LAYERS.get(Path(settings.bert).name), settings.device)
@@ -81,6 +86,8 @@ def run(settings: Eval) -> int:
             except InputError as error:
                 fail(failures, f"the judge {teacher.model}: {error}")
             tables.write(results, directory)
+        if settings.precisions:
+            precisions.figure(results.models, directory / "figures" / "precisions.png")
     print("\n" + tables.report(results))
     print(f"Written to {directory}/: eval.json, eval.md, answers.jsonl")
     return 2 if failures else 0
@@ -102,6 +109,8 @@ def gather(settings: Eval, failures: list[str]) -> tuple[Measured, list[Contesta
     for name in settings.model:
         try:
             directory = resolve(name, settings.revision)
+            if settings.precisions and (is_adapter(directory) or is_quantized(directory)):
+                raise InputError(f"{directory} holds adapters or codes; --precisions needs a model in full precision")
             measured = measured or read_rows(directory)
             chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
             reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
@@ -166,10 +175,17 @@ def measure_model(settings: Eval, kind: str, one: Contestant, asked: list[int], 
         model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
         reference = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
         del model  # one model in memory
-    model = Phi.from_pretrained(one.directory, device=settings.device)
+    rounded = one.precision if one.precision in FORMATS else None
+    stored = torch.bfloat16 if one.precision == "bf16" else torch.float32
+    model = Phi.from_pretrained(one.directory, stored, settings.device, base=rounded)
     policy = all_logprobs(model, examples, *run_with, "reading")  # [E, completions]
     lengths = lengths_of(examples)  # [E, completions]
     result = {"model": one.name, "reference": str(one.reference) if one.reference else None}
+    if one.precision:
+        full = Phi.from_pretrained(one.directory, device=settings.device)
+        apart = precisions.divergence(full, model, examples, settings.micro_batch_size, settings.device)
+        result["format"] = precisions.sizes(model) | apart
+        del full
     result["text"] = text.likelihood(policy[:, 0], lengths[:, 0])
     if kind == "pairs":
         flipped = flips(examples)

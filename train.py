@@ -509,8 +509,6 @@ def run_before(settings: Any) -> int:
 
 def run_stage(settings: Any) -> int:
     module = MODULES[settings.stage]
-    if settings.stage == "eval" and settings.precisions:
-        module = "experiments.precisions"
     if settings.stage == "sweep" and settings.preset:
         module = "experiments.paper"
     return importlib.import_module(module).run(settings)

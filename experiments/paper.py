@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from convert import merge_checkpoint, quantize_checkpoint
+from convert import merge_checkpoint
 from data import Ledger, read_truth, write_truth
 from experiments import sweep
 from experiments.ranking import QUARTERS, Result, Run, cannot_tell, collect, conclusions, curves, table
@@ -38,7 +38,7 @@ from runtime.settings import Dpo, Eval, Sweep
 PARTS = (20, 30, 40, 54)
 GRID = {"lr": (0.5, 1, 3, 5), "beta": (0.05, 0.1, 0.3, 0.5), "eps": (0.0, 0.05, 0.1, 0.25)}  # lr: times the recipe's
 ANSWERS = 300  # sampled, unless --samples says otherwise
-FORMATS = ("int8", "nf4", "fp4")  # in which the answers are scored, beside full precision
+FORMATS = ("fp32", "int8", "nf4", "fp4")  # in which the answers are scored
 Claim = tuple[str, str, str]  # what the report did or said; what was measured here; "held", "did not hold", "cannot be told"
 
 
@@ -100,21 +100,17 @@ def measure_answers(run: Run, directory: Path, count: int) -> dict[str, dict[str
     if is_adapter(tuned):
         tuned = directory / "merged"
         merge_checkpoint(run.directory, tuned, settings.device, [])
-    sampled = {"before": settings.model, "after": run.directory}
-    greedy = {"fp32": tuned, **{name: directory / name for name in FORMATS}}
-    for name in FORMATS:
-        if not (directory / name / "config.json").exists():
-            quantize_checkpoint(tuned, directory / name, name, device=settings.device)
+    sampled = dict(name="tuning", model=[settings.model, str(run.directory)], temperature=1.0)
+    greedy = dict(name="formats", model=[str(tuned)], precisions=",".join(FORMATS), temperature=0.0)
     shared = dict(data=str(file), samples=count, system_prompt=settings.system_prompt or "", out=str(directory))
     shared |= {name: getattr(settings, name) for name in ("seed", "device", "dtype", "micro_batch_size")}
     measured = {}
-    for name, models, temperature in (("tuning", sampled, 1.0), ("formats", greedy, 0.0)):
-        path, paths = directory / name / "eval.json", [str(path) for path in models.values()]
-        if not path.exists() or len(read_json(path)["results"]) < len(models):
-            asked = Eval(name=name, model=paths, temperature=temperature, overwrite=True, **shared)
-            if evaluation.run(asked):
+    for labels, asked in ((("before", "after"), sampled), (FORMATS, greedy)):
+        path = directory / asked["name"] / "eval.json"
+        if not path.exists() or len(read_json(path)["results"]) < len(labels):
+            if evaluation.run(Eval(overwrite=True, **asked, **shared)):
                 raise InputError("the answers could not be measured, for the reason above")
-        for label, result in zip(models, read_json(path)["results"], strict=True):
+        for label, result in zip(labels, read_json(path)["results"], strict=True):
             measured[label] = {key: Estimate(**value) for key, value in result["answers"].items()}
     return measured
 
@@ -179,7 +175,7 @@ def claims_about_answers(answers: dict[str, dict[str, Estimate]]) -> list[Claim]
     claim = "After DPO the model barely ends its answers (its trainer supervised two <|im_end|>, its evaluation one)."
     here = f"answers that end: {percent(before)} before, {percent(after)} after"
     made = [(claim, here, "held" if after.high < before.low else "did not hold")]
-    scores = {name: answers[name]["BLEU"] for name in ("fp32", *FORMATS)}
+    scores = {name: answers[name]["BLEU"] for name in FORMATS}
     here = "BLEU of greedy answers: " + ", ".join(f"{name} {decimal(score, 1)}" for name, score in scores.items())
     kept = all(score.value >= 0.95 * scores["fp32"].value for score in scores.values())
     claim = (

@@ -71,6 +71,7 @@ class Results:
 
 
 SECTIONS = {  # as a model's results name them, with the table's title
+    "format": "Number formats: weights in memory, and outputs beside those of full precision (KL in nats per token)",
     "rewards": "Preferences, by the reward's margin over the reference (in nats)",
     "baselines": "What needs no tuning: share of pairs whose chosen answer is longer, or likelier",
     "text": "Reference answers (loss in nats per token)",
@@ -80,7 +81,7 @@ SECTIONS = {  # as a model's results name them, with the table's title
     "judge": "A judge, asked in both orders",
 }
 DECIMALS = dict.fromkeys("margin,DPO loss,loss,perplexity,ROUGE-1,ROUGE-2,ROUGE-L,BERTScore,position bias".split(","), 3)
-DECIMALS |= {"BLEU": 1}  # digits; all other measures are percentages
+DECIMALS |= {"BLEU": 1, "memory, MB": 2, "bits per weight": 2, "KL, nats": 6}  # digits; other measures are percentages
 WITH_REFERENCE = {"rewards": "reference", "judge": "judged against"}  # sections that compare with another model
 
 

@@ -331,11 +331,8 @@ def _without_effect(s: Any, stage: str) -> list[tuple[bool, str, str]]:
         (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo; add that, or leave it out"),
         (tunes and s.lora is None, "lora_alpha lora_dropout lora_targets base", "needs adapters; add --lora 16"),
         (to in ("int8", "llm.int8"), "block", f"has no effect on --to {to}, which has one scale per row; leave it out"),
-        (evaluates and s.precisions, NOT_ON_CARD, "has no effect beside --precisions; leave one of them out"),
+        (evaluates and s.precisions, "dtype", "has no effect beside --precisions, whose products are fp32; leave it out"),
         (evaluates and not s.data, "letter_only on_bad_row", "is for --data; held-out rows are read as their run read them"),
         (evaluates and s.samples == 0, "bert teacher max_new_tokens temperature", "needs answers; leave out --samples 0"),
         (stage in ("data", "eval") and not s.teacher, "price budget concurrency", "needs a teacher; add --teacher MODEL"),
     ]
-
-
-NOT_ON_CARD = "bert max_new_tokens teacher concurrency price budget beta eps samples micro_batch_size dtype temperature"
