@@ -6,22 +6,17 @@
 int8, NF4 and FP4 load in transformers too.
 """
 
-import copy
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from data import Example
 from lora import base_directory, is_adapter, merge_lora, refuse_adapters
-from metrics.text import divergence
 from model import Phi, read_config
-from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
-from runtime.runs import CHAT_FILES, load_chat, open_run, training_run
+from runtime.runs import CHAT_FILES, load_chat, open_run
 from runtime.settings import Merge, Quantize
 
 
@@ -31,16 +26,17 @@ def run(settings: Quantize | Merge) -> int:
     target = Path(settings.out) / settings.name
     if settings.stage == "quantize":
         refuse_adapters(source)
-    else:
-        examples = rows_to_compare(source, settings.data)
+    elif not is_adapter(source):
+        raise InputError(f"{source} holds no adapters; there is nothing to merge")
+    did = {}
     with open_run(settings):
         if settings.stage == "quantize":
             print(f"Quantizing {source} to {settings.to} ...", flush=True)
             did = quantize_checkpoint(source, target, settings.to, settings.block, settings.device)
             print(quantized_summary(target, settings.to, did))
         else:
-            did = {"change": merge_checkpoint(source, target, settings.device, examples)}
-            print(merged_summary(source, target, did["change"], len(examples)))
+            merge_checkpoint(source, target, settings.device)
+            print(f"Written to {target}/, one plain model from {source}")
         write_json(target / "results.json", {"parent": str(source), **did})
     return 0
 
@@ -76,16 +72,12 @@ def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, de
     return {"bytes before": sizes[0], "bytes after": sizes[1], **did}
 
 
-def merge_checkpoint(source: Path, target: Path, device: str, examples: Sequence[Example]) -> dict[str, float] | None:
-    """Writes the adapters in `source` and the model under them as one plain model to `target`. Returns how far its outputs
-    on the examples are from those of the adapters beside their base (`divergence`), None without examples."""
+def merge_checkpoint(source: Path, target: Path, device: str) -> None:
+    """Writes the adapters in `source` and the model under them as one plain model to `target`."""
     dtype = stored_dtype(base_directory(source))
     model = Phi.from_pretrained(source, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, device)
-    merged = merge_lora(copy.deepcopy(model))
-    change = divergence(model, merged, examples, 8, device) if examples else None
-    merged.save_pretrained(target)
+    merge_lora(model).save_pretrained(target)
     load_chat(source).save(target)
-    return change
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -94,15 +86,6 @@ def stored_dtype(directory: Path) -> torch.dtype:
     coded = tuple(f"{layer}." for layer in weights.quantized_layers(stored))
     kinds = {tensor.dtype for name, tensor in stored.items() if not name.startswith(coded)}
     return weights.DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-
-
-def rows_to_compare(source: Path, data: str | None) -> list[Example]:
-    """100 rows of `data` or of those that the run of the adapters held out; none if there is neither."""
-    if not is_adapter(source):
-        raise InputError(f"{source} holds no adapters; there is nothing to merge")
-    run = training_run(source)
-    found = data or (run and (run / "held_out.jsonl").exists())
-    return encode_for(source, rows_to_measure(data, source).rows[:100])[1] if found else []
 
 
 def quantized_summary(target: Path, to: str, did: dict) -> str:
@@ -117,11 +100,3 @@ def quantized_summary(target: Path, to: str, did: dict) -> str:
         f"relative error |w~ - w| / |w|: {errors}\n"
         f"Written to {target}/; load it as any other model: its config.json says how it is stored.{note}"
     )
-
-
-def merged_summary(source: Path, target: Path, change: dict | None, count: int) -> str:
-    told = "Give --data FILE.jsonl to see how far the merged model's outputs moved."
-    if change:
-        told = f"Outputs against those of the adapters beside their base, on {count} examples: KL {change['kl']:.2g} nats"
-        told += f" per token, the same likeliest token in {100 * change['top 1']:.2f}%"
-    return f"{told}\nWritten to {target}/, one plain model from {source}"

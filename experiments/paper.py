@@ -99,7 +99,7 @@ def measure_answers(run: Run, directory: Path, count: int) -> dict[str, dict[str
     tuned = run.directory
     if is_adapter(tuned):
         tuned = directory / "merged"
-        merge_checkpoint(run.directory, tuned, settings.device, [])
+        merge_checkpoint(run.directory, tuned, settings.device)
     sampled = dict(name="tuning", model=[settings.model, str(run.directory)], temperature=1.0)
     greedy = dict(name="formats", model=[str(tuned)], precisions=",".join(FORMATS), temperature=0.0)
     shared = dict(data=str(file), samples=count, system_prompt=settings.system_prompt or "", out=str(directory))

@@ -245,7 +245,6 @@ class Merge(Model, Run):
     """Merge adapters and their base into one plain model"""
 
     stage: ClassVar[str] = "merge"
-    data: str | None = setting(None, "JSONL file to compare on (default: what the model's run held out)")
 
 
 @dataclass
