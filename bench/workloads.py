@@ -40,7 +40,6 @@ class Bench:
     repeats: int = 3  # runs of each contender that count; at least 5 if they are short
     model: dict = field(default_factory=lambda: shape(256, layers=6, heads=8, rotary=0.4))  # of the CPU cases
     wide: dict = field(default_factory=lambda: shape(1024, layers=8, heads=16))  # of `decode`
-    growing: dict = field(default_factory=lambda: shape(256, layers=6, heads=8, vocab_size=8192))  # of `growth`
     full: dict = field(default_factory=dict)  # of the GPU cases: Phi-2
     prompt: Lengths = (100, 166)  # tokens in training steps on the CPU
     completion: Lengths = (45, 190)
@@ -49,10 +48,6 @@ class Bench:
     answer: tuple[int, int] = (64, 128)  # `generate` and `gpu-decode`: tokens of the prompt, new tokens
     short_answer: tuple[int, int] = (16, 32)  # `decode`
     layer: tuple[int, int] = (2560, 10240)  # `quant`: features in and out
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048)  # `growth`, like the next three
-    batches: tuple[int, ...] = (1, 2, 4, 8)
-    widths: tuple[int, ...] = (128, 256, 512)
-    depths: tuple[int, ...] = (3, 6, 12)
     world: dict | None = None  # rows in the demo's files; None: as many as usual
 
 
@@ -105,9 +100,8 @@ def peak(card: str) -> float | None:
     return next((flops for name, flops in PEAKS.items() if name in card), None)
 
 
-def forward_parts(config: PhiConfig, examples: list[Example], all_logits: bool = False) -> tuple[int, int, int]:
-    """(layers, attention, output) operations of a forward pass. The prompt counts once, and no completion sees its sibling.
-    `all_logits`: the output layer runs on every token, not only where one of a completion is predicted."""
+def forward_parts(config: PhiConfig, examples: list[Example]) -> tuple[int, int, int]:
+    """(layers, attention, output) operations of a forward pass. A prompt counts once; no completion sees its sibling."""
     L, D = config.num_hidden_layers, config.hidden_size
     weights = L * (4 * D * D + 2 * D * config.intermediate_size)
     layers = attention = output = 0
@@ -116,7 +110,7 @@ def forward_parts(config: PhiConfig, examples: list[Example], all_logits: bool =
         seen = T * (T + 1) // 2 - sum(a * b for i, a in enumerate(sizes) for b in sizes[:i])
         layers += 2 * weights * T
         attention += 4 * L * D * seen
-        output += 2 * config.vocab_size * D * (T if all_logits else sum(sizes))
+        output += 2 * config.vocab_size * D * sum(sizes)
     return layers, attention, output
 
 
