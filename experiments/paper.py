@@ -215,7 +215,7 @@ def report(base: Dpo, runs: list[Run], results: list[Result], failed: dict[str, 
         *(part(name) for name in GRID),
         "\n".join(f"- {line}" for line in conclusions([r for r in results if "pairs" not in r.point])),
         "## Table 3: models by checkpoints",
-        "Accuracy on the test pairs" + (" (clean labels)" if "clean" in default.measures else ""),
+        "Accuracy on the test pairs" + (" (clean labels)" if "clean accuracy" in default.measures else ""),
         markdown(
             ["model", *(f"{quarter:.0%} of its steps" for quarter in QUARTERS)],
             [[name, *map(percent, row)] for name, row in quarters.items()],
