@@ -207,7 +207,8 @@ def write_inputs(run: Path, inputs: Any, files: dict[str, list[Path]]) -> dict[s
 def resume_command(settings: Any) -> str:
     """The command line that continues a run; everything else is read from its run.json."""
     where = [] if settings.out == "out" else ["--out", settings.out]
-    words = [*parallel.launcher(), "train.py", "--stage", settings.stage, "--name", settings.name, *where, "--resume"]
+    start = ["python"] if parallel.size() == 1 else ["torchrun", "..."]
+    words = [*start, "train.py", "--stage", settings.stage, "--name", settings.name, *where, "--resume"]
     return shlex.join(words)
 
 
