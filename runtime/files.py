@@ -95,13 +95,6 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_directory(path: Path) -> None:
-    """Deletes a directory; one that is half deleted never has its name."""
-    hidden = _beside(path)
-    os.replace(path, hidden)
-    shutil.rmtree(hidden)
-
-
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters as in JSON: \\ud800

@@ -17,19 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from runtime.files import InputError, printable
-from runtime.settings import (
-    DEFAULTS,
-    DEMO,
-    DEMO_DPO,
-    DEMO_LORA_LR,
-    FORMATS,
-    LOSSES,
-    METRICS,
-    PRECISIONS,
-    PRESETS,
-    STAGES,
-    TRAINING,
-)
+from runtime.settings import DEFAULTS, DEMO, DEMO_LORA_LR, FORMATS, LOSSES, METRICS, PRECISIONS, PRESETS, STAGES, TRAINING
 
 
 @dataclass
@@ -169,7 +157,7 @@ def settle(stage: str, flags: dict[str, Any]) -> Command:
         preset = {name: preset[name] for name in ("loss", "beta", "eps") if name in preset}
     model = flags.get("model", preset.get("model", layers["default"].get("model")))
     if model == "demo" and stage in DEMO:
-        layers["demo"] = DEMO_DPO if flags.get("objective") == "dpo" else DEMO[stage]
+        layers["demo"] = DEMO["dpo" if flags.get("objective") == "dpo" else stage]
         if flags.get("lora") and stage in ("dpo", "sweep"):
             layers["demo"] = layers["demo"] | {"lr": DEMO_LORA_LR}
     layers["preset"] = {name: value for name, value in preset.items() if name in layers["default"]}

@@ -32,17 +32,7 @@ from tqdm import tqdm
 from data import ChatML, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import (
-    InputError,
-    read_fields,
-    read_json,
-    remove_directory,
-    sha256,
-    whole_directory,
-    whole_file,
-    write_json,
-    write_jsonl,
-)
+from runtime.files import InputError, read_fields, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import TRAINING
 
@@ -271,7 +261,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Deletes all checkpoints but the last `keep` and the best."""
     for step in steps_saved(run)[:-keep]:
         if step != best:
-            remove_directory(checkpoint_directory(run, step))
+            shutil.rmtree(checkpoint_directory(run, step))
 
 
 def publish(run: Path, step: int) -> None:
