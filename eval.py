@@ -13,7 +13,7 @@ Every number is a sum over examples divided by their count, so the batch size ch
 training. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
 significantly even where their intervals overlap. A judge sees the last message of a row, not the turns before it.
 All models answer the same rows: those that fit into every model's window. They are measured one after the other, and results
-are written after each. If a model cannot be read, only its own row is missing.
+are written after each. If one cannot be measured, only its own row is missing.
 """
 
 import random
@@ -57,7 +57,7 @@ class Contestant:
 def run(settings: Eval) -> int:
     """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
     failures: list[str] = []  # a line for everything that went wrong
-    measured, contestants, notes = gather(settings, failures)
+    measured, contestants, notes = gather(settings)
     if settings.precisions:  # what differs is the weights' format alone, so products are fp32 in all
         settings = replace(settings, dtype="fp32")
         contestants = [replace(contestants[0], name=name, precision=name) for name in settings.precisions.split(",")]
@@ -99,31 +99,23 @@ def fail(failures: list[str], line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-def gather(settings: Eval, failures: list[str]) -> tuple[Measured, list[Contestant], list[str]]:
+def gather(settings: Eval) -> tuple[Measured, list[Contestant], list[str]]:
     """The rows that every model can read, the models, and what a reader of the numbers must know. InputError if the rows are
-    broken, no model is left, or a flag does not go with the rows."""
+    broken, a model is no model, or a flag does not go with the rows."""
     read_rows = partial(rows_to_measure, settings.data, letter_only=settings.letter_only, on_bad_row=settings.on_bad_row)
     measured = read_rows(None) if settings.data else None
     found: list[Contestant] = []
     trimmed: list[str] = []
     for name in settings.model:
-        try:
-            directory = resolve(name, settings.revision)
-            if settings.precisions and (is_adapter(directory) or is_quantized(directory)):
-                raise InputError(f"{directory} holds adapters or codes; --precisions needs a model in full precision")
-            measured = measured or read_rows(directory)
-            chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
-            reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
-        except InputError as error:
-            if len(settings.model) == 1:
-                raise
-            fail(failures, f"{name}: {error}")
-            continue
+        directory = resolve(name, settings.revision)
+        if settings.precisions and (is_adapter(directory) or is_quantized(directory)):
+            raise InputError(f"{directory} holds adapters or codes; --precisions needs a model in full precision")
+        measured = measured or read_rows(directory)
+        chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
+        reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
         found.append(Contestant(name, directory, chat, examples, reference))
         if ledger.trimmed:
             trimmed.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
-    if not found:
-        raise InputError("no model is left to measure")
     check_flags(settings, measured.kind)
     common = set.intersection(*({e.where for e in one.examples} for one in found))
     kept = [row for row in measured.rows if row.where in common]

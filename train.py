@@ -209,23 +209,20 @@ def save(settings: Tuning, run: Path, model: Phi, chat: ChatML, optimizer: Optim
 def check_start(numbers: dict[str, float], settings: Tuning) -> None:
     """InputError if the first step shows that something is wrong: a gradient of 0, or a reference that is another model.
 
-    Before the first step policy and reference are the same: no answer has drifted, z = 0, and the loss is ln 2 (hinge 1, IPO
-    1/(4 beta^2)). Not so in QAT, where rounding has moved the margin already.
+    Before the first step policy and reference are the same: no answer has drifted, and so z = 0 and the loss is ln 2 (hinge
+    1, IPO 1/(4 beta^2)). Not so in QAT, where rounding has moved the margin already.
     """
     if numbers["grad_norm"] == 0:
         raise InputError("the first gradient is exactly 0: no parameter changes the loss. Is the model frozen or all zeros?")
     if settings.objective != "dpo" or settings.stage == "qat":
         return
     tolerance = 1e-3 if settings.dtype == "fp32" else 0.5  # rounding, in nats per answer
-    z = torch.tensor([0.0, -4.0, 4.0]) * tolerance * settings.beta  # twice what two answers may make of the margin
-    expected, *others = dpo.preference_loss(z, settings.loss, settings.beta, settings.eps).tolist()
-    allowed = max(abs(other - expected) for other in others) + 1e-6  # so a steep loss may be further off
-    drift, measured = numbers["drift/absolute"], numbers["preference_loss"]
-    if not drift <= tolerance or not abs(measured - expected) <= allowed:
+    drift, loss = numbers["drift/absolute"], numbers["preference_loss"]
+    if not drift <= tolerance:
         raise InputError(
-            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0) and the loss is "
-            f"{measured:.6f} (must be {expected:.6f}), so the reference log-probabilities come from another model. Delete "
-            f"{settings.out}/reference and run again; if that does not help, model, tokenizer or dtype differ."
+            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), so "
+            f"the reference log-probabilities come from another model. Delete {settings.out}/reference and run again; if "
+            "that does not help, model, tokenizer or dtype differ."
         )
 
 

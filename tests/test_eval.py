@@ -166,10 +166,15 @@ def test_a_judge_that_is_down_costs_the_judgement_alone(run, monkeypatch, capsys
 def test_a_model_that_cannot_be_read_costs_its_own_row(run, tiny, tmp_path, capsys):
     broken = shutil.copytree(tiny, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:2000])
-    status, made = run("pairs", "--samples", "2", models=(tiny, broken, tmp_path / "missing"))
-    assert status == 2 and [r["model"] for r in made["results"]] == [str(tiny)] and len(made["failed"]) == 2
+    status, made = run("pairs", "--samples", "2", models=(tiny, broken))
+    assert status == 2 and [r["model"] for r in made["results"]] == [str(tiny)] and len(made["failed"]) == 1
     printed = capsys.readouterr()
     assert f"error: {broken}: " in printed.err and "Traceback" not in printed.err and "| model" in printed.out
+
+
+def test_a_model_that_is_not_there_is_an_error_before_anything_is_measured(run, tiny, tmp_path, capsys):
+    assert run("pairs", "--samples", "2", models=(tiny, tmp_path / "missing")) == (2, None)
+    assert "missing: no such directory" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_is_an_error(run, tiny, tmp_path, capsys):
