@@ -220,8 +220,8 @@ def check_start(numbers: dict[str, float], settings: Tuning) -> None:
     drift, loss = numbers["drift/absolute"], numbers["preference_loss"]
     if not drift <= tolerance:
         raise InputError(
-            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), so "
-            f"the reference log-probabilities come from another model. Delete {settings.out}/reference and run again; if "
+            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), "
+            f"so the reference log-probabilities are another model's. Delete {settings.out}/reference and run again; if "
             "that does not help, model, tokenizer or dtype differ."
         )
 
