@@ -116,7 +116,9 @@ def gather(settings: Eval) -> tuple[Measured, list[Contestant], list[str]]:
         found.append(Contestant(name, directory, chat, examples, reference))
         if ledger.trimmed:
             trimmed.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
-    check_flags(settings, measured.kind)
+    for name in ("eps", "reference_model"):
+        if getattr(settings, name) is not None and measured.kind != "pairs":
+            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
     common = set.intersection(*({e.where for e in one.examples} for one in found))
     kept = [row for row in measured.rows if row.where in common]
     if not kept:
@@ -141,13 +143,6 @@ def row_notes(settings: Eval, measured: Measured, kept: list[Row], found: list[C
         rate = f"debiased: of labels flipped at rate {settings.eps}; " if settings.eps is not None else ""
         notes.append(f"{rate}DPO loss at beta {settings.beta}; reference answers are the chosen ones, as labelled.")
     return notes
-
-
-def check_flags(settings: Eval, kind: str) -> None:
-    """InputError for a flag that means nothing for rows of this kind."""
-    for name in ("eps", "reference_model"):
-        if getattr(settings, name) is not None and kind != "pairs":
-            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
 
 
 def find_reference(settings: Eval, directory: Path, chat: ChatML) -> Path | None:

@@ -45,21 +45,17 @@ Claim = tuple[str, str, str]  # what the report did or said; what was measured h
 def run(settings: Sweep) -> int:
     """Makes all runs, or those that are missing, and writes report.md with its figure; returns the exit status."""
     with sweep.open_sweep(settings) as directory:
-        return replicate(settings, directory)
-
-
-def replicate(settings: Sweep, directory: Path) -> int:
-    runs = make_runs(settings, directory)
-    status, failed = sweep.run_all(runs)
-    if status:
-        return status
-    base = sweep.single(settings)
-    results = collect(runs, base)
-    if runs[0].name in failed:
-        raise InputError(f"the run with the defaults failed ({failed[runs[0].name]}); see {runs[0].directory}.log")
-    answers = measure_answers(runs[0], directory, settings.samples or ANSWERS)
-    curves(runs, directory / "figures" / "figure-2.png")
-    write_text(directory / "report.md", report(base, runs, results, failed, answers))
+        runs = make_runs(settings, directory)
+        status, failed = sweep.run_all(runs)
+        if status:
+            return status
+        base = sweep.single(settings)
+        results = collect(runs, base)
+        if runs[0].name in failed:
+            raise InputError(f"the run with the defaults failed ({failed[runs[0].name]}); see {runs[0].directory}.log")
+        answers = measure_answers(runs[0], directory, settings.samples or ANSWERS)
+        curves(runs, directory / "figures" / "figure-2.png")
+        write_text(directory / "report.md", report(base, runs, results, failed, answers))
     print(f"\nWritten to {directory}/: report.md, figures/. Every curve: tensorboard --logdir {directory}")
     return 2 if failed else 0
 
@@ -78,14 +74,10 @@ def make_runs(settings: Sweep, directory: Path) -> list[Run]:
         name = f"pairs={count}"
         sized.append(Run(name, {"pairs": count}, replace(default.settings, train=str(path), name=name)))
     for one in sized:  # a checkpoint at each quarter of the training; all are kept until they are measured
-        steps = settings.max_steps or settings.epochs * -(-count_lines(one.settings.train) // settings.batch_size)
+        steps = settings.max_steps or settings.epochs * -(-one.point.get("pairs", len(rows)) // settings.batch_size)
         one.settings = replace(one.settings, save_every=max(1, steps // 4), keep=1000)
         one.quarters = True
     return [*sized, *varied]
-
-
-def count_lines(path: str) -> int:
-    return sum(1 for _ in numbered_lines(path))
 
 
 def measure_answers(run: Run, directory: Path, count: int) -> dict[str, dict[str, Estimate]]:
@@ -196,13 +188,14 @@ def report(base: Dpo, runs: list[Run], results: list[Result], failed: dict[str, 
 
     quarters = {run.name: read_json(run.tested)["quarters"] for run in runs if run.quarters and run.name not in failed}
     made = [*claims_about_settings(base, results, quarters[default.name]), *claims_about_answers(answers)]
+    pairs = sum(1 for _ in numbered_lines(runs[0].settings.train))
     flipped = [truth.flipped for truth in read_truth(runs[0].settings.train).values() if truth.flipped is not None]
     flips = f", {sum(flipped) / len(flipped):.0%} of whose labels are flipped" if any(flipped) else ""
     methods = [answers[label]["right method"] for label in ("before", "after") if "right method" in answers[label]]
     graded = " Sampled answers with the right method: {} before, {} after.".format(*map(percent, methods)) if methods else ""
     parts = [
         "# The report again",
-        f"Robust DPO of {base.model} on {count_lines(runs[0].settings.train):,} pairs{flips}; {default.right.shape[1]:,} "
+        f"Robust DPO of {base.model} on {pairs:,} pairs{flips}; {default.right.shape[1]:,} "
         f"test pairs of questions that no run saw. Defaults: lr {base.lr:g}, beta {base.beta}, eps {base.eps}, nll-weight "
         f"{base.nll_weight}, {base.epochs} epochs, batches of {base.batch_size}. {len(results)} runs on {base.device}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}.{graded}",

@@ -89,8 +89,10 @@ class AdamW8bit(torch.optim.Optimizer):
             moments = {key: decode(codes, tables[key], scales, BLOCK, len(codes)) for key, (codes, scales) in stored.items()}
             _adamw(w[part], g[part], *moments.values(), t, **group)
             for key, code in MOMENTS.items():
-                codes, scales = encode_blocks(_blocks(moments[key]), code)
-                stored[key][0].copy_(codes.view(-1)[: len(moments[key])])
+                values = moments[key]
+                rows = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)  # the last block is filled up with zeros
+                codes, scales = encode_blocks(rows, code)
+                stored[key][0].copy_(codes.view(-1)[: len(values)])
                 stored[key][1].copy_(scales)
 
 
@@ -116,12 +118,6 @@ def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: float, lr, betas, eps,
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
     w.mul_(1 - lr * weight_decay)
     w.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - b2**t)).add_(eps), value=-lr / (1 - b1**t))
-
-
-def _blocks(x: Tensor) -> Tensor:
-    """[n] -> [blocks, 256]; the last block is filled up with zeros."""
-    short = -len(x) % BLOCK
-    return (F.pad(x, (0, short)) if short else x).view(-1, BLOCK)
 
 
 def adamw(groups: list[dict], **settings) -> torch.optim.AdamW:
