@@ -13,11 +13,10 @@ Every number is a sum over examples divided by their count, so the batch size ch
 training. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
 significantly even where their intervals overlap. A judge sees the last message of a row, not the turns before it.
 All models answer the same rows: those that fit into every model's window. They are measured one after the other, and results
-are written after each. If one cannot be measured, only its own row is missing.
+are written after each: an error in one, or of the judge, loses nothing that was measured before.
 """
 
 import random
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from model import Phi, all_logprobs
 from prepare.rows import Measured, encode_for, rows_to_measure
 from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
-from runtime.files import InputError, first_line, printable
+from runtime.files import InputError, printable
 from runtime.flags import flag_name
 from runtime.settings import FORMATS, Eval
 from runtime.weights import is_quantized, resolve
@@ -55,8 +54,7 @@ class Contestant:
 
 
 def run(settings: Eval) -> int:
-    """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
-    failures: list[str] = []  # a line for everything that went wrong
+    """Measures every model, writes and prints the results; returns the exit status."""
     measured, contestants, notes = gather(settings)
     if settings.precisions:  # what differs is the weights' format alone, so products are fp32 in all
         settings = replace(settings, dtype="fp32")
@@ -68,35 +66,23 @@ def run(settings: Eval) -> int:
     directory, count = Path(settings.out) / settings.name, len(measured.rows)
     asked = sorted(random.Random(settings.seed).sample(range(count), min(settings.samples, count)))  # of every model
     notes.append(f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for.")
-    results = Results(measured.rows, measured.where, asked, notes, failures=failures)
+    results = Results(measured.rows, measured.where, asked, notes)
     with runs.open_run(settings):
         for contestant in contestants:
             print(f"{printable(contestant.name)} ...", flush=True)
-            try:
-                sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder)
-                results.models.append(sections)
-                results.answers[contestant.name] = answers
-            except (InputError, OSError, torch.OutOfMemoryError) as error:
-                fail(failures, f"{contestant.name}: {first_line(error)}")
+            sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder)
+            results.models.append(sections)
+            results.answers[contestant.name] = answers
             if parallel.is_main():  # all ranks find the same numbers
                 tables.write(results, directory)
-        if teacher and any(results.answers.values()):
-            try:
-                results.models += judge_models(results, lambda wanted: ask_all(wanted, teacher, "judging"))
-            except InputError as error:
-                fail(failures, f"the judge {teacher.model}: {error}")
-            tables.write(results, directory)
         if settings.precisions:
             precisions.figure(results.models, directory / "figures" / "precisions.png")
+        if teacher and any(results.answers.values()):
+            results.models += judge_models(results, lambda wanted: ask_all(wanted, teacher, "judging"))
+            tables.write(results, directory)
     print("\n" + tables.report(results))
     print(f"Written to {directory}/: eval.json, eval.md, answers.jsonl")
-    return 2 if failures else 0
-
-
-def fail(failures: list[str], line: str) -> None:
-    line = printable(line)
-    failures.append(line)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    return 0
 
 
 def gather(settings: Eval) -> tuple[Measured, list[Contestant], list[str]]:

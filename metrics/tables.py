@@ -67,7 +67,6 @@ class Results:
     notes: list[str]  # what a reader of the numbers must know
     models: list[dict] = field(default_factory=list)  # {"model": name, section: {measure: Estimate}}
     answers: dict[str, list[str]] = field(default_factory=dict)  # of each model to the rows asked
-    failures: list[str] = field(default_factory=list)  # a line each
 
 
 SECTIONS = {  # as a model's results name them, with the table's title
@@ -102,9 +101,9 @@ def section_table(section: str, models: list[dict]) -> str:
 
 
 def report(results: Results) -> str:
-    """Tables, notes and failures."""
+    """Tables and notes."""
     sections = [section for section in SECTIONS if any(section in m for m in results.models)]
-    lines = [f"{len(results.rows):,} rows: {results.where}.", *results.notes, *(f"Failed: {f}" for f in results.failures)]
+    lines = [f"{len(results.rows):,} rows: {results.where}.", *results.notes]
     tables = [section_table(section, results.models) for section in sections]
     return "\n\n".join([*tables, "\n".join(f"- {plain(line)}" for line in lines)])
 
@@ -112,7 +111,7 @@ def report(results: Results) -> str:
 def write(results: Results, run: Path) -> None:
     """Writes eval.json, answers.jsonl and eval.md with what was measured so far."""
     numbers = {"rows": len(results.rows), "of": results.where, "notes": results.notes}
-    numbers |= {"results": results.models, "failed": results.failures}
+    numbers["results"] = results.models
     write_json(run / "eval.json", numbers)
     records = []
     for n, i in enumerate(results.asked):
