@@ -113,8 +113,7 @@ def sha256(*files: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
