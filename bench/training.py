@@ -17,7 +17,7 @@ import demo
 import train
 from bench import peers
 from bench.timing import attempt, first_step, held_and_peak, in_worker, in_workers, medians, rates, row
-from bench.workloads import Bench, Lengths, full_size_phi, pairs, peak, training_operations
+from bench.workloads import Bench, Lengths, full_size_phi, pairs
 from data import Example
 from lora import add_lora
 from model import Phi, all_logprobs, read_config
@@ -182,21 +182,17 @@ def train_contender(contender: str, setup: Setup, repeats: int) -> tuple[float, 
 
 
 def bench_train(bench: Bench) -> list[dict]:
-    full, device, lengths = full_size_phi(bench), bench.device, (bench.tokens, bench.tokens)
-    most, rows = peak(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None, []
+    full, lengths, rows = full_size_phi(bench), (bench.tokens, bench.tokens), []
     for name, (kind, count, checkpointing) in FULL_SETUPS.items():
-        setup = Setup(kind, str(full), device, count, lengths, lengths, "bf16", checkpointing)
+        setup = Setup(kind, str(full), bench.device, count, lengths, lengths, "bf16", checkpointing)
         both, failed = in_workers(train_contender, "TRL", setup=setup, repeats=max(bench.repeats, 5))
         seconds, memory, losses = zip(*(done or (None, None, None) for done in both))
         if kind == "dpo" and None not in losses and abs(losses[0] - losses[1]) > 0.05:
             raise InputError(f"{name}: the losses are {losses}; that is not the same step")
-        operations = training_operations(read_config(full), setup.examples(), frozen=setup.kind in peers.ADAPTED)
-        least, share = {"dpo": ("", "ours >= 0.45"), "lora": ("", ""), "qlora": ("ours <= 8", "")}[kind]
         case = f"DPO, {name}, {count} x {2 * lengths[0]:,} tokens / TRL"
         rows.append(row(case, "pairs/s", *rates(count, *seconds), ">= 1.5", failed))
+        least = "ours <= 8" if kind == "qlora" else ""
         rows.append(row("  peak memory", "GB", *(size and size / 1e9 for size in memory), least))
-        if most:
-            rows.append(row("  MFU", "-", *rates(operations / most, *seconds), share))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What `python -m bench` does around its measurements: rows, targets, processes, missing peers, operations by hand."""
+"""What `python -m bench` does around its measurements: rows, targets, processes, missing peers."""
 
 import json
 import os
@@ -10,14 +10,12 @@ from small_bench import SMALL, TINY
 
 from bench import __main__ as bench
 from bench import inference, timing, training
-from bench.workloads import forward_parts, pairs, peak, training_operations, write_models
-from data import Example
+from bench.workloads import pairs, write_models
 from model import Phi, PhiConfig
 from runtime.files import InputError
 
 SHAPE = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=11)
 CONFIG = PhiConfig(**SHAPE, partial_rotary_factor=0.5)
-PAIR = Example(prompt=[1, 2], completions=[[3, 4], [5]])
 
 
 def test_a_rows_target_is_of_the_ratio_or_of_ours():
@@ -51,35 +49,6 @@ def test_contenders_take_turns_and_the_first_round_does_not_count():
     seconds = timing.medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert "".join(order) == "ab" * 4 and set(seconds) == {"a", "b"}
     assert timing.medians({"a": lambda: None, "missing": None}, 1)["missing"] is None
-
-
-def test_operations_by_hand():
-    """N = 3 (4 * 64 + 2 * 8 * 16) = 1,536 weights, T = 5; a token sees itself and what is before it but for the sibling: 13
-    pairs; three tokens are predicted."""
-    layers, attention, output = 2 * 1536 * 5, 4 * 3 * 8 * 13, 2 * 11 * 8 * 3
-    assert forward_parts(CONFIG, [PAIR]) == (layers, attention, output)
-    assert forward_parts(CONFIG, [PAIR, PAIR]) == (2 * layers, 2 * attention, 2 * output)
-    assert training_operations(CONFIG, [PAIR]) == 3 * (layers + attention + output)
-    assert training_operations(CONFIG, [PAIR], frozen=True) == 2 * layers + 3 * attention + 2 * output
-
-
-def test_operations_are_those_that_torch_counts():
-    """One completion: torch's own counter sees the same products (and all logits, attention's whole square)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = Phi(CONFIG).init_weights(seed=0)
-    ids = [1, 2, 3, 4, 5, 6]
-    with FlopCounterMode(display=False) as counter:
-        model(torch.tensor([ids]))
-    layers, attention, output = forward_parts(CONFIG, [Example(ids[:2], [ids[2:]])])
-    output = output * 6 // 4  # of six tokens, where four are predicted
-    square = attention * 36 // 21  # 6 x 6 pairs where 21 are needed
-    assert counter.get_total_flops() in (layers + output, layers + output + square)  # some versions do not see attention
-
-
-def test_the_peak_goes_by_the_cards_name():
-    assert peak("NVIDIA H100 80GB HBM3") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
-    assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("Voodoo 3") is None
 
 
 def test_a_decoding_step_reads_all_weights_but_the_embedding():
