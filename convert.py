@@ -15,7 +15,7 @@ from lora import base_directory, is_adapter, merge_lora, refuse_adapters
 from model import Phi, read_config
 from quant import FrozenLinear
 from runtime import weights
-from runtime.files import InputError, read_json, write_json
+from runtime.files import InputError, printable, read_json, write_json
 from runtime.runs import CHAT_FILES, load_chat, open_run
 from runtime.settings import Merge, Quantize
 
@@ -36,7 +36,7 @@ def run(settings: Quantize | Merge) -> int:
             print(quantized_summary(target, settings.to, did))
         else:
             merge_checkpoint(source, target, settings.device)
-            print(f"Written to {target}/, one plain model from {source}")
+            print(printable(f"Written to {target}/, one plain model from {source}"))
         write_json(target / "results.json", {"parent": str(source), **did})
     return 0
 
