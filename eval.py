@@ -67,10 +67,11 @@ def run(settings: Eval) -> int:
     asked = sorted(random.Random(settings.seed).sample(range(count), min(settings.samples, count)))  # of every model
     notes.append(f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for.")
     results = Results(measured.rows, measured.where, asked, notes)
+    references: dict = {}
     with runs.open_run(settings):
         for contestant in contestants:
             print(f"{printable(contestant.name)} ...", flush=True)
-            sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder)
+            sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder, references)
             results.models.append(sections)
             results.answers[contestant.name] = answers
             if parallel.is_main():  # all ranks find the same numbers
@@ -139,15 +140,20 @@ def find_reference(settings: Eval, directory: Path, chat: ChatML) -> Path | None
     return parent
 
 
-def measure_model(settings: Eval, kind: str, one: Contestant, asked: list[int], encoder) -> tuple[dict, list[str]]:
-    """All measures of one model, {section: {measure: Estimate}}, and its answers to the rows `asked`."""
+def measure_model(
+    settings: Eval, kind: str, one: Contestant, asked: list[int], encoder: tuple | None, references: dict
+) -> tuple[dict, list[str]]:
+    """All measures of one model, {section: {measure: Estimate}}, and its answers to the rows `asked`. `references` keeps the
+    log-probabilities of references: formats of one model share theirs."""
     examples, reference = one.examples, None
     run_with = (settings.micro_batch_size, settings.device, settings.dtype)
     if one.reference:  # in the number format of the weights under the measured model's adapters
         rounded = None if is_adapter(one.reference) else find_origin(one.directory).format
-        model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
-        reference = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
-        del model  # one model in memory
+        if (key := (one.reference, rounded, id(examples))) not in references:
+            model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
+            references[key] = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
+            del model  # one model in memory
+        reference = references[key]
     rounded = one.precision if one.precision in FORMATS else None
     stored = torch.bfloat16 if one.precision == "bf16" else torch.float32
     model = Phi.from_pretrained(one.directory, stored, settings.device, base=rounded)
