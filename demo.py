@@ -1,6 +1,6 @@
 """The demo's world: STEM questions, a tokenizer and a tiny random Phi, so that every stage runs without a download.
 
-    python demo.py --out out/noisy --flip-rate 0.4 --seed 1          train.py writes its own world, out/demo-seed0
+    demo.write_world("out/noisy", seed=1, flip_rate=0.4)          train.py writes its own world, out/demo-seed0
 
     DIR/  model/       a Phi with a million random weights, and its tokenizer
           sft.jsonl    answers to learn from, 40% of them right; qat.jsonl: the same kind, for training through rounding
@@ -23,11 +23,9 @@ answer is right about as often as the shorter one. All answers have one shape, s
 grade a sampled answer: its method is right if formula, substitution and unit are; method and number, if the value is, too.
 """
 
-import argparse
 import itertools
 import random
 import re
-import sys
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,22 +340,3 @@ def stages(settings: Any) -> list[Any]:
         given = {"name": first.name, "out": settings.out, "seed": settings.seed, "device": settings.device}
         before = parallel.on_this_machine(settle("sft", given).settings)
     return [*stages(before), asked]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a demo world: a tiny random model, and rows to tune it on.")
-    parser.add_argument("--out", required=True, help="directory of the world")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions, the weights and the flips (default 0)")
-    parser.add_argument("--flip-rate", type=float, default=0.2, help="share of the labels to swap (default 0.2)")
-    args = parser.parse_args(argv)
-    try:
-        world = write_world(args.out, args.seed, args.flip_rate)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"Written to {args.out}/. To tune the demo's model on its pairs:\n  python train.py --train {world.pairs}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

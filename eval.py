@@ -1,6 +1,7 @@
 """--stage eval: measures models side by side; every share and mean has its 95% interval.
 
     python train.py --stage eval --model out/demo-dpo out/demo-sft-seed0 --data pairs.jsonl
+    python train.py --stage eval --model out/demo-dpo --precisions fp32,int8,nf4     one model in several number formats
 
 The rows decide what is measured (metrics/): preferences for pairs, multiple choice for questions with options, and for all
 rows the texts, that is, loss and perplexity of the reference answers, and how much the model's own answers to --samples
@@ -12,11 +13,10 @@ Every number is a sum over examples divided by their count, so the batch size ch
 training. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
 significantly even where their intervals overlap. A judge sees the last message of a row, not the turns before it.
 All models answer the same rows: those that fit into every model's window. They are measured one after the other, and results
-are written after each. If a model cannot be read, only its own row is missing.
+are written after each: an error in one, or of the judge, loses nothing that was measured before.
 """
 
 import random
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from data import ChatML, Example, Row, grades, lengths_of, question_key
 from generate import sample_answers
 from lora import find_origin, is_adapter
-from metrics import judge, multiple_choice, tables, text
+from metrics import judge, multiple_choice, precisions, tables, text
 from metrics.bertscore import BEST_LAYERS, bert_score, load_encoder
 from metrics.intervals import mean, share
 from metrics.preferences import flips, measure_baselines, measure_rewards
@@ -35,10 +35,10 @@ from model import Phi, all_logprobs
 from prepare.rows import Measured, encode_for, rows_to_measure
 from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
-from runtime.files import InputError, first_line, printable
+from runtime.files import InputError, printable
 from runtime.flags import flag_name
-from runtime.settings import Eval
-from runtime.weights import resolve
+from runtime.settings import FORMATS, Eval
+from runtime.weights import is_quantized, resolve
 
 
 @dataclass
@@ -50,12 +50,15 @@ class Contestant:
     chat: ChatML
     examples: list[Example]  # the rows that fit into every model's window, as this one reads them
     reference: Path | None  # the model that its rewards are measured from
+    precision: str | None = None  # number format that its weights are read in, one of PRECISIONS; None: as they are
 
 
 def run(settings: Eval) -> int:
-    """Measures every model, writes and prints the results; returns 0 if all went well, 2 if something failed."""
-    failures: list[str] = []  # a line for everything that went wrong
-    measured, contestants, notes = gather(settings, failures)
+    """Measures every model, writes and prints the results; returns the exit status."""
+    measured, contestants, notes = gather(settings)
+    if settings.precisions:  # what differs is the weights' format alone, so products are fp32 in all
+        settings = replace(settings, dtype="fp32")
+        contestants = [replace(contestants[0], name=name, precision=name) for name in settings.precisions.split(",")]
     encoder = None  # network and tokenizer for BERTScore
     if settings.bert:
         encoder = load_encoder(resolve(settings.bert), BEST_LAYERS.get(Path(settings.bert).name), settings.device)
@@ -63,59 +66,46 @@ def run(settings: Eval) -> int:
     directory, count = Path(settings.out) / settings.name, len(measured.rows)
     asked = sorted(random.Random(settings.seed).sample(range(count), min(settings.samples, count)))  # of every model
     notes.append(f"{len(asked):,} of the rows were answered." if asked else "No answers were asked for.")
-    results = Results(measured.rows, measured.where, asked, notes, failures=failures)
+    results = Results(measured.rows, measured.where, asked, notes)
+    references: dict = {}
     with runs.open_run(settings):
         for contestant in contestants:
             print(f"{printable(contestant.name)} ...", flush=True)
-            try:
-                sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder)
-                results.models.append(sections)
-                results.answers[contestant.name] = answers
-            except (InputError, OSError, torch.OutOfMemoryError) as error:
-                fail(failures, f"{contestant.name}: {first_line(error)}")
+            sections, answers = measure_model(settings, measured.kind, contestant, asked, encoder, references)
+            results.models.append(sections)
+            results.answers[contestant.name] = answers
             if parallel.is_main():  # all ranks find the same numbers
                 tables.write(results, directory)
+        if settings.precisions:
+            precisions.figure(results.models, directory / "figures" / "precisions.png")
         if teacher and any(results.answers.values()):
-            try:
-                results.models += judge_models(results, lambda wanted: ask_all(wanted, teacher, "judging"))
-            except InputError as error:
-                fail(failures, f"the judge {teacher.model}: {error}")
+            results.models += judge_models(results, lambda wanted: ask_all(wanted, teacher, "judging"))
             tables.write(results, directory)
     print("\n" + tables.report(results))
     print(f"Written to {directory}/: eval.json, eval.md, answers.jsonl")
-    return 2 if failures else 0
+    return 0
 
 
-def fail(failures: list[str], line: str) -> None:
-    line = printable(line)
-    failures.append(line)
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def gather(settings: Eval, failures: list[str]) -> tuple[Measured, list[Contestant], list[str]]:
+def gather(settings: Eval) -> tuple[Measured, list[Contestant], list[str]]:
     """The rows that every model can read, the models, and what a reader of the numbers must know. InputError if the rows are
-    broken, no model is left, or a flag does not go with the rows."""
+    broken, a model is no model, or a flag does not go with the rows."""
     read_rows = partial(rows_to_measure, settings.data, letter_only=settings.letter_only, on_bad_row=settings.on_bad_row)
     measured = read_rows(None) if settings.data else None
     found: list[Contestant] = []
     trimmed: list[str] = []
     for name in settings.model:
-        try:
-            directory = resolve(name, settings.revision)
-            measured = measured or read_rows(directory)
-            chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
-            reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
-        except InputError as error:
-            if len(settings.model) == 1:
-                raise
-            fail(failures, f"{name}: {error}")
-            continue
+        directory = resolve(name, settings.revision)
+        if settings.precisions and (is_adapter(directory) or is_quantized(directory)):
+            raise InputError(f"{directory} holds adapters or codes; --precisions needs a model in full precision")
+        measured = measured or read_rows(directory)
+        chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
+        reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
         found.append(Contestant(name, directory, chat, examples, reference))
         if ledger.trimmed:
             trimmed.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
-    if not found:
-        raise InputError("no model is left to measure")
-    check_flags(settings, measured.kind)
+    for name in ("eps", "reference_model"):
+        if getattr(settings, name) is not None and measured.kind != "pairs":
+            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
     common = set.intersection(*({e.where for e in one.examples} for one in found))
     kept = [row for row in measured.rows if row.where in common]
     if not kept:
@@ -142,13 +132,6 @@ def row_notes(settings: Eval, measured: Measured, kept: list[Row], found: list[C
     return notes
 
 
-def check_flags(settings: Eval, kind: str) -> None:
-    """InputError for a flag that means nothing for rows of this kind."""
-    for name in ("eps", "reference_model"):
-        if getattr(settings, name) is not None and kind != "pairs":
-            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
-
-
 def find_reference(settings: Eval, directory: Path, chat: ChatML) -> Path | None:
     """The model that rewards are measured from; InputError if it has another vocabulary than the model."""
     parent = resolve(settings.reference_model) if settings.reference_model else runs.tuned_from(directory)
@@ -157,19 +140,31 @@ def find_reference(settings: Eval, directory: Path, chat: ChatML) -> Path | None
     return parent
 
 
-def measure_model(settings: Eval, kind: str, one: Contestant, asked: list[int], encoder) -> tuple[dict, list[str]]:
-    """All measures of one model, {section: {measure: Estimate}}, and its answers to the rows `asked`."""
+def measure_model(
+    settings: Eval, kind: str, one: Contestant, asked: list[int], encoder: tuple | None, references: dict
+) -> tuple[dict, list[str]]:
+    """All measures of one model, {section: {measure: Estimate}}, and its answers to the rows `asked`. `references` keeps the
+    log-probabilities of references: formats of one model share theirs."""
     examples, reference = one.examples, None
     run_with = (settings.micro_batch_size, settings.device, settings.dtype)
     if one.reference:  # in the number format of the weights under the measured model's adapters
         rounded = None if is_adapter(one.reference) else find_origin(one.directory).format
-        model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
-        reference = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
-        del model  # one model in memory
-    model = Phi.from_pretrained(one.directory, device=settings.device)
+        if (key := (one.reference, rounded, id(examples))) not in references:
+            model = Phi.from_pretrained(one.reference, device=settings.device, base=rounded)
+            references[key] = all_logprobs(model, examples, *run_with, "reference")  # [E, 2]
+            del model  # one model in memory
+        reference = references[key]
+    rounded = one.precision if one.precision in FORMATS else None
+    stored = torch.bfloat16 if one.precision == "bf16" else torch.float32
+    model = Phi.from_pretrained(one.directory, stored, settings.device, base=rounded)
     policy = all_logprobs(model, examples, *run_with, "reading")  # [E, completions]
     lengths = lengths_of(examples)  # [E, completions]
     result = {"model": one.name, "reference": str(one.reference) if one.reference else None}
+    if one.precision:
+        full = Phi.from_pretrained(one.directory, device=settings.device)
+        apart = precisions.divergence(full, model, examples, settings.micro_batch_size, settings.device)
+        result["format"] = precisions.sizes(model) | apart
+        del full
     result["text"] = text.likelihood(policy[:, 0], lengths[:, 0])
     if kind == "pairs":
         flipped = flips(examples)

@@ -1,1 +1,1 @@
-"""Many runs compared: sweeps, the report's tables again, number formats side by side."""
+"""Many runs compared: sweeps, and the report's tables again."""

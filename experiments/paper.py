@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from convert import merge_checkpoint, quantize_checkpoint
+from convert import merge_checkpoint
 from data import Ledger, read_truth, write_truth
 from experiments import sweep
 from experiments.ranking import QUARTERS, Result, Run, cannot_tell, collect, conclusions, curves, table
@@ -38,28 +38,24 @@ from runtime.settings import Dpo, Eval, Sweep
 PARTS = (20, 30, 40, 54)
 GRID = {"lr": (0.5, 1, 3, 5), "beta": (0.05, 0.1, 0.3, 0.5), "eps": (0.0, 0.05, 0.1, 0.25)}  # lr: times the recipe's
 ANSWERS = 300  # sampled, unless --samples says otherwise
-FORMATS = ("int8", "nf4", "fp4")  # in which the answers are scored, beside full precision
+FORMATS = ("fp32", "int8", "nf4", "fp4")  # in which the answers are scored
 Claim = tuple[str, str, str]  # what the report did or said; what was measured here; "held", "did not hold", "cannot be told"
 
 
 def run(settings: Sweep) -> int:
     """Makes all runs, or those that are missing, and writes report.md with its figure; returns the exit status."""
     with sweep.open_sweep(settings) as directory:
-        return replicate(settings, directory)
-
-
-def replicate(settings: Sweep, directory: Path) -> int:
-    runs = make_runs(settings, directory)
-    status, failed = sweep.run_all(runs)
-    if status:
-        return status
-    base = sweep.single(settings)
-    results = collect(runs, base)
-    if runs[0].name in failed:
-        raise InputError(f"the run with the defaults failed ({failed[runs[0].name]}); see {runs[0].directory}.log")
-    answers = measure_answers(runs[0], directory, settings.samples or ANSWERS)
-    curves(runs, directory / "figures" / "figure-2.png")
-    write_text(directory / "report.md", report(base, runs, results, failed, answers))
+        runs = make_runs(settings, directory)
+        status, failed = sweep.run_all(runs)
+        if status:
+            return status
+        base = sweep.single(settings)
+        results = collect(runs, base)
+        if runs[0].name in failed:
+            raise InputError(f"the run with the defaults failed ({failed[runs[0].name]}); see {runs[0].directory}.log")
+        answers = measure_answers(runs[0], directory, settings.samples or ANSWERS)
+        curves(runs, directory / "figures" / "figure-2.png")
+        write_text(directory / "report.md", report(base, runs, results, failed, answers))
     print(f"\nWritten to {directory}/: report.md, figures/. Every curve: tensorboard --logdir {directory}")
     return 2 if failed else 0
 
@@ -78,14 +74,10 @@ def make_runs(settings: Sweep, directory: Path) -> list[Run]:
         name = f"pairs={count}"
         sized.append(Run(name, {"pairs": count}, replace(default.settings, train=str(path), name=name)))
     for one in sized:  # a checkpoint at each quarter of the training; all are kept until they are measured
-        steps = settings.max_steps or settings.epochs * -(-count_lines(one.settings.train) // settings.batch_size)
+        steps = settings.max_steps or settings.epochs * -(-one.point.get("pairs", len(rows)) // settings.batch_size)
         one.settings = replace(one.settings, save_every=max(1, steps // 4), keep=1000)
         one.quarters = True
     return [*sized, *varied]
-
-
-def count_lines(path: str) -> int:
-    return sum(1 for _ in numbered_lines(path))
 
 
 def measure_answers(run: Run, directory: Path, count: int) -> dict[str, dict[str, Estimate]]:
@@ -99,22 +91,17 @@ def measure_answers(run: Run, directory: Path, count: int) -> dict[str, dict[str
     tuned = run.directory
     if is_adapter(tuned):
         tuned = directory / "merged"
-        merge_checkpoint(run.directory, tuned, settings.device, [])
-    sampled = {"before": settings.model, "after": run.directory}
-    greedy = {"fp32": tuned, **{name: directory / name for name in FORMATS}}
-    for name in FORMATS:
-        if not (directory / name / "config.json").exists():
-            quantize_checkpoint(tuned, directory / name, name, device=settings.device)
+        merge_checkpoint(run.directory, tuned, settings.device)
+    sampled = dict(name="tuning", model=[settings.model, str(run.directory)], temperature=1.0)
+    greedy = dict(name="formats", model=[str(tuned)], precisions=",".join(FORMATS), temperature=0.0)
     shared = dict(data=str(file), samples=count, system_prompt=settings.system_prompt or "", out=str(directory))
     shared |= {name: getattr(settings, name) for name in ("seed", "device", "dtype", "micro_batch_size")}
     measured = {}
-    for name, models, temperature in (("tuning", sampled, 1.0), ("formats", greedy, 0.0)):
-        path, paths = directory / name / "eval.json", [str(path) for path in models.values()]
-        if not path.exists() or len(read_json(path)["results"]) < len(models):
-            asked = Eval(name=name, model=paths, temperature=temperature, overwrite=True, **shared)
-            if evaluation.run(asked):
-                raise InputError("the answers could not be measured, for the reason above")
-        for label, result in zip(models, read_json(path)["results"], strict=True):
+    for labels, asked in ((("before", "after"), sampled), (FORMATS, greedy)):
+        path = directory / asked["name"] / "eval.json"
+        if not path.exists() or len(read_json(path)["results"]) < len(labels):
+            evaluation.run(Eval(overwrite=True, **asked, **shared))
+        for label, result in zip(labels, read_json(path)["results"], strict=True):
             measured[label] = {key: Estimate(**value) for key, value in result["answers"].items()}
     return measured
 
@@ -179,7 +166,7 @@ def claims_about_answers(answers: dict[str, dict[str, Estimate]]) -> list[Claim]
     claim = "After DPO the model barely ends its answers (its trainer supervised two <|im_end|>, its evaluation one)."
     here = f"answers that end: {percent(before)} before, {percent(after)} after"
     made = [(claim, here, "held" if after.high < before.low else "did not hold")]
-    scores = {name: answers[name]["BLEU"] for name in ("fp32", *FORMATS)}
+    scores = {name: answers[name]["BLEU"] for name in FORMATS}
     here = "BLEU of greedy answers: " + ", ".join(f"{name} {decimal(score, 1)}" for name, score in scores.items())
     kept = all(score.value >= 0.95 * scores["fp32"].value for score in scores.values())
     claim = (
@@ -200,13 +187,14 @@ def report(base: Dpo, runs: list[Run], results: list[Result], failed: dict[str, 
 
     quarters = {run.name: read_json(run.tested)["quarters"] for run in runs if run.quarters and run.name not in failed}
     made = [*claims_about_settings(base, results, quarters[default.name]), *claims_about_answers(answers)]
+    pairs = sum(1 for _ in numbered_lines(runs[0].settings.train))
     flipped = [truth.flipped for truth in read_truth(runs[0].settings.train).values() if truth.flipped is not None]
     flips = f", {sum(flipped) / len(flipped):.0%} of whose labels are flipped" if any(flipped) else ""
     methods = [answers[label]["right method"] for label in ("before", "after") if "right method" in answers[label]]
     graded = " Sampled answers with the right method: {} before, {} after.".format(*map(percent, methods)) if methods else ""
     parts = [
         "# The report again",
-        f"Robust DPO of {base.model} on {count_lines(runs[0].settings.train):,} pairs{flips}; {default.right.shape[1]:,} "
+        f"Robust DPO of {base.model} on {pairs:,} pairs{flips}; {default.right.shape[1]:,} "
         f"test pairs of questions that no run saw. Defaults: lr {base.lr:g}, beta {base.beta}, eps {base.eps}, nll-weight "
         f"{base.nll_weight}, {base.epochs} epochs, batches of {base.batch_size}. {len(results)} runs on {base.device}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}.{graded}",
@@ -219,7 +207,7 @@ def report(base: Dpo, runs: list[Run], results: list[Result], failed: dict[str, 
         *(part(name) for name in GRID),
         "\n".join(f"- {line}" for line in conclusions([r for r in results if "pairs" not in r.point])),
         "## Table 3: models by checkpoints",
-        "Accuracy on the test pairs" + (" (clean labels)" if "clean" in default.measures else ""),
+        "Accuracy on the test pairs" + (" (clean labels)" if "clean accuracy" in default.measures else ""),
         markdown(
             ["model", *(f"{quarter:.0%} of its steps" for quarter in QUARTERS)],
             [[name, *map(percent, row)] for name, row in quarters.items()],

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import dpo
-from metrics.intervals import Estimate, debiased, estimate_flip_rate, mean, share
-from metrics.preferences import for_the_right
+from metrics.intervals import Estimate
+from metrics.preferences import for_the_right, measure_margins
 from metrics.tables import decimal, markdown, percent
 from runtime.files import picture, read_json, write_text
 from runtime.runs import read_metrics
@@ -92,7 +91,7 @@ def summarise(name: str, runs: list[Run], base: Dpo) -> Result:
     records = [read_json(run.tested) for run in runs]
     margin = torch.tensor([record["margin"] for record in records])  # [seeds, E]
     reference, longer = (torch.tensor(records[0][key]) for key in ("reference", "longer"))  # [E], [E]
-    known, n = records[0]["flipped"], margin.shape[1]
+    known = records[0]["flipped"]
     flipped = None if known is None else torch.tensor(known)  # [E]
 
     def credit(score: Tensor) -> Tensor:
@@ -101,14 +100,7 @@ def summarise(name: str, runs: list[Run], base: Dpo) -> Result:
 
     right = credit(margin) == 1  # [seeds, E]
     scores = {"longer answer": longer, "starting model": reference, "tuned model": reference + margin[0]}
-    raw = share((margin > 0).double().mean().item() * n, n)
-    measures = {"reward accuracy": raw, "debiased": debiased(raw, base.eps or 0.0)}
-    if flipped is not None:
-        measures["clean"] = share(right.double().mean().item() * n, n)
-    measures["margin"] = mean(margin.mean(dim=0))
-    measures["DPO loss"] = mean(dpo.sigmoid_loss(base.beta * margin).mean(dim=0))
-    if margin[0].any():
-        measures["flip rate"] = estimate_flip_rate(margin[0])
+    measures = measure_margins(margin, flipped, base.eps or 0.0, base.beta)
     own_loss = sum(record["own loss"] for record in records) / len(records)
     return Result(name, runs[0].point, right, {key: credit(score) for key, score in scores.items()}, measures, own_loss)
 
@@ -130,7 +122,7 @@ def table(results: list[Result], base: Dpo) -> str:
     varied = dict.fromkeys(name for r in results for name in r.point if name not in ("train", "pairs"))
     values = ", ".join(f"{name}={getattr(base, name)}" for name in varied)
     defaults = f"defaults ({values})" if values else "defaults"
-    clean = all("clean" in r.measures for r in results)
+    clean = all("clean accuracy" in r.measures for r in results)
     several = max(len(r.right) for r in results) > 1
     header = ["setting", "", *(["clean accuracy"] if clean else []), *(["of seeds"] if several else [])]
     header += [f"debiased, eps {base.eps or 0:g}", "as labelled", "margin, nats", f"DPO loss, beta {base.beta}"]
@@ -138,9 +130,9 @@ def table(results: list[Result], base: Dpo) -> str:
     for i, r in enumerate(results):
         seeds = r.right.double().mean(dim=1)
         mark = "best" if i == 0 else "=" if cannot_tell(results[0].right, r.right) else ""
-        cells = [r.name if r.point else defaults, mark, *([percent(r.measures["clean"])] if clean else [])]
+        cells = [r.name if r.point else defaults, mark, *([percent(r.measures["clean accuracy"])] if clean else [])]
         cells += [f"{100 * seeds.min():.1f} to {100 * seeds.max():.1f}%"] if several else []
-        cells += [percent(r.measures[name]) for name in ("debiased", "reward accuracy")]
+        cells += [percent(r.measures[name]) for name in ("debiased accuracy", "reward accuracy")]
         rows.append([*cells, decimal(r.measures["margin"], 2), decimal(r.measures["DPO loss"]), f"({r.own_loss:.3f})"])
     return markdown([*header, "own loss (not comparable)"], rows)
 
@@ -149,11 +141,11 @@ def conclusions(results: list[Result]) -> list[str]:
     """What the table says, in sentences."""
     best, pairs = results[0], results[0].right.shape[1]
     tied = [r.name for r in results[1:] if cannot_tell(best.right, r.right)]
-    kind = "clean" if "clean" in best.measures else "debiased"
+    kind = "clean accuracy" if "clean accuracy" in best.measures else "debiased accuracy"
     equal = f"Not significantly worse (=, McNemar, 95%): {', '.join(tied)}."
     longer, start, tuned = (percent(credit.double().mean().item()) for credit in best.baselines.values())
     lines = [
-        f"Best by {kind} accuracy on {pairs:,} test pairs: {best.name}, {percent(best.measures[kind])}. "
+        f"Best by {kind} on {pairs:,} test pairs: {best.name}, {percent(best.measures[kind])}. "
         + (equal if tied else "All others are significantly worse."),
         f"To compare with: the longer answer is the right one in {longer} of the pairs; the right answer is likelier "
         f"to the starting model in {start}, to the best tuned one in {tuned}. (The table's accuracies are of rewards: how "

@@ -117,15 +117,13 @@ def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
     if len(grid.get("train", [])) > 1 and settings.data is None:
         raise InputError("--grid train=... compares data sets on a test set of its own: give it with --data FILE.jsonl")
     parent = str(resolve(settings.model, settings.revision))
-    tested = test_rows(settings)
-    sides = {file: training_rows(settings, file, directory, tested) for file in files}
+    sides = {file: split_rows(settings, file, directory / "data") for file in files}
     planned = []
     for point, one in configured:
         one = replace(one, **sides[one.train], model=parent, revision=None, out=str(directory), overwrite=False)
         for seed in range(settings.seed, settings.seed + settings.seeds):
             name = point_name(point) + (f",seed={seed}" if settings.seeds > 1 else "")
             planned.append(Run(name, point, replace(one, seed=seed, name=name)))
-    write_rows(planned[0].test, tested)  # last: the training rows do not leak
     return planned
 
 
@@ -143,29 +141,24 @@ def read_pairs(path: str | Path, settings: Dpo) -> list[Row]:
     return read_rows(path, "pairs", settings.on_bad_row, Ledger())
 
 
-def test_rows(settings: Sweep) -> list[Row]:
-    """--data, or a share of --train's questions that is set aside."""
-    if settings.data:
-        return read_pairs(settings.data, settings)
-    rows = split_by_question(read_pairs(settings.train, settings), settings.eval_share, settings.seed)[1]
-    if not rows:
-        raise InputError(f"{settings.train}: no question is left to test on; give more rows, or test rows with --data")
-    return rows
-
-
-def training_rows(settings: Sweep, file: str, directory: Path, tested: list[Row]) -> dict[str, str]:
-    """Writes the training and evaluation rows of one --train file and returns {"train": path, "eval": path}. They ask no
-    question of the test, which was set aside from the same rows or came with --data."""
+def split_rows(settings: Sweep, file: str, data: Path) -> dict[str, str]:
+    """Writes the training and evaluation rows of one --train file and the test rows, those of --data or a share of the
+    file's questions that is set aside. No question is on two sides. Returns {"train": path, "eval": path}."""
     rows = read_pairs(file, settings)
-    if settings.data is None:
-        rows = split_by_question(rows, settings.eval_share, settings.seed)[0]
+    if settings.data:
+        tested = read_pairs(settings.data, settings)
+    else:
+        rows, tested = split_by_question(rows, settings.eval_share, settings.seed)
+    if not tested:
+        raise InputError(f"{file}: no question is left to test on; give more rows, or test rows with --data")
     if settings.eval:
         evaluation = read_pairs(settings.eval, settings)
     else:
         rows, evaluation = split_by_question(rows, settings.eval_share, settings.seed + 1)
     check_no_leak([*rows, *evaluation], tested)
+    write_rows(data / "test.jsonl", tested)  # the same for every file
     sides = {"train": rows, "eval": evaluation}
-    return {side: write_rows(directory / "data" / f"{Path(file).stem}-{side}.jsonl", part) for side, part in sides.items()}
+    return {side: write_rows(data / f"{Path(file).stem}-{side}.jsonl", part) for side, part in sides.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs

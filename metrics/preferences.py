@@ -42,8 +42,9 @@ def for_the_right(score: Tensor, flipped: Tensor | None) -> Tensor:
 
 
 def accuracy(score: Tensor) -> Estimate:
-    """Share of score > 0, [E]."""
-    return share((score > 0).sum().item(), len(score))
+    """Share of score > 0, [E] or [seeds, E]; the interval counts each of the E examples once."""
+    n = score.shape[-1]
+    return share((score > 0).sum().item() * n / score.numel(), n)
 
 
 def longer_wins(lengths: Tensor) -> Tensor:
@@ -57,18 +58,24 @@ def measure_rewards(
     """policy, reference: log-probabilities [E, 2] in nats of chosen and rejected; lengths [E, 2] in tokens; flipped [E]: is
     the label wrong, if that is known. A measure that does not apply is left out."""
     margin = dpo.margin(policy, reference)  # [E]
+    made = measure_margins(margin[None], flipped, eps, beta)
+    matched = lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values  # [E]
+    if matched.any():
+        made["matched"] = accuracy(margin[matched])
+    return made
+
+
+def measure_margins(margin: Tensor, flipped: Tensor | None, eps: float | None, beta: float) -> dict[str, Estimate]:
+    """What follows from the margins [seeds, E] in nats alone: means over the seeds; the flip rate is by the first."""
     made = {"reward accuracy": accuracy(margin)}
     if eps is not None:
         made["debiased accuracy"] = debiased(made["reward accuracy"], eps)
     if flipped is not None:
         made["clean accuracy"] = accuracy(for_the_right(margin, flipped))
-    made["ties"] = share((margin == 0).sum().item(), len(margin))
-    made |= {"margin": mean(margin), "DPO loss": mean(dpo.sigmoid_loss(beta * margin))}
-    if margin.any():
-        made["flip rate"] = estimate_flip_rate(margin)
-    matched = lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values  # [E]
-    if matched.any():
-        made["matched"] = accuracy(margin[matched])
+    made["ties"] = accuracy(margin == 0)
+    made |= {"margin": mean(margin.mean(dim=0)), "DPO loss": mean(dpo.sigmoid_loss(beta * margin).mean(dim=0))}
+    if margin[0].any():
+        made["flip rate"] = estimate_flip_rate(margin[0])
     return made
 
 

@@ -2,7 +2,7 @@
 answers side by side, all answers, the same numbers as JSON), and what a training run says and draws at its end."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -67,10 +67,10 @@ class Results:
     notes: list[str]  # what a reader of the numbers must know
     models: list[dict] = field(default_factory=list)  # {"model": name, section: {measure: Estimate}}
     answers: dict[str, list[str]] = field(default_factory=dict)  # of each model to the rows asked
-    failures: list[str] = field(default_factory=list)  # a line each
 
 
 SECTIONS = {  # as a model's results name them, with the table's title
+    "format": "Number formats: weights in memory, and outputs beside those of full precision (KL in nats per token)",
     "rewards": "Preferences, by the reward's margin over the reference (in nats)",
     "baselines": "What needs no tuning: share of pairs whose chosen answer is longer, or likelier",
     "text": "Reference answers (loss in nats per token)",
@@ -80,7 +80,7 @@ SECTIONS = {  # as a model's results name them, with the table's title
     "judge": "A judge, asked in both orders",
 }
 DECIMALS = dict.fromkeys("margin,DPO loss,loss,perplexity,ROUGE-1,ROUGE-2,ROUGE-L,BERTScore,position bias".split(","), 3)
-DECIMALS |= {"BLEU": 1}  # digits; all other measures are percentages
+DECIMALS |= {"BLEU": 1, "memory, MB": 2, "bits per weight": 2, "KL, nats": 6}  # digits; other measures are percentages
 WITH_REFERENCE = {"rewards": "reference", "judge": "judged against"}  # sections that compare with another model
 
 
@@ -100,19 +100,10 @@ def section_table(section: str, models: list[dict]) -> str:
     return f"{SECTIONS[section]}\n\n{markdown(lines[0], lines[1:])}{note}"
 
 
-def as_json(value: object) -> object:
-    """Estimates as {"value", "low", "high", "n"}, at any depth."""
-    if isinstance(value, Estimate):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {name: as_json(part) for name, part in value.items()}
-    return value
-
-
 def report(results: Results) -> str:
-    """Tables, notes and failures."""
+    """Tables and notes."""
     sections = [section for section in SECTIONS if any(section in m for m in results.models)]
-    lines = [f"{len(results.rows):,} rows: {results.where}.", *results.notes, *(f"Failed: {f}" for f in results.failures)]
+    lines = [f"{len(results.rows):,} rows: {results.where}.", *results.notes]
     tables = [section_table(section, results.models) for section in sections]
     return "\n\n".join([*tables, "\n".join(f"- {plain(line)}" for line in lines)])
 
@@ -120,7 +111,7 @@ def report(results: Results) -> str:
 def write(results: Results, run: Path) -> None:
     """Writes eval.json, answers.jsonl and eval.md with what was measured so far."""
     numbers = {"rows": len(results.rows), "of": results.where, "notes": results.notes}
-    numbers |= {"results": [as_json(model) for model in results.models], "failed": results.failures}
+    numbers["results"] = results.models
     write_json(run / "eval.json", numbers)
     records = []
     for n, i in enumerate(results.asked):
@@ -243,24 +234,16 @@ PANELS = {  # of figures/training.png: axis label -> metric -> its name and colo
 def training_figure(run: Path, objective: str) -> None:
     """figures/training.png: the metrics of every step, faint, their means over 20 steps, and dots for the held-out rows."""
     rows, panels = read_metrics(run), PANELS[objective]
-    shown = [name for metrics in panels.values() for name in metrics]
-    curves = {name: _curve(rows, name) for metric in shown for name in (metric, f"eval_{metric}")}
-    means = {
-        name: [sum(y[max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(len(y))] for name, (_, y) in curves.items()
-    }
     with picture(run / "figures" / "training.png", len(panels), (5 * len(panels), 3.8)) as axes:
         for axis, (axis_label, metrics) in zip(axes, panels.items()):
             for name, (label, colour) in metrics.items():
-                steps, values = curves[name]
+                steps, y = ([row[key] for row in rows if name in row] for key in ("step", name))
                 if steps:
-                    axis.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
-                    axis.plot(steps, means[name], color=colour, alpha=0.8, label=f"{label}, training (mean of 20 steps)")
-                dots = dict(color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
-                axis.plot(*curves[f"eval_{name}"], **dots)
+                    means = [sum(y[max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(len(y))]
+                    axis.plot(steps, y, color=colour, alpha=0.15, linewidth=0.8)
+                    axis.plot(steps, means, color=colour, alpha=0.8, label=f"{label}, training (mean of 20 steps)")
+                dots = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
+                look = dict(color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
+                axis.plot(*zip(*dots), **look)
             axis.set(xlabel="optimizer step", ylabel=axis_label)
             axis.legend(fontsize=7)
-
-
-def _curve(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The steps that logged a metric, and its values."""
-    return [row["step"] for row in rows if name in row], [row[name] for row in rows if name in row]

@@ -7,8 +7,6 @@
     BERTScore    Zhang et al. 2020, F1 (bertscore.py)
     ends         share of the model's answers that end by themselves within the tokens that they were given
 
-Two models on the same answers: `divergence`, how far the outputs of one are from those of the other.
-
 All but the first compare one sampled answer with one reference; they reward its words, not its truth.
 """
 
@@ -18,12 +16,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from data import ChatML, Example, by_length, collate
+from data import ChatML, Example
 from metrics.intervals import Estimate, mean, ratio
 from metrics.multiple_choice import parse_letter
-from model import LOGIT_CHUNK, Phi
 
 
 def likelihood(logprobs: Tensor, lengths: Tensor) -> dict[str, Estimate]:
@@ -63,28 +59,3 @@ def answer_summary(answers: list[str], ended: list[bool], examples: Sequence[Exa
         right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
         summary["sampled: right letter"] = sum(right) / len(right)
     return summary
-
-
-@torch.no_grad()
-def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: int, device: str) -> dict[str, float]:
-    """How far `other` is from `full`, over all predicted tokens of the examples' completions, each a mean over tokens:
-
-    kl      KL(full || other) = sum_v p_v (log p_v - log p'_v), in nats
-    top 1   share of tokens whose likeliest successor is the same
-    loss    -log p'(the token that follows), in nats
-    """
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    order = by_length(examples)
-    chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
-    for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
-        batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
-        states = [full.predicting(batch), other.predicting(batch)]  # two of [M, D]
-        for h, h_other, target in zip(*(state.split(chunk) for state in states), batch.target.split(chunk), strict=True):
-            p = full.lm_head(h).float().log_softmax(-1)  # [m, V]
-            q = other.lm_head(h_other).float().log_softmax(-1)  # [m, V]
-            kl = (p.exp() * (p - q)).sum()
-            agree = (p.argmax(-1) == q.argmax(-1)).sum()
-            sums += torch.stack((kl, agree, -q.gather(1, target[:, None]).sum())).double().cpu()
-        count += len(batch.target)
-    kl, agree, loss = (sums / count).tolist()
-    return {"kl": kl, "top 1": agree, "loss": loss}

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO, get_args
 from urllib.parse import unquote
@@ -94,20 +95,13 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_directory(path: Path) -> None:
-    """Deletes a directory; one that is half deleted never has its name."""
-    hidden = _beside(path)
-    os.replace(path, hidden)
-    shutil.rmtree(hidden)
-
-
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters as in JSON: \\ud800
 
 
 def write_json(path: str | Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=asdict) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -119,8 +113,7 @@ def sha256(*files: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -17,19 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from runtime.files import InputError, printable
-from runtime.settings import (
-    DEFAULTS,
-    DEMO,
-    DEMO_DPO,
-    DEMO_LORA_LR,
-    FORMATS,
-    LOSSES,
-    METRICS,
-    PRECISIONS,
-    PRESETS,
-    STAGES,
-    TRAINING,
-)
+from runtime.settings import DEFAULTS, DEMO, DEMO_LORA_LR, FORMATS, LOSSES, METRICS, PRECISIONS, PRESETS, STAGES, TRAINING
 
 
 @dataclass
@@ -169,7 +157,7 @@ def settle(stage: str, flags: dict[str, Any]) -> Command:
         preset = {name: preset[name] for name in ("loss", "beta", "eps") if name in preset}
     model = flags.get("model", preset.get("model", layers["default"].get("model")))
     if model == "demo" and stage in DEMO:
-        layers["demo"] = DEMO_DPO if flags.get("objective") == "dpo" else DEMO[stage]
+        layers["demo"] = DEMO["dpo" if flags.get("objective") == "dpo" else stage]
         if flags.get("lora") and stage in ("dpo", "sweep"):
             layers["demo"] = layers["demo"] | {"lr": DEMO_LORA_LR}
     layers["preset"] = {name: value for name, value in preset.items() if name in layers["default"]}
@@ -331,11 +319,8 @@ def _without_effect(s: Any, stage: str) -> list[tuple[bool, str, str]]:
         (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo; add that, or leave it out"),
         (tunes and s.lora is None, "lora_alpha lora_dropout lora_targets base", "needs adapters; add --lora 16"),
         (to in ("int8", "llm.int8"), "block", f"has no effect on --to {to}, which has one scale per row; leave it out"),
-        (evaluates and s.precisions, NOT_ON_CARD, "has no effect beside --precisions; leave one of them out"),
+        (evaluates and s.precisions, "dtype", "has no effect beside --precisions, whose products are fp32; leave it out"),
         (evaluates and not s.data, "letter_only on_bad_row", "is for --data; held-out rows are read as their run read them"),
         (evaluates and s.samples == 0, "bert teacher max_new_tokens temperature", "needs answers; leave out --samples 0"),
         (stage in ("data", "eval") and not s.teacher, "price budget concurrency", "needs a teacher; add --teacher MODEL"),
     ]
-
-
-NOT_ON_CARD = "bert max_new_tokens teacher concurrency price budget beta eps samples micro_batch_size dtype temperature"

@@ -163,30 +163,23 @@ def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -
 
 
 def way_out(directory: Path, settings: Tuning, examples: Sequence[Example]) -> str:
-    """The flags with which a run would fit with a tenth to spare, and no more than needed. First come those that cost only
-    time, then adapters and fewer bits, then shorter examples."""
+    """The flags with which a run would fit with a tenth to spare. First those that cost only time are tried, then adapters
+    and fewer bits, then shorter examples."""
     if settings.resume:
         return "A resumed run keeps its settings, so it needs more free memory."
-    steps = [{"gradient_checkpointing": True}, {"micro_batch_size": 1}, {"optimizer": "adamw8bit"}]
+    mild = {"gradient_checkpointing": True, "micro_batch_size": 1}
+    ways = [{"gradient_checkpointing": True}, mild, mild | {"optimizer": "adamw8bit"}]
     if settings.stage != "qat":
-        lora = {"lora": settings.lora or 16}
-        steps.append(lora)
+        lora = mild | {"lora": settings.lora or 16}
+        ways.append(lora)
         if settings.base in (None, "fp32"):
-            steps += [lora | {"base": "bf16", "dtype": "bf16"}, lora | {"base": "nf4"}]
+            ways += [lora | {"base": "bf16", "dtype": "bf16"}, lora | {"base": "nf4"}]
     for n in (settings.max_length // 2, settings.max_length // 4, settings.max_length // 8):
-        steps.append({"max_length": n, "max_prompt_length": min(settings.max_prompt_length, n // 2)})
-
-    def changed(steps: list[dict]) -> dict:
-        return {name: value for step in steps for name, value in step.items() if value != getattr(settings, name)}
-
-    def needed(steps: list[dict]) -> Need:
-        return find_need(directory, replace(settings, **changed(steps)), examples)
-
-    if 1.1 * needed(steps).total > needed(steps).free:
-        return f"No flag makes it fit: with all that save memory it still needs {needed(steps).total / 1e9:.1f} GB."
-    for step in reversed(steps):
-        fewer = [other for other in steps if other is not step]
-        if 1.1 * needed(fewer).total <= needed(fewer).free:
-            steps = fewer
-    words = [f"{flag_name(name)} {'' if value is True else value}".strip() for name, value in changed(steps).items()]
-    return f"It would fit, with {needed(steps).total / 1e9:.1f} GB, if you add\n  {' '.join(words)}"
+        ways.append(ways[-1] | {"max_length": n, "max_prompt_length": min(settings.max_prompt_length, n // 2)})
+    for way in ways:
+        need = find_need(directory, replace(settings, **way), examples)
+        if 1.1 * need.total <= need.free:
+            flags = [(flag_name(name), value) for name, value in way.items() if value != getattr(settings, name)]
+            words = [name if value is True else f"{name} {value}" for name, value in flags]
+            return f"It would fit, with {need.total / 1e9:.1f} GB, if you add\n  {' '.join(words)}"
+    return f"No flag makes it fit: with all that save memory it still needs {need.total / 1e9:.1f} GB."

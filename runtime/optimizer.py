@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant import encode_blocks, levels
-from quant_kernels import CHUNK
+from quant_kernels import CHUNK, decode
 from runtime import parallel
 from runtime.files import InputError
 from runtime.settings import Optimizer
@@ -85,11 +85,14 @@ class AdamW8bit(torch.optim.Optimizer):
                 continue
             blocks = slice(start // BLOCK, (start + size) // BLOCK)
             stored = {key: (flat[key][part], flat[f"{key}_absmax"][blocks]) for key in MOMENTS}
-            moments = {key: _decode(*stored[key], code) for key, code in MOMENTS.items()}
+            tables = {key: levels(code, w.device) for key, code in MOMENTS.items()}
+            moments = {key: decode(codes, tables[key], scales, BLOCK, len(codes)) for key, (codes, scales) in stored.items()}
             _adamw(w[part], g[part], *moments.values(), t, **group)
             for key, code in MOMENTS.items():
-                codes, scales = encode_blocks(_blocks(moments[key]), code)
-                stored[key][0].copy_(codes.view(-1)[: len(moments[key])])
+                values = moments[key]
+                rows = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)  # the last block is filled up with zeros
+                codes, scales = encode_blocks(rows, code)
+                stored[key][0].copy_(codes.view(-1)[: len(values)])
                 stored[key][1].copy_(scales)
 
 
@@ -115,18 +118,6 @@ def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: float, lr, betas, eps,
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
     w.mul_(1 - lr * weight_decay)
     w.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - b2**t)).add_(eps), value=-lr / (1 - b1**t))
-
-
-def _blocks(x: Tensor) -> Tensor:
-    """[n] -> [blocks, 256]; the last block is filled up with zeros."""
-    short = -len(x) % BLOCK
-    return (F.pad(x, (0, short)) if short else x).view(-1, BLOCK)
-
-
-def _decode(codes: Tensor, scale: Tensor, code: str) -> Tensor:
-    """uint8 [n] and fp32 [blocks] -> fp32 [n]."""
-    values = torch.index_select(levels(code, codes.device), 0, codes.int())
-    return _blocks(values).mul_(scale[:, None]).view(-1)[: len(codes)]
 
 
 def adamw(groups: list[dict], **settings) -> torch.optim.AdamW:

@@ -82,15 +82,6 @@ def job() -> Iterator[None]:
     _store = None
 
 
-def launcher() -> list[str]:
-    """The first words of the command that starts this job: python, or torchrun with its flags."""
-    if size() == 1:
-        return ["python"]
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    machines = size() // int(here)
-    return ["torchrun", *(["--nnodes", str(machines), "..."] if machines > 1 else []), "--nproc-per-node", here]
-
-
 def first_to_report() -> bool:
     """True only in the process that asks first. When one process fails, the others fail too; only the first error counts."""
     try:

@@ -32,17 +32,7 @@ from tqdm import tqdm
 from data import ChatML, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import (
-    InputError,
-    read_fields,
-    read_json,
-    remove_directory,
-    sha256,
-    whole_directory,
-    whole_file,
-    write_json,
-    write_jsonl,
-)
+from runtime.files import InputError, read_fields, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import TRAINING
 
@@ -207,7 +197,8 @@ def write_inputs(run: Path, inputs: Any, files: dict[str, list[Path]]) -> dict[s
 def resume_command(settings: Any) -> str:
     """The command line that continues a run; everything else is read from its run.json."""
     where = [] if settings.out == "out" else ["--out", settings.out]
-    words = [*parallel.launcher(), "train.py", "--stage", settings.stage, "--name", settings.name, *where, "--resume"]
+    start = ["python"] if parallel.size() == 1 else ["torchrun", "..."]
+    words = [*start, "train.py", "--stage", settings.stage, "--name", settings.name, *where, "--resume"]
     return shlex.join(words)
 
 
@@ -270,7 +261,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Deletes all checkpoints but the last `keep` and the best."""
     for step in steps_saved(run)[:-keep]:
         if step != best:
-            remove_directory(checkpoint_directory(run, step))
+            shutil.rmtree(checkpoint_directory(run, step))
 
 
 def publish(run: Path, step: int) -> None:

@@ -245,7 +245,6 @@ class Merge(Model, Run):
     """Merge adapters and their base into one plain model"""
 
     stage: ClassVar[str] = "merge"
-    data: str | None = setting(None, "JSONL file to compare on (default: what the model's run held out)")
 
 
 @dataclass
@@ -257,7 +256,7 @@ class Eval(RunningModel, BadRows, Asking, Run):
     data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
     letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
     micro_batch_size: int = setting(16, "examples per forward pass", limit=POSITIVE)
-    precisions: str | None = setting(None, "report card: formats to compare, such as fp32,int8,nf4-double")
+    precisions: str | None = setting(None, "number formats to measure one model in, such as fp32,int8,nf4-double")
     reference_model: str | None = setting(None, "model that rewards are measured from (default: its parent)")
     beta: float = setting(0.1, "beta of the DPO loss", limit=POSITIVE)
     eps: float | None = setting(None, "share of flipped labels that debiased accuracy assumes", limit=FLIP_RATE)

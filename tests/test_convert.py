@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import quantize_checkpoint, stored_dtype
 from model import Phi, PhiConfig
-from quant import FrozenLinear, Int8Linear
+from quant import Int8Linear
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
 from runtime.weights import INDEX
@@ -98,20 +98,6 @@ def test_the_account_is_that_of_the_files(full, tmp_path, to, options, coded):
     json_bytes = sum(t.nbytes for n, t in stored(tmp_path / "q").items() if ".quant_state." in n)
     assert done["bytes of weights"] == coded + json_bytes
     assert bytes_of(tmp_path / "q") == bytes_of(full) - 4 * WEIGHTS + done["bytes of weights"]
-
-
-def test_errors_are_relative_and_by_the_name_of_the_matrix(full, tmp_path):
-    """|W~ - W| / |W|, from the files."""
-    done = quantize_checkpoint(full, tmp_path / "q", "nf4")
-    before, model = stored(full), Phi.from_pretrained(tmp_path / "q")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FrozenLinear)}
-    assert done["errors"].keys() == layers.keys()
-    for name, layer in layers.items():
-        weight = before[f"{name}.weight"]
-        expected = ((layer.dense() - weight).norm() / weight.norm()).item()
-        assert done["errors"][name] == pytest.approx(expected) and 0.05 < expected < 0.15
-    finer = quantize_checkpoint(full, tmp_path / "finer", "int8")
-    assert all(finer["errors"][name] < done["errors"][name] / 5 for name in layers)
 
 
 # --------------------------------------------------------------------------------------------------------------- the files

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-import demo
 from data import ChatML, Ledger, Row, Truth, encode, load_tokenizer, question_key, read_truth
 from demo import (
     CONTROL_TOKENS,
@@ -373,14 +372,11 @@ def test_a_world_is_written_once_and_never_mixed_with_another(world, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_the_same_settings_write_the_same_bytes_and_nothing_is_left_of_a_failure(world, tmp_path, capsys, monkeypatch):
-    for name, size in SMALL.items():
-        monkeypatch.setitem(SIZES, name, size)
-    assert demo.main(["--out", str(tmp_path / "again"), "--flip-rate", "0.4"]) == 0
+def test_the_same_settings_write_the_same_bytes_and_nothing_is_left_of_a_failure(world, tmp_path):
+    write_world(tmp_path / "again", flip_rate=0.4, sizes=SMALL)
     for path in world.model.parent.rglob("*"):
         if path.is_file():
             assert (tmp_path / "again" / path.relative_to(world.model.parent)).read_bytes() == path.read_bytes()
-    assert f"--train {tmp_path}/again/pairs.jsonl" in capsys.readouterr().out
-    assert demo.main(["--out", str(tmp_path / "bad"), "--flip-rate", "0.5"]) == 2
-    assert "error: flip rate 0.5" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="flip rate 0.5"):
+        write_world(tmp_path / "bad", flip_rate=0.5, sizes=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]

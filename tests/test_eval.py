@@ -62,7 +62,7 @@ def test_the_batch_size_changes_no_number(run, tiny, kind):
 
 def test_every_file_is_written_and_every_number_has_its_interval(run, tmp_path, capsys):
     status, made = run("mcq", "--samples", "5")
-    assert status == 0 and made["rows"] == 12 and made["failed"] == []
+    assert status == 0 and made["rows"] == 12
     (result,) = made["results"]
     methods = {"letter", "summed", "per char", "generated"}
     assert set(result["choices"]) == methods | {"chance", "position bias", "invalid"}
@@ -154,22 +154,28 @@ def test_a_judge_that_is_down_costs_the_judgement_alone(run, monkeypatch, capsys
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     status, made = run("sft", "--samples", "3", "--teacher", "m")
-    assert status == 2 and len(made["results"]) == 1 and "cannot be used" in made["failed"][0]
+    assert status == 2 and len(made["results"]) == 1
     error = capsys.readouterr().err
-    assert "error: the judge m: the teacher's server at http://127.0.0.1:9/v1/ cannot be used: " in error
+    assert "error: the teacher's server at http://127.0.0.1:9/v1/ cannot be used: " in error
     assert "Traceback" not in error
 
 
 # ------------------------------------------------------------------------------------------------------------ gone wrong
 
 
-def test_a_model_that_cannot_be_read_costs_its_own_row(run, tiny, tmp_path, capsys):
+def test_a_model_that_cannot_be_read_loses_nothing_that_was_measured_before(run, tiny, tmp_path, capsys):
     broken = shutil.copytree(tiny, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:2000])
-    status, made = run("pairs", "--samples", "2", models=(tiny, broken, tmp_path / "missing"))
-    assert status == 2 and [r["model"] for r in made["results"]] == [str(tiny)] and len(made["failed"]) == 2
-    printed = capsys.readouterr()
-    assert f"error: {broken}: " in printed.err and "Traceback" not in printed.err and "| model" in printed.out
+    status, made = run("pairs", "--samples", "2", models=(tiny, broken))
+    assert status == 2 and [r["model"] for r in made["results"]] == [str(tiny)]
+    assert "| model" in (tmp_path / "e" / "eval.md").read_text()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {broken}/model.safetensors: ") and "Traceback" not in error
+
+
+def test_a_model_that_is_not_there_is_an_error_before_anything_is_measured(run, tiny, tmp_path, capsys):
+    assert run("pairs", "--samples", "2", models=(tiny, tmp_path / "missing")) == (2, None)
+    assert "missing: no such directory" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_is_an_error(run, tiny, tmp_path, capsys):

@@ -402,13 +402,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path):
     assert fingerprint(Phi.from_pretrained(tmp_path / "whole")) == fingerprint(Phi.from_pretrained(tmp_path / "cut"))
 
 
-def test_merging_a_run_tells_how_far_its_outputs_moved(tiny, tmp_path, capsys):
+def test_merging_onto_4_bits_moves_the_outputs_a_little(tiny, tmp_path, capsys):
     assert dpo(tmp_path, tiny, "run", *LORA, "--base", "nf4") == 0
     assert main(["--stage", "merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
-    assert "KL" in capsys.readouterr().out
     merged = Phi.from_pretrained(tmp_path / "run-merged")
     assert not lora_layers(merged) and isinstance(merged.model.layers[0].mlp.fc1, Linear4bit)
-    assert 0 < read_json(tmp_path / "run-merged" / "results.json")["change"]["kl"] < 0.1
+    gap = (logprobs(merged) - logprobs(Phi.from_pretrained(tmp_path / "run"))).abs()
+    assert 1e-3 < gap.max() < 1
     assert main(["--stage", "merge", "--model", str(tmp_path / "run-merged"), "--out", str(tmp_path), "--name", "x"]) == 2
     assert "holds no adapters" in capsys.readouterr().err
 
@@ -425,11 +425,10 @@ def merge(directory, out, *flags):
     return main(["--stage", "merge", "--model", str(directory), "--out", str(out), "--name", "merged", *map(str, flags)])
 
 
-def test_a_merged_model_stands_alone_and_answers_as_the_adapters_did(tiny, tmp_path, capsys):
+def test_a_merged_model_stands_alone_and_answers_as_the_adapters_did(tiny, tmp_path):
     """Its files are a whole model's, and nothing in them needs the base or the adapters any more."""
     model = adapters(tiny, tmp_path / "adapters")
     assert merge(tmp_path / "adapters", tmp_path) == 0
-    assert "Give --data FILE.jsonl to see how far" in capsys.readouterr().out
     run = tmp_path / "merged"
     assert {p.name for p in run.iterdir()} == {
         "config.json",
@@ -440,7 +439,7 @@ def test_a_merged_model_stands_alone_and_answers_as_the_adapters_did(tiny, tmp_p
         "run.json",
         "results.json",
     }
-    assert read_json(run / "results.json") == {"parent": str(tmp_path / "adapters"), "change": None}
+    assert read_json(run / "results.json") == {"parent": str(tmp_path / "adapters")}
     assert read_json(run / "config.json")["torch_dtype"] == "float32"
     assert (run / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
     merged = Phi.from_pretrained(run)
@@ -462,20 +461,6 @@ def test_merging_keeps_the_dtype_that_the_base_is_stored_in(tiny, tmp_path):
     merge_lora(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensors[name], tensor)
-
-
-def test_merging_measures_on_the_rows_that_it_is_given(tiny, tmp_path, capsys):
-    """Onto 4 bits rounding moves the outputs; onto fp32 they stay where they were, to the last digits."""
-    changes = {}
-    for name, options, count in (("fp32", {}, 6), ("nf4", {"base": "nf4"}, 6), ("nf4", {"base": "nf4"}, 1)):
-        write_jsonl(tmp_path / "rows.jsonl", pair_rows(count))
-        adapters(tiny, tmp_path / name, **options)
-        assert merge(tmp_path / name, tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--overwrite") == 0
-        assert f"on {count} examples: KL" in capsys.readouterr().out
-        changes[name, count] = read_json(tmp_path / "out" / "merged" / "results.json")["change"]
-    assert abs(changes["fp32", 6]["kl"]) < 1e-6 and changes["fp32", 6]["top 1"] == 1
-    assert changes["nf4", 6]["kl"] > 1e-5
-    assert changes["nf4", 6]["kl"] != pytest.approx(changes["nf4", 1]["kl"], rel=1e-3)  # on all rows, not on the first
 
 
 def test_adapters_that_differ_from_what_is_asked_for_are_refused(tiny, tmp_path, capsys):

@@ -33,7 +33,7 @@ def answers(before=0.5, after=0.5, fp32=50.0, int8=50.0, nf4=50.0, fp4=50.0):
     """Shares of answers that end, each within 0.1, and BLEU in every format."""
     shares = {"before": before, "after": after}
     made = {label: {"ends": Estimate(share, share - 0.1, share + 0.1, 9)} for label, share in shares.items()}
-    scores = zip(("fp32", *FORMATS), (fp32, int8, nf4, fp4), strict=True)
+    scores = zip(FORMATS, (fp32, int8, nf4, fp4), strict=True)
     return made | {name: {"BLEU": Estimate(value, 0, 99, 9)} for name, value in scores}
 
 
@@ -134,7 +134,7 @@ def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys, monkeypatch):
     assert {"defaults", "lr=0.003", "eps=0.0"} < names and len(names) == 4
     assert len(read_json(tmp_path / "r" / "defaults" / "tested.json")["quarters"]) == 4
     measured = read_json(tmp_path / "r" / "formats" / "eval.json")
-    assert [Path(one["model"]).name for one in measured["results"]] == ["defaults", "int8", "nf4", "fp4"]
+    assert [one["model"] for one in measured["results"]] == ["fp32", "int8", "nf4", "fp4"]
     bleu = measured["results"][1]["answers"]["BLEU"]["value"]
     assert measured["rows"] == 4 and f"int8 {bleu:.1f} [" in text
     assert (tmp_path / "r" / "figures" / "figure-2.png").stat().st_size > 10_000

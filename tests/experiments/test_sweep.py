@@ -221,8 +221,9 @@ def test_measures_of_a_setting_by_hand(tmp_path):
     margins = [2.0, 4.0, 0.0, -3.0], [1.0, -2.0, 1.0, 3.0]
     made = summarise("x", [write_run(tmp_path, base, seed, margin) for seed, margin in enumerate(margins)], base)
     assert made.right.tolist() == [[True, False, False, False], [True, True, True, True]]
-    assert made.measures["reward accuracy"].value == pytest.approx((2 + 3) / 8) and made.measures["clean"].value == 5 / 8
-    assert made.measures["debiased"].value == pytest.approx((5 / 8 - 0.25) / 0.5)
+    assert made.measures["reward accuracy"].value == pytest.approx((2 + 3) / 8)
+    assert made.measures["clean accuracy"].value == 5 / 8
+    assert made.measures["debiased accuracy"].value == pytest.approx((5 / 8 - 0.25) / 0.5)
     assert {name: estimate.n for name, estimate in made.measures.items()} == dict.fromkeys(made.measures, 4)
     assert made.measures["margin"].value == pytest.approx((3 + 2 + 1 + 0) / 8)
     losses = [math.log1p(math.exp(-0.5 * m)) for row in margins for m in row]
@@ -248,5 +249,5 @@ def test_settings_are_ranked_by_what_they_get_right(tmp_path):
 def test_without_known_labels_there_is_no_clean_accuracy(tmp_path):
     base = Dpo(eps=None, beta=0.5)
     made = summarise("x", [write_run(tmp_path, base, 0, [0.0] * 4, flipped=None)], base)
-    assert "clean" not in made.measures and "flip rate" not in made.measures  # nor a flip rate of margins that are all 0
-    assert made.measures["debiased"].value == made.measures["reward accuracy"].value == 0
+    assert not {"clean accuracy", "flip rate"} & set(made.measures)  # nor a flip rate of margins that are all 0
+    assert made.measures["debiased accuracy"].value == made.measures["reward accuracy"].value == 0

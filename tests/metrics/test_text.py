@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from plain import unsorted_examples
 
 from data import ChatML, Example, Truth, grades, load_tokenizer
-from metrics.text import answer_summary, divergence, likelihood, similarity
-from model import Phi
-from quant import quantize_model
+from metrics.text import answer_summary, likelihood, similarity
 
 
 def bleu(answers, references):
@@ -91,21 +88,3 @@ def test_a_grade_is_a_regex_that_matches_the_whole_answer():
         "method and number": [True, False, False, False],
     }
     assert grades(answers, [*examples[:3], Example([1], [[2]])]) == {}  # not known of all
-
-
-def test_divergence_is_a_mean_over_tokens_of_short_and_long_answers(tiny):
-    """From the logits of a plain forward pass for each completion."""
-    full, other = Phi.from_pretrained(tiny), quantize_model(Phi.from_pretrained(tiny), "nf2")
-    examples = unsorted_examples(2)
-    kl, agree, loss = [], [], []
-    for e in examples:
-        for completion in e.completions:
-            with torch.no_grad():
-                p, q = (model(torch.tensor([e.prompt + completion])).log_softmax(-1)[0] for model in (full, other))
-            p, q = p[len(e.prompt) - 1 : -1], q[len(e.prompt) - 1 : -1]
-            kl += (p.exp() * (p - q)).sum(-1).tolist()
-            agree += (p.argmax(-1) == q.argmax(-1)).tolist()
-            loss += (-q[range(len(completion)), completion]).tolist()
-    mean = {name: sum(values) / len(values) for name, values in (("kl", kl), ("top 1", agree), ("loss", loss))}
-    assert divergence(full, other, examples, batch_size=3, device="cpu") == pytest.approx(mean, rel=1e-4)
-    assert 0 < mean["top 1"] < 1

@@ -74,7 +74,7 @@ MISTAKES = {
     "--stage sweep --preset 8gb": "--preset 8gb is for the training stages",
     "--stage sweep --preset report --loss sigmoid": "--preset report is about the robust loss",
     "--stage eval --model x --precisions nf5": "--precisions: no 'nf5'; choose from fp32",
-    "--stage eval --model x --precisions nf4 --samples 3": "--samples has no effect beside --precisions",
+    "--stage eval --model x --precisions nf4 --dtype bf16": "--dtype has no effect beside --precisions",
     "--stage eval --model x x": "--model names a model twice",
     "--stage eval --model x --letter-only": "--letter-only is for --data; held-out rows are read as their run read them",
     "--stage eval --model x --samples 0 --bert y": "--bert needs answers; leave out --samples 0",
