@@ -1,14 +1,14 @@
 """Speed and memory, ours beside the peers', in one run.
 
     pip install -r requirements-peers.txt
-    python -m bench                                   the CPU cases, minutes on two cores
+    python -m bench                                   the CPU cases, in 10 minutes on two cores
     python -m bench --only dpo generate               some of them
     python -m bench --device cuda --json bench.json   the GPU cases
 
     CPU    forward, generate, decode      logits, greedy decoding, decoding beside the memory's speed
            sft, dpo, lora                 training steps: time and peak memory
            quant (GPU too)                quantizing a linear layer, and its products
-           start                          until the first step of the demo
+           growth, start                  time against length, batch, width, depth; until the first step
     GPU    train, gpu-decode              a full-size Phi-2: training steps, decoding in bf16, int8 and NF4
 
 Times are medians. The contenders take turns, so a noisy machine is noisy for both: read the ratios, not the seconds. Memory
@@ -40,6 +40,7 @@ ON_CPU = {
     "dpo": training.bench_dpo,
     "lora": training.bench_lora,
     "quant": inference.bench_quant,
+    "growth": training.bench_growth,
     "start": training.bench_start,
 }
 ON_GPU = {"train": training.bench_train, "gpu-decode": inference.bench_gpu_decode, "quant": inference.bench_quant}

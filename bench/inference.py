@@ -37,6 +37,14 @@ def greedy(model, ids: torch.Tensor, new_tokens: int) -> Callable:
     return lambda: model.generate(padded, attention_mask=mask, **settings)[:, ids.shape[1] :].tolist()
 
 
+def both_greedy(ours: Phi, theirs, ids: torch.Tensor, new_tokens: int) -> dict[str, Callable | None]:
+    """Both contenders; InputError if they do not generate the same tokens."""
+    runs = {"ours": greedy(ours, ids, new_tokens), "peer": theirs and greedy(theirs, ids, new_tokens)}
+    if theirs and runs["ours"]() != runs["peer"]():
+        raise InputError("the two do not generate the same tokens; their times cannot be compared")
+    return runs
+
+
 @torch.no_grad()
 def bench_forward(bench: Bench) -> list[dict]:
     ours, theirs, missing = load_both(bench.directory, bench.device)
@@ -54,10 +62,7 @@ def bench_generate(bench: Bench) -> list[dict]:
     tokens, new_tokens = bench.answer
     rows = []
     for size in (1, 16):
-        ids = prompts(size, tokens, ours.config.vocab_size)
-        runs = {"ours": greedy(ours, ids, new_tokens), "peer": theirs and greedy(theirs, ids, new_tokens)}
-        if theirs and runs["ours"]() != runs["peer"]():
-            raise InputError("the two do not generate the same tokens; their times cannot be compared")
+        runs = both_greedy(ours, theirs, prompts(size, tokens, ours.config.vocab_size), new_tokens)
         speeds = rates(new_tokens * size, *medians(runs, max(bench.repeats, 5), bench.device).values())
         rows.append(row(f"generate, batch {size} / transformers", "tokens/s", *speeds, ">= 1.5", missing))
     return rows
@@ -70,18 +75,23 @@ def read_bytes(model) -> int:
 
 @torch.no_grad()
 def bench_decode(bench: Bench) -> list[dict]:
-    model = Phi(PhiConfig(**bench.wide)).init_weights(seed=0).to(bench.device)
+    wide = bench.directory / "wide"
+    Phi(PhiConfig(**bench.wide)).init_weights(seed=0).save_pretrained(wide)
+    ours, theirs, missing = load_both(wide, bench.device)
     tokens, new_tokens = bench.short_answer
-    size = read_bytes(model)
+    size = read_bytes(ours)
     buffer = torch.ones(size // 4, device=bench.device)
-    run = greedy(model, prompts(1, tokens, model.config.vocab_size), new_tokens)
-    runs = {"ours": run, "sum": buffer.sum, "dot": lambda: torch.dot(buffer, buffer)}
+    runs = both_greedy(ours, theirs, prompts(1, tokens, ours.config.vocab_size), new_tokens)
+    runs |= {"sum": buffer.sum, "dot": lambda: torch.dot(buffer, buffer)}
     seconds = medians(runs, max(bench.repeats, 5), bench.device)
     limit = size / min(seconds["sum"], seconds["dot"]) / 1e9
     read = size * new_tokens / seconds["ours"] / 1e9
     case = "decode, {num_hidden_layers} layers, {hidden_size:,} wide, batch 1".format_map(bench.wide)
     note = f"{size / 1e6:,.0f} MB of weights a token; the limit is a read of as many bytes (sum or dot) in turn with it"
-    return [row(f"{case}, weights read / memory's limit", "GB/s", read, limit, ">= 0.8", note)]
+    return [
+        row(f"{case}, weights read / memory's limit", "GB/s", read, limit, ">= 0.8", note),
+        row(f"{case} / transformers", "tokens/s", *rates(new_tokens, seconds["ours"], seconds["peer"]), note=missing),
+    ]
 
 
 def decode_contender(contender: str, base: str | None, directory: str, device: str, repeats: int, answer: list[int]) -> dict:

@@ -4,6 +4,7 @@ the next one may use.
 """
 
 import gc
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 
 from runtime.files import InputError, first_line
-from runtime.memory import watch_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,14 +44,29 @@ def rates(amount: float, *seconds: float | None) -> list[float | None]:
     return [None if s is None else amount / s for s in seconds]
 
 
+def exponent(sizes: list[float], costs: list[float]) -> float:
+    """k of the power law cost ~ size^k that fits best: the slope of the least-squares line through the logarithms."""
+    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory (Linux): "VmRSS" now, "VmHWM" the most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def held_and_peak(run: Callable, device: str) -> tuple[int, int, Any]:
     """Bytes held before `run()`, the most held while it runs, and what it returns. On a GPU tensors count, on a CPU the
     whole process (Linux)."""
     gc.collect()
-    peak = watch_peak(device)
-    held = peak()
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
+    held = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
     result = run()
-    return held, peak(), result
+    return held, torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM"), result
 
 
 def attempt(make: Callable, *args, **kwargs) -> tuple[Any, str]:

@@ -1,4 +1,4 @@
-"""Training steps, ours beside TRL's.
+"""Training steps, ours beside TRL's, and how the time of ours grows.
 
 A step is forward pass, loss and backward pass on the same random model and examples: ours is `train.step_gradients`, TRL's
 its trainer's loss. Losses and gradients are compared before anything is timed. The loss is SFT's or robust DPO's, whose
@@ -6,9 +6,11 @@ reference log-probabilities are "cached" (known before the step, always so in ou
 default). Adapters (LoRA) have rank 16, on every linear layer but the output layer; in QLoRA on NF4 weights.
 """
 
-import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +18,11 @@ import torch
 import demo
 import train
 from bench import peers
-from bench.timing import attempt, first_step, held_and_peak, in_worker, in_workers, medians, rates, row
-from bench.workloads import Bench, Lengths, full_size_phi, pairs
+from bench.timing import ROOT, attempt, exponent, first_step, held_and_peak, in_worker, in_workers, medians, rates, row
+from bench.workloads import Bench, Lengths, forward_parts, full_size_phi, pairs, peak, training_operations
 from data import Example
 from lora import add_lora
-from model import Phi, all_logprobs, read_config
+from model import Phi, PhiConfig, all_logprobs, read_config
 from runtime.files import InputError
 from runtime.flags import settle
 
@@ -182,27 +184,83 @@ def train_contender(contender: str, setup: Setup, repeats: int) -> tuple[float, 
 
 
 def bench_train(bench: Bench) -> list[dict]:
-    full, lengths, rows = full_size_phi(bench), (bench.tokens, bench.tokens), []
+    full, device, lengths = full_size_phi(bench), bench.device, (bench.tokens, bench.tokens)
+    most, rows = peak(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None, []
     for name, (kind, count, checkpointing) in FULL_SETUPS.items():
-        setup = Setup(kind, str(full), bench.device, count, lengths, lengths, "bf16", checkpointing)
+        setup = Setup(kind, str(full), device, count, lengths, lengths, "bf16", checkpointing)
         both, failed = in_workers(train_contender, "TRL", setup=setup, repeats=max(bench.repeats, 5))
         seconds, memory, losses = zip(*(done or (None, None, None) for done in both))
         if kind == "dpo" and None not in losses and abs(losses[0] - losses[1]) > 0.05:
             raise InputError(f"{name}: the losses are {losses}; that is not the same step")
+        operations = training_operations(read_config(full), setup.examples(), frozen=setup.kind in peers.ADAPTED)
+        least, share = {"dpo": ("", "ours >= 0.45"), "lora": ("", ""), "qlora": ("ours <= 8", "")}[kind]
         case = f"DPO, {name}, {count} x {2 * lengths[0]:,} tokens / TRL"
         rows.append(row(case, "pairs/s", *rates(count, *seconds), ">= 1.5", failed))
-        least = "ours <= 8" if kind == "qlora" else ""
         rows.append(row("  peak memory", "GB", *(size and size / 1e9 for size in memory), least))
+        if most:
+            rows.append(row("  MFU", "-", *rates(operations / most, *seconds), share))
     return rows
 
 
+def bench_growth(bench: Bench) -> list[dict]:
+    """Seconds fitted with size^k, beside the k of the operations. The two may differ, for small sizes leave cores idle and
+    large ones leave the cache; but a much larger k of the seconds shows that something is done too often."""
+
+    def phi(**other) -> Phi:
+        return Phi(PhiConfig(**bench.growing | other)).init_weights(seed=0).to(bench.device)
+
+    one, length = phi(), bench.lengths[len(bench.lengths) // 2 - 1]
+    growing = {  # what grows: (size, model, tokens, rows)
+        "length": [(n, one, n, 1) for n in bench.lengths],
+        "batch": [(n, one, length, n) for n in bench.batches],
+        "width": [(n, phi(hidden_size=n, intermediate_size=4 * n), length, 1) for n in bench.widths],
+        "layers": [(n, phi(num_hidden_layers=n), length, 1) for n in bench.depths],
+    }
+    asked = [(what, kind) for what in growing for kind in ("forward", "SFT step", "DPO step")]
+    asked = [pair for pair in asked if pair not in (("width", "SFT step"), ("layers", "SFT step"))]  # as the DPO step
+    return [growth(what, kind, growing[what], bench) for what, kind in asked]
+
+
+def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
+    """One row: the exponents of seconds and of operations over `sizes`, (size, model, tokens, rows) each."""
+    runs, counts = {}, []
+    for size, model, length, batch in sizes:
+        completions = 2 if kind == "DPO step" else 1
+        half = length // 2 // completions  # of all tokens, the prompt's the other
+        examples = pairs(model.config.vocab_size, batch, (length - completions * half,) * 2, (half, half), completions)
+        if kind == "forward":
+            ids = torch.tensor([e.prompt + e.completions[0] for e in examples], device=bench.device)
+            runs[size] = torch.no_grad()(partial(model, ids))
+            counts.append(sum(forward_parts(model.config, examples, all_logits=True)))
+        else:
+            reference = torch.zeros(batch, 2) if completions == 2 else None
+            runs[size] = our_step(model, examples, reference, bench.device)
+            counts.append(training_operations(model.config, examples))
+    seconds = list(medians(runs, bench.repeats, bench.device).values())
+    case = f"growth of the {kind} with {what}: exponent / its operations'"
+    return row(case, "-", exponent(list(runs), seconds), exponent(list(runs), counts), "<= 1.15")
+
+
 def bench_start(bench: Bench) -> list[dict]:
-    """Everything before the first step counts: imports, the demo's rows, the tokenizer."""
-    seconds = []
-    for i in range(bench.repeats):
-        out = bench.directory / f"fresh-{i}"
+    """Everything before the first step counts: imports, the demo's rows, the tokenizer, the reference's pass."""
+
+    def runs_in(name: str) -> tuple[Path, list[str]]:
+        out = bench.directory / name
         if bench.world:
             demo.write_world(out / "demo-seed0", sizes=bench.world)
-        flags = ["--stage", "dpo", "--out", str(out), "--device", bench.device]
-        seconds.append(first_step(flags, out / "demo-sft-seed0"))
-    return [row("start of the demo until its first step (SFT)", "s", statistics.median(seconds), target="ours <= 5")]
+        return out, ["--out", str(out), "--device", bench.device]
+
+    fresh, tuned = [], []
+    for i in range(bench.repeats):
+        out, flags = runs_in(f"fresh-{i}")
+        fresh.append(first_step(["--stage", "dpo", *flags], out / "demo-sft-seed0"))
+    out, flags = runs_in("tuned")
+    sft = ["--stage", "sft", "--name", "demo-sft-seed0", "--max-steps", "2", *flags]
+    subprocess.run([sys.executable, "train.py", *sft], cwd=ROOT, check=True, capture_output=True)
+    for i in range(max(bench.repeats, 2)):
+        tuned.append(first_step(["--stage", "dpo", "--name", f"dpo-{i}", *flags], out / f"dpo-{i}"))
+    return [
+        row("start of the demo until its first step (SFT)", "s", sorted(fresh)[len(fresh) // 2], target="ours <= 5"),
+        row("  with an SFT model until DPO's first step", "s", tuned[0]),
+        row("  the same again, the reference's table on disk", "s", min(tuned[1:])),
+    ]

@@ -1,4 +1,17 @@
-"""What is measured: random models and examples of given sizes."""
+"""What is measured: random models and examples of given sizes, and how many operations they need.
+
+A product and a sum are two operations, so a vector times a matrix of n weights takes 2 n of them, and so does each of its
+two gradients, dx and dW (Kaplan et al. 2020, section 2.1: 6 n a token in training). Frozen weights need no dW: 4 n. With L
+layers of width D, an MLP of width I, V tokens in the vocabulary and T in the text, a forward pass takes
+
+    layers       2 N T        N = L (4 D^2 + 2 D I), the weights in the layers' matrices
+    attention    4 L D pairs  q.k and the sum of v, for each pair of tokens of which one sees the other
+    output       2 V D M      M tokens whose logits are needed
+
+A training step takes 3 times that; with frozen weights 2, 3 and 2 times. Adapters, less than a hundredth, are left out. Only
+what the loss *needs* counts: a shared prompt once, logits where an answer's token is predicted, no reference known before,
+no recomputed activations. So the share of a GPU's peak ("model FLOP utilization", MFU) ranks programs as their speeds do.
+"""
 
 import random
 from dataclasses import dataclass, field
@@ -27,6 +40,7 @@ class Bench:
     repeats: int = 3  # runs of each contender that count; at least 5 if they are short
     model: dict = field(default_factory=lambda: shape(256, layers=6, heads=8, rotary=0.4))  # of the CPU cases
     wide: dict = field(default_factory=lambda: shape(1024, layers=8, heads=16))  # of `decode`
+    growing: dict = field(default_factory=lambda: shape(256, layers=6, heads=8, vocab_size=8192))  # of `growth`
     full: dict = field(default_factory=dict)  # of the GPU cases: Phi-2
     prompt: Lengths = (100, 166)  # tokens in training steps on the CPU
     completion: Lengths = (45, 190)
@@ -35,6 +49,10 @@ class Bench:
     answer: tuple[int, int] = (64, 128)  # `generate` and `gpu-decode`: tokens of the prompt, new tokens
     short_answer: tuple[int, int] = (16, 32)  # `decode`
     layer: tuple[int, int] = (2560, 10240)  # `quant`: features in and out
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048)  # `growth`, like the next three
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    widths: tuple[int, ...] = (128, 256, 512)
+    depths: tuple[int, ...] = (3, 6, 12)
     world: dict | None = None  # rows in the demo's files; None: as many as usual
 
 
@@ -76,3 +94,33 @@ def pairs(vocab_size: int, count: int, prompt: Lengths, completion: Lengths, com
 def prompts(rows: int, tokens: int, vocab_size: int) -> torch.Tensor:
     """Random token ids [rows, tokens]; the same for the same sizes."""
     return torch.randint(vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+
+
+# Dense bf16 operations a second with fp32 sums, by a part of the card's name, from the makers' data sheets.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}
+
+
+def peak(card: str) -> float | None:
+    """The most operations a second that a card of this name can do in bf16; None if it is not in the table."""
+    return next((flops for name, flops in PEAKS.items() if name in card), None)
+
+
+def forward_parts(config: PhiConfig, examples: list[Example], all_logits: bool = False) -> tuple[int, int, int]:
+    """(layers, attention, output) operations of a forward pass. The prompt counts once, and no completion sees its sibling.
+    `all_logits`: the output layer runs on every token, not only where one of a completion is predicted."""
+    L, D = config.num_hidden_layers, config.hidden_size
+    weights = L * (4 * D * D + 2 * D * config.intermediate_size)
+    layers = attention = output = 0
+    for e in examples:
+        T, sizes = len(e), [len(c) for c in e.completions]
+        seen = T * (T + 1) // 2 - sum(a * b for i, a in enumerate(sizes) for b in sizes[:i])
+        layers += 2 * weights * T
+        attention += 4 * L * D * seen
+        output += 2 * config.vocab_size * D * (T if all_logits else sum(sizes))
+    return layers, attention, output
+
+
+def training_operations(config: PhiConfig, examples: list[Example], frozen: bool = False) -> int:
+    """Operations of forward and backward pass. `frozen`: only adapters are trained, whose own operations are not counted."""
+    layers, attention, output = forward_parts(config, examples)
+    return (2 if frozen else 3) * (layers + output) + 3 * attention

@@ -86,7 +86,7 @@ def test_every_page_of_docs_is_linked_from_the_readme():
 
 
 TERMS = (
-    "DPO SFT reference reward margin beta eps nats KL NF4 absmax LoRA QLoRA QAT FSDP2 McNemar teacher the-report "
+    "DPO SFT reference reward margin beta eps nats KL NF4 absmax LoRA QLoRA QAT FSDP2 MFU McNemar teacher the-report "
     "robust-DPO flip-rate truth-file"
 ).split()
 

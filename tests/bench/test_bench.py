@@ -1,4 +1,4 @@
-"""What `python -m bench` does around its measurements: rows, targets, processes, missing peers."""
+"""What `python -m bench` does around its measurements: rows, targets, processes, missing peers, operations by hand."""
 
 import json
 import os
@@ -10,12 +10,14 @@ from small_bench import SMALL, TINY
 
 from bench import __main__ as bench
 from bench import inference, timing, training
-from bench.workloads import pairs, write_models
+from bench.workloads import forward_parts, pairs, peak, training_operations, write_models
+from data import Example
 from model import Phi, PhiConfig
 from runtime.files import InputError
 
 SHAPE = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=11)
 CONFIG = PhiConfig(**SHAPE, partial_rotary_factor=0.5)
+PAIR = Example(prompt=[1, 2], completions=[[3, 4], [5]])
 
 
 def test_a_rows_target_is_of_the_ratio_or_of_ours():
@@ -49,6 +51,40 @@ def test_contenders_take_turns_and_the_first_round_does_not_count():
     seconds = timing.medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert "".join(order) == "ab" * 4 and set(seconds) == {"a", "b"}
     assert timing.medians({"a": lambda: None, "missing": None}, 1)["missing"] is None
+
+
+def test_the_exponent_of_a_power_law():
+    assert timing.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert timing.exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+
+
+def test_operations_by_hand():
+    """N = 3 (4 * 64 + 2 * 8 * 16) = 1,536 weights, T = 5; a token sees itself and what is before it but for the sibling: 13
+    pairs; three tokens are predicted."""
+    layers, attention, output = 2 * 1536 * 5, 4 * 3 * 8 * 13, 2 * 11 * 8 * 3
+    assert forward_parts(CONFIG, [PAIR]) == (layers, attention, output)
+    assert forward_parts(CONFIG, [PAIR, PAIR]) == (2 * layers, 2 * attention, 2 * output)
+    assert forward_parts(CONFIG, [PAIR], all_logits=True)[2] == 2 * 11 * 8 * 5
+    assert training_operations(CONFIG, [PAIR]) == 3 * (layers + attention + output)
+    assert training_operations(CONFIG, [PAIR], frozen=True) == 2 * layers + 3 * attention + 2 * output
+
+
+def test_operations_are_those_that_torch_counts():
+    """One completion, all logits: torch's own counter sees the same products (and attention's whole square)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Phi(CONFIG).init_weights(seed=0)
+    ids = [1, 2, 3, 4, 5, 6]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.tensor([ids]))
+    layers, attention, output = forward_parts(CONFIG, [Example(ids[:2], [ids[2:]])], all_logits=True)
+    square = attention * 36 // 21  # 6 x 6 pairs where 21 are needed
+    assert counter.get_total_flops() in (layers + output, layers + output + square)  # some versions do not see attention
+
+
+def test_the_peak_goes_by_the_cards_name():
+    assert peak("NVIDIA H100 80GB HBM3") == 989e12 and peak("NVIDIA H100 PCIe") == 756e12
+    assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("Voodoo 3") is None
 
 
 def test_a_decoding_step_reads_all_weights_but_the_embedding():
@@ -97,7 +133,7 @@ def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys
     written = json.loads((tmp_path / "b.json").read_text())
     assert not written["failed"] and "torch" in written["hardware"]
     rows = {row["case"]: row for row in written["rows"]}
-    assert len(rows) == len(written["rows"]) == 16
+    assert len(rows) == len(written["rows"]) == 27
     assert all(row["ours"] is not None for row in rows.values())
     alone = {case for case, row in rows.items() if row["peer"] is None}
     assert all("is not installed; pip install -r requirements-peers.txt" in rows[case]["note"] for case in alone)
@@ -106,10 +142,11 @@ def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys
     assert "peft is not installed" not in told.err and "transformers is not installed" in told.out
 
 
-def test_the_first_step_of_the_demo_is_found(tmp_path):
+def test_the_first_steps_of_the_demo_are_found(tmp_path):
     assert bench.main(["--only", "start", "--json", str(tmp_path / "b.json")], **SMALL) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert len(rows) == 1 and 0.1 < rows[0]["ours"] < 120
+    assert [row["case"][:9] for row in rows] == ["start of ", "  with an", "  the sam"]
+    assert all(0.1 < row["ours"] < 120 for row in rows)
 
 
 def test_a_case_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
@@ -140,8 +177,8 @@ def test_without_a_gpu_cuda_is_an_error_of_one_line(capsys):
 
 
 def test_a_worker_says_in_one_line_why_it_failed():
-    result, why = timing.in_worker(os.stat, path="/nothing")
-    assert result is None and why.startswith("FileNotFoundError")
+    result, why = timing.in_worker(timing.resident, field="VmNothing")
+    assert result is None and why.startswith("StopIteration")
     assert timing.in_worker(os._exit, status=1) == (None, "its process was killed; out of memory?")
 
 
