@@ -24,6 +24,7 @@ if __name__ == "__main__":  # at once, so that there is one copy of this module,
 
     sys.exit(train.main(sys.argv[1:]))
 
+import contextlib
 import gc
 import hashlib
 import importlib
@@ -465,15 +466,8 @@ def main(argv: list[str]) -> int:
             settings = parallel.on_this_machine(settings)
             with parallel.main_first():  # the demo's files are written once
                 *before, last = demo.stages(settings)
-            parallel.gather(None)  # no rank starts a stage while another still looks for the demo's files
-            for stage in before:
-                for file in (last.train, last.eval):
-                    if file and not Path(file).exists():  # rather now than after minutes of SFT
-                        raise InputError(f"{file}: no such file")
-                does, run = "resuming" if stage.resume else "running", Path(stage.out) / stage.name
-                print(f"The demo's SFT model comes first: {does} --stage sft in {run}/")
-                if status := run_stage(stage):
-                    return status
+            if before and (status := run_before(settings)):
+                return status
             if getattr(last, "dry_run", False):
                 print("Settings")
                 for name, value in asdict(last).items():
@@ -491,6 +485,23 @@ def main(argv: list[str]) -> int:
     if parallel.first_to_report():
         print(printable(message), file=sys.stderr)
     return status
+
+
+def run_before(settings: Any) -> int:
+    """Runs the demo's SFT stage, unless another process has run it while this one waited."""
+    for file in (settings.train, settings.eval):
+        if file and not Path(file).exists():  # rather now than after minutes of SFT
+            raise InputError(f"{file}: no such file")
+    lock = runs.locked(Path(settings.out) / f"demo-seed{settings.seed}", wait=True)
+    with lock if parallel.is_main() else contextlib.nullcontext():
+        with parallel.main_first():
+            *before, _ = demo.stages(settings)
+        parallel.gather(None)  # no rank starts the stage while another still looks for its files
+        if not before:
+            return 0
+        does, run = "resuming" if before[0].resume else "running", Path(settings.out) / before[0].name
+        print(f"The demo's SFT model comes first: {does} --stage sft in {run}/")
+        return run_stage(before[0])
 
 
 def run_stage(settings: Any) -> int:

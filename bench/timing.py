@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from runtime.files import InputError, first_line
+from runtime.memory import watch_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,24 +50,14 @@ def exponent(sizes: list[float], costs: list[float]) -> float:
     return statistics.linear_regression([math.log(size) for size in sizes], [math.log(cost) for cost in costs]).slope
 
 
-def resident(field: str) -> int:
-    """Bytes of this process's memory (Linux): "VmRSS" now, "VmHWM" the most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def held_and_peak(run: Callable, device: str) -> tuple[int, int, Any]:
     """Bytes held before `run()`, the most held while it runs, and what it returns. On a GPU tensors count, on a CPU the
     whole process (Linux)."""
     gc.collect()
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
-    held = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
+    peak = watch_peak(device)
+    held = peak()
     result = run()
-    return held, torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM"), result
+    return held, peak(), result
 
 
 def attempt(make: Callable, *args, **kwargs) -> tuple[Any, str]:
