@@ -159,7 +159,7 @@ class Truth:
         return {name: bool(re.fullmatch(pattern, answer.strip())) for name, pattern in self.grades.items()}
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One checked row of a data file, still text."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from data import IM_END, IM_START, LETTERS, Row
 
 ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant", chatgpt="assistant")
-NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what no row can teach as text
+NOT_TEXT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}  # what no row can teach as text
 CHATML = re.compile(r"<\|im_start\|>(\w+)(?:\n|\Z)(.*?)(?:<\|im_end\|>\s*|(?=<\|im_start\|>)|\Z)", re.DOTALL)
 SPOKEN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)
 
@@ -190,7 +190,7 @@ def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
         role = ROLES.get(str(message.get("role", message.get("from"))))
         if role is None or (role == "system" and i > 0):
             raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
-        if unlearned := [part for part in NOT_TEXT if message.get(part)]:
+        if unlearned := [part for part in NOT_TEXT & message.keys() if message[part]]:
             raise ValueError(f'"{name}"[{i}] has {unlearned[0]}, which cannot be learned as text')
         weight = message.get("weight", 1)
         if weight not in (0, 1):

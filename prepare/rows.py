@@ -125,7 +125,7 @@ def parquet_records(source: Path | BinaryIO) -> Iterator[tuple[int, dict]]:
     from pyarrow.parquet import ParquetFile
 
     number = 0
-    for batch in ParquetFile(source).iter_batches(1000):
+    for batch in ParquetFile(source, memory_map=True, pre_buffer=False).iter_batches(1000):  # no copy of the file is kept
         for record in batch.to_pylist():
             number += 1
             yield number, record
