@@ -29,11 +29,12 @@ from data import ChatML, Example, Ledger, Row, question_key
 from model import read_config
 from prepare.forms import RENDERED, kind_of_fields, read_row
 from runtime import parallel, runs
-from runtime.files import InputError, first_line, json_object, printable, write_json
+from runtime.files import InputError, first_line, json_object, numbered_lines, printable, write_json
 from runtime.settings import Tuning
 from runtime.weights import hub_names, hub_snapshot
 
 SHOWN = 20  # reasons that an error message lists
+shown = functools.cache(printable)  # of a file's name, which stands in front of every record's number
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # of data files; of a folder, those with the first that is there
 HUB = re.compile(r"hub:(?P<repo>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
 
@@ -113,7 +114,7 @@ def records(path: Path) -> Iterator[tuple[int, object]]:
             elif start == b"[" and suffix != ".jsonl":
                 yield from enumerate(json.loads(file.read().decode("utf-8-sig")), start=1)
             else:
-                yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+                yield from numbered_lines(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except (ValueError, NotImplementedError, RecursionError, EOFError, csv.Error, zlib.error) as error:  # some are pyarrow's
@@ -169,10 +170,9 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     """
     rows, bad = [], ledger.bad_rows
     for name, file in files_of(path).items():
-        shown = printable(name)
         for number, record in records(file):
             ledger.rows += 1
-            where = f"{shown}:{number}"
+            where = f"{shown(name)}:{number}"
             try:
                 row = read_row(kind, parsed(record), where)
             except (ValueError, RecursionError) as error:
