@@ -288,25 +288,22 @@ def ranked(row: dict, form: Form) -> tuple[str, str]:
 
 def read_sft(row: dict, form: Form, kind: str) -> Row:
     """Replies to learn. Of a whole dialogue that is every reply but those marked "weight": 0 or "train": false."""
-    dialogue = _prompt(row, form.prompt)
-    name, asked = form.prompt, 0
+    dialogue, name = _prompt(row, form.prompt), form.prompt
     if form.answers:
         (name,) = form.answers
-        asked = sum(message["role"] != "system" for message in dialogue)
-        dialogue = _dialogue(row, dialogue, form, name)
-        asked += dialogue[0]["role"] == "system"
+        dialogue = _dialogue(row, [message | {"learned": False} for message in dialogue], form, name)
     if dialogue[-1]["role"] != "assistant":
         raise ValueError(f'"{name}" ends with the user, not with the assistant')
     learned = []
     for i, message in enumerate(dialogue):
         if message["role"] == "assistant" and i > 0 and dialogue[i - 1]["role"] == "assistant":
             raise ValueError(f'"{name}" has no user message between two replies')
-        if message["learned"] and i >= asked and i > 0 and dialogue[i - 1]["role"] == "user":
+        if message["learned"] and i > 0 and dialogue[i - 1]["role"] == "user":
             learned.append(i)
     if not learned:
         raise ValueError(f'"{name}" has no reply to a user that is to be learned')
-    first, last = learned[-1] if kind == "sft last" else learned[0], learned[-1]
-    later = [message | {"learned": i in learned} for i, message in enumerate(dialogue)][first + 1 : last + 1]
+    first = learned[-1 if kind == "sft last" else 0]
+    later = dialogue[first + 1 : learned[-1] + 1]
     return Row(_plain(dialogue[:first]), [dialogue[first]["content"]], "", {}, later=later)
 
 

@@ -340,7 +340,10 @@ def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = Fa
     if letter_only and kind != "mcq":
         raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
     kind = "mcq letter" if letter_only else kind
-    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, file, ledger)
+    rows = read_rows(file, kind, on_bad_row, ledger)
+    if not rows:
+        raise bad_rows(ledger.bad_rows, ledger.rows, file)
+    return Measured(rows, kind, file, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:

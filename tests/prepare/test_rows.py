@@ -38,6 +38,7 @@ from prepare.rows import (
     kind_of,
     load_inputs,
     read_rows,
+    rows_to_measure,
 )
 from runtime.files import InputError, read_json, write_jsonl
 from runtime.flags import settle
@@ -121,7 +122,11 @@ def test_files_of_every_form_keep_every_character(tmp_path):
         ("a.json", "[" * 100_000, "cannot be read as json"),
         ("a.jsonl", "[" * 100_000 + "\n" + "9" * 5_000, "(?s)2 of 2 rows .*jsonl:1: not JSON"),
         ("a.parquet", "PAR1 no", "cannot be read as parquet"),
-        ("a.csv", "prompt,chosen,rejected\nQ\na,b,c,d\n", 'csv:2: "chosen" is missing.*\n.*csv:3: more cells than the first'),
+        (
+            "a.csv",
+            "prompt,chosen,rejected\nQ\na,b,c,d\n",
+            'csv:2: "chosen" is missing.*\n.*csv:3: more cells than the first',
+        ),
         ("a.csv", "prompt\n" + "a" * 200_000, "cannot be read as csv"),
         ("a.csv", "", "the file holds no rows"),
         ("a.jsonl.gz", "not gzipped", r"a\.jsonl\.gz: Not a gzipped file"),
@@ -224,6 +229,12 @@ def test_how_rows_were_read_is_counted_and_said(tmp_path):
         f'  left out: {tmp_path}/a.jsonl:5: "chosen" is missing: the fields are prompt; the nearest form is prompt, ',
     ):
         assert line in told
+
+
+def test_rows_to_measure_that_are_all_bad_say_why(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"question": "?"}] * 3)
+    with pytest.raises(InputError, match="(?s)3 of 3 rows of .*a.jsonl:1, 2, 3: .* is missing"):
+        rows_to_measure(str(tmp_path / "a.jsonl"), None, on_bad_row="skip")
 
 
 def test_the_limits_that_rows_need_are_said_where_rows_are_cut():
