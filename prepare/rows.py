@@ -36,7 +36,7 @@ from runtime.weights import hub_names, hub_snapshot
 SHOWN = 20  # reasons that an error message lists
 shown = functools.cache(printable)  # of a file's name, which stands in front of every record's number
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # of data files; of a folder, those with the first that is there
-HUB = re.compile(r"hub:(?P<repo>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
+HUB = re.compile(r"hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
 
 
 # ------------------------------------------------------------------------------------------------------- files and records
