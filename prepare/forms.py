@@ -5,7 +5,7 @@
     mcq     {"question", "choices", "answer"}, ...
 
 The fields decide, never their values: the first form in FORMS counts whose fields a row all has. A field that is null is
-absent. All other fields mean nothing to the program. docs/rows.md shows a row of each form.
+absent. All other fields mean nothing to the program. docs/rows.md lists the forms.
 
 A field may hold text, messages ({"role", "content"} or {"from", "value"}), or a dialogue that was written as one text, in
 ChatML or as "\\n\\nHuman: ... \\n\\nAssistant: ...". Whatever it is becomes messages first.

@@ -247,7 +247,7 @@ class Merge(Model, Run):
     """Merge adapters and their base into one plain model"""
 
     stage: ClassVar[str] = "merge"
-    data: str | None = setting(None, "rows to compare on, as for --train (default: what the model's run held out)")
+    data: str | None = setting(None, "JSONL file to compare on (default: what the model's run held out)")
 
 
 @dataclass

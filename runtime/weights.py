@@ -55,9 +55,7 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
     downloaded once and then found in the cache, also offline. `kind`: "model" or "dataset"."""
     from huggingface_hub import errors, snapshot_download
 
-    instead = "give the path of a copy; --sources also takes NAME=PATH"
-    if kind == "model":
-        instead = f"no such directory in {Path.cwd()} either"
+    instead = f"no such directory in {Path.cwd()} either" if kind == "model" else "--sources also takes NAME=PATH"
     reasons = {  # the first that fits: a gated repository is also one that is not found
         errors.HFValidationError: "no such directory, and not a hub name, which looks like microsoft/phi-2",
         errors.GatedRepoError: "the repository asks for its terms to be accepted on its page, and for HF_TOKEN",
