@@ -250,7 +250,7 @@ def nothing_left(settings: Tuning, side: str, source: str, ledgers: dict[str, Le
     told = ""
     if parallel.is_main() and not settings.dry_run and not (run / "run.json").exists():
         write_json(run / "ledger.json", {name: asdict(one) for name, one in ledgers.items()})
-        told = f" Every row is in {run}/ledger.json."
+        told = f" The ledger is {run}/ledger.json."
     limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
     causes = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items())
     left_out = f"left out of {ledger.rows:,} with {limits}: {causes or 'none'}"

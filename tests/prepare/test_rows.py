@@ -371,5 +371,5 @@ def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
     reason = '"completion" is missing: the fields are prompt; the nearest form is prompt, completion'
     assert f"\n  {tmp_path}/train.jsonl:1, 3: {reason}\n" in str(error.value)
     assert "--max-prompt-length 32 would keep 100% of the rows whole" in str(error.value)
-    assert f"Every row is in {tmp_path}/run/ledger.json." in str(error.value)
+    assert f"The ledger is {tmp_path}/run/ledger.json." in str(error.value)
     assert read_json(tmp_path / "run" / "ledger.json")[f"{tmp_path}/train.jsonl"]["dropped"]["bad row"] == 2
