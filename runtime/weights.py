@@ -71,6 +71,16 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
         raise InputError(f"{repo}: {reason}") from None
 
 
+def hub_names(repo: str, revision: str | None) -> list[str] | None:
+    """The names of the files in a data set of the hub; None if the hub does not say (`hub_snapshot` then says why not)."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().list_repo_files(repo, revision=revision, repo_type="dataset")
+    except (errors.HTTPError, OSError, ValueError):
+        return None
+
+
 # --------------------------------------------------------------------------------------------------------- what is stored
 
 

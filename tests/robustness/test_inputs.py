@@ -69,13 +69,18 @@ def count(long) -> int:
 DRY = "--dry-run --device cpu --max-length 128 --max-prompt-length 64".split()
 
 
+def dialogue(pair: dict) -> dict:
+    texts = [pair["prompt"], pair["rejected"], "Sure?", pair["chosen"]]
+    return {"messages": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]}
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo", "mcq"])
 def test_rows(tiny, tmp_path, capsys, count, stage):
     draw = random.Random(stage)
     pairs = pair_rows(24)
     rows = {
         "dpo": pairs,
-        "sft": [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs],
+        "sft": [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs[::2]] + [dialogue(r) for r in pairs[1::2]],
         "mcq": [{"question": r["prompt"], "choices": [r["chosen"], r["rejected"]], "answer": "A"} for r in pairs],
     }[stage]
     file = tmp_path / "rows.jsonl"
