@@ -20,7 +20,7 @@ from model import Phi, read_config
 from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear
 from runtime import weights
-from runtime.files import InputError, read_json, write_json
+from runtime.files import InputError, first_line, printable, read_json, write_json
 from runtime.runs import CHAT_FILES, load_chat, open_run, training_run
 from runtime.settings import Merge, Quantize
 
@@ -35,12 +35,12 @@ def run(settings: Quantize | Merge) -> int:
         examples = rows_to_compare(source, settings.data)
     with open_run(settings):
         if settings.stage == "quantize":
-            print(f"Quantizing {source} to {settings.to} ...", flush=True)
+            print(printable(f"Quantizing {source} to {settings.to} ..."), flush=True)
             did = quantize_checkpoint(source, target, settings.to, settings.block, settings.device)
             print(quantized_summary(target, settings.to, did))
         else:
             did = {"change": merge_checkpoint(source, target, settings.device, examples)}
-            print(merged_summary(source, target, did["change"], len(examples)))
+            print(printable(merged_summary(source, target, did["change"], len(examples))))
         write_json(target / "results.json", {"parent": str(source), **did})
     return 0
 
@@ -97,12 +97,19 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def rows_to_compare(source: Path, data: str | None) -> list[Example]:
-    """100 rows of `data` or of those that the run of the adapters held out; none if there is neither."""
+    """100 rows of `data` or of those that the run of the adapters held out; none if there are none that can be read."""
     if not is_adapter(source):
         raise InputError(f"{source} holds no adapters; there is nothing to merge")
     run = training_run(source)
-    found = data or (run and (run / "held_out.jsonl").exists())
-    return encode_for(source, rows_to_measure(data, source).rows[:100])[1] if found else []
+    if not (data or (run and (run / "held_out.jsonl").exists())):
+        return []
+    try:
+        return encode_for(source, rows_to_measure(data, source).rows[:100])[1]
+    except InputError as error:
+        if data:
+            raise
+        print(printable(f"The rows that {run} held out cannot be used: {first_line(error)}"))
+        return []  # merging needs none
 
 
 def quantized_summary(target: Path, to: str, did: dict) -> str:

@@ -28,7 +28,7 @@ from model import Phi, all_logprobs
 from prepare.rows import encode_for, rows_to_measure
 from quant import FrozenLinear, quantize_model
 from runtime import runs
-from runtime.files import InputError, picture, write_json, write_text
+from runtime.files import InputError, picture, printable, write_json, write_text
 from runtime.settings import Eval
 from runtime.weights import is_quantized, resolve
 
@@ -64,7 +64,8 @@ def run(settings: Eval) -> int:
         write_json(directory / "eval.json", {"note": note, "rows": rows})
         write_text(directory / "precisions.md", f"{table(rows)}\n\n{note}\n")
         figure(rows, directory / "figures" / "precisions.png")
-        print(f"\n{table(rows)}\n\n{note}\nWritten to {directory}/: eval.json, precisions.md, figures/precisions.png")
+        print(f"\n{table(rows)}\n\n{printable(note)}")
+        print(f"Written to {directory}/: eval.json, precisions.md, figures/precisions.png")
     return 0
 
 

@@ -464,6 +464,18 @@ def test_merging_keeps_the_dtype_that_the_base_is_stored_in(tiny, tmp_path):
         assert torch.equal(tensors[name], tensor)
 
 
+def test_merging_needs_neither_the_rows_of_training_nor_those_held_out(tiny, tmp_path, capsys):
+    words = ["--stage", "merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path), "--name"]
+    assert dpo(tmp_path, tiny, "run", *LORA, "--max-steps", "1") == 0
+    (tmp_path / "pairs.jsonl").unlink()
+    (tmp_path / "run" / "held_out.jsonl").write_text("{\n")
+    assert main([*words, "one"]) == 0
+    assert "The rows that" in (told := capsys.readouterr().out) and "held out cannot be used: 1 of 1 rows" in told
+    (tmp_path / "run" / "held_out.jsonl").unlink()
+    assert main([*words, "two"]) == 0
+    assert fingerprint(Phi.from_pretrained(tmp_path / "one")) == fingerprint(Phi.from_pretrained(tmp_path / "two"))
+
+
 def test_merging_measures_on_the_rows_that_it_is_given(tiny, tmp_path, capsys):
     """Onto 4 bits rounding moves the outputs; onto fp32 they stay where they were, to the last digits."""
     changes = {}
