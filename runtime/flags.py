@@ -264,9 +264,8 @@ def check(command: Command) -> None:
     name = getattr(settings, "name", None) or "run"
     if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise InputError(f"--name {name!r}: give a plain name, without / and not beginning with a dot")
-    out = as_text(getattr(settings, "out", ""))
-    if out != printable(out):
-        raise InputError(f"--out {out!r}: give a directory without control characters in its name")
+    if (out := getattr(settings, "out", "")) != printable(out):
+        raise InputError(f"--out {out!r}: give a directory whose name is plain text in this locale")
     for holds, names, reason in _without_effect(settings, stage):
         for name in names.split():
             if holds and name in command.typed:
