@@ -15,6 +15,7 @@ system turn.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ def run(settings: Chat) -> int:
         directory = resolve(settings.model, settings.revision)
     chat = load_chat(directory, settings.system_prompt)
     model = Phi.from_pretrained(directory, torch.bfloat16 if settings.dtype == "bf16" else torch.float32, settings.device)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # it was closed: nobody asks
     for file in (sys.stdin, sys.stdout):
         if hasattr(file, "reconfigure"):
             file.reconfigure(errors="replace")  # bytes that are not text, characters that the terminal lacks

@@ -31,7 +31,7 @@ def run(settings: Quantize | Merge) -> int:
     did = {}
     with open_run(settings):
         if settings.stage == "quantize":
-            print(f"Quantizing {source} to {settings.to} ...", flush=True)
+            print(printable(f"Quantizing {source} to {settings.to} ..."), flush=True)
             did = quantize_checkpoint(source, target, settings.to, settings.block, settings.device)
             print(quantized_summary(target, settings.to, did))
         else:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import Batch, Example, by_length, collate
 from runtime import parallel
-from runtime.files import InputError, read_json
+from runtime.files import InputError, printable, read_json
 
 LOGIT_CHUNK = 2**24  # logits that exist at a time when log-probabilities are computed: 64 MB in fp32
 
@@ -276,7 +276,7 @@ def fit_window(settings: Any, directory: Path) -> Any:
     told = f"--max-length {window} --max-prompt-length {window // 2}"
     if settings.max_length != PhiConfig.max_position_embeddings:
         raise InputError(f"--max-length {settings.max_length}: {directory} has a window of {window} tokens; give {told}")
-    print(f"{directory} has a window of {window:,} tokens: as with {told}")
+    print(printable(f"{directory} has a window of {window:,} tokens: as with {told}"))
     return replace(settings, max_length=window, max_prompt_length=min(settings.max_prompt_length, window // 2))
 
 

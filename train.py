@@ -231,9 +231,10 @@ def check_finite(what: str, value: float, where: list[str]) -> None:
     """InputError, on all ranks, if a step's loss or gradient is not finite. `where`: the rows at fault on this rank."""
     if not math.isfinite(value):
         rows = sum(parallel.gather(where), [])
+        named = ", ".join(rows[:5]) + (f" and {len(rows) - 5:,} more" if len(rows) > 5 else "")
         raise InputError(
-            f"the {what} is {value}; nothing was updated. The batch held {', '.join(rows)}. Look at those rows; "
-            "if they are sound, start another run with a lower --lr. --resume repeats the steps since the last checkpoint."
+            f"the {what} is {value}; nothing was updated. The batch held {named}. Look at those rows; if they are sound, "
+            "start another run with another --name and a lower --lr. (--resume would come to the same step again.)"
         )
 
 
@@ -264,7 +265,7 @@ def run(settings: Tuning) -> int:
         reference = {}
         if settings.objective == "dpo":  # the starting model never changes, so it runs over all pairs once, not at each step
             with_adapters = " with its adapters, not the model under them" if lora_layers(model) else ""
-            print(f"Reference: {settings.model}{with_adapters}, run once before training")
+            print(printable(f"Reference: {settings.model}{with_adapters}, run once before training"))
             starting = weights.fingerprint(model)
             for side, examples in (("train", inputs.train), ("held out", inputs.held_out)):
                 reference[side] = reference_table(settings, model, starting, examples, side)
@@ -305,7 +306,8 @@ def load_to_tune(directory: Path, settings: Tuning) -> Phi:
     adapters = lora_layers(model)
     if settings.lora is None and adapters:
         merge_lora(model)
-        print(f"{directory} holds adapters: merged, and all weights are tuned (add --lora to tune the adapters instead)")
+        told = "merged, and all weights are tuned (add --lora to tune the adapters instead)"
+        print(printable(f"{directory} holds adapters: {told}"))
     elif adapters:
         one = next(iter(adapters.values()))
         targets = ",".join(sorted({name.rpartition(".")[2] for name in adapters}))

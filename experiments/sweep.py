@@ -182,6 +182,7 @@ def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
             if status:
                 print("Stopped and saved; the same command goes on.")
                 return status, failed
+        shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)  # the best one is the run's model
         print(f"{label}: reward accuracy {100 * read_json(run.tested)['accuracy']:.1f}%", flush=True)
     return 0, failed
 
@@ -207,7 +208,6 @@ def run_one(run: Run) -> int:
             status = train.run(replace(run.settings, resume=begun))
             if not status:
                 write_json(run.tested, measure_on_test(run))
-                shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)  # the best one is the run's model
             return status
         except Exception:
             traceback.print_exc(file=log)

@@ -17,7 +17,19 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from runtime.files import InputError, printable
-from runtime.settings import DEFAULTS, DEMO, DEMO_LORA_LR, FORMATS, LOSSES, METRICS, PRECISIONS, PRESETS, STAGES, TRAINING
+from runtime.settings import (
+    DEFAULTS,
+    DEMO,
+    DEMO_LORA_LR,
+    FORMATS,
+    LINEAR_LAYERS,
+    LOSSES,
+    METRICS,
+    PRECISIONS,
+    PRESETS,
+    STAGES,
+    TRAINING,
+)
 
 
 @dataclass
@@ -85,6 +97,8 @@ def parser_of(stage: str) -> argparse.ArgumentParser:
             meta, default = left.pop(name).metadata, values[name]
             kind = (*typing.get_args(types[name]), types[name])[0]  # int of `int | None`, str of `list[str]`
             how = {"metavar": "|".join(meta["choices"]) or {int: "N", float: "X"}.get(kind, "TEXT"), "type": kind}
+            if name in ("prompt", "system_prompt"):
+                how["type"] = as_text
             if kind is bool:
                 how = {"action": "store_true"}
             elif meta["choices"]:
@@ -95,6 +109,12 @@ def parser_of(stage: str) -> argparse.ArgumentParser:
             shown = "" if shown in ("None", "False", "", "[]") else f" ({shown})"
             group.add_argument(flag_name(name), default=argparse.SUPPRESS, help=meta["help"] + shown, **how)
     return parser
+
+
+def as_text(argument: str) -> str:
+    """What the model is to read of an argument. Python keeps bytes that the locale does not know as half characters, which
+    no tokenizer takes: they are read as UTF-8, and as U+FFFD if they are not that either."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def stage_help(stage: str) -> str:
@@ -194,8 +214,8 @@ def default_name(settings: Any) -> str:
 
 
 def from_stored(stored: dict, where: str) -> Any:
-    """The settings in a run.json, {"stage", "settings"}; `where` names the file. InputError names a setting that is missing
-    or unknown to this version."""
+    """The settings in a run.json, {"stage", "settings"}; `where` names the file. InputError names a setting that is missing,
+    unknown to this version, or has a value that no flag could have given it."""
     stage, values = stored.get("stage"), stored.get("settings")
     if stage not in STAGES or not isinstance(values, dict):
         raise InputError(f"{where}: names no stage and settings, so it is another program's or an earlier version's")
@@ -204,7 +224,18 @@ def from_stored(stored: dict, where: str) -> Any:
     if odd:
         what = "is missing" if odd[0] in known else f"= {values[odd[0]]!r} is unknown to this version"
         raise InputError(f"{where}: the setting {odd[0]} {what}. Use the version that wrote it, or start a new run")
-    return STAGES[stage](**values)
+    hints = typing.get_type_hints(STAGES[stage])
+    for f in fields(STAGES[stage]):
+        value, kind, choices = values[f.name], hints[f.name], f.metadata["choices"]
+        kind = list if typing.get_origin(kind) is list else kind | int if float in (kind, *typing.get_args(kind)) else kind
+        if not isinstance(value, kind) or (choices and value not in (None, *choices)):
+            raise InputError(f"{where}: the setting {f.name} = {value!r:.60} makes no sense; put its old value back")
+    settings = STAGES[stage](**values)
+    try:
+        check_limits(settings)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return settings
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -232,6 +263,8 @@ def check(command: Command) -> None:
     name = getattr(settings, "name", None) or "run"
     if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise InputError(f"--name {name!r}: give a plain name, without / and not beginning with a dot")
+    if (out := getattr(settings, "out", "")) != printable(out):
+        raise InputError(f"--out {out!r}: give a directory whose name is plain text in this locale")
     for holds, names, reason in _without_effect(settings, stage):
         for name in names.split():
             if holds and name in command.typed:
@@ -247,6 +280,13 @@ def check_limits(settings: Any) -> None:
             at_end = (value, ends) in ((low, "[)"), (high, "(]"))
             if not (low < value < high or at_end):
                 raise InputError(f"{flag_name(f.name)} {value}: {words}")
+    metrics = METRICS.get(getattr(settings, "objective", None), ())  # not the robust loss, which ranks diverging runs first
+    if (metric := getattr(settings, "metric", None)) and metric not in metrics:
+        raise InputError(f"--metric {metric}: choose one of {', '.join(metrics)}")
+    if (targets := getattr(settings, "lora_targets", None)) is not None:
+        if not {part.strip() for part in targets.split(",")} <= {*LINEAR_LAYERS}:
+            known = f"some of {','.join(LINEAR_LAYERS)} with commas between them, or leave it out for all"
+            raise InputError(f"--lora-targets {targets!r}: give {known}")
 
 
 def check_loss(settings: Any) -> None:
@@ -280,8 +320,6 @@ def _check_training(s: Any, stage: str) -> None:
     if s.max_prompt_length >= s.max_length:
         prompt, both = f"--max-prompt-length {s.max_prompt_length}", f"--max-length {s.max_length}"
         raise InputError(f"{prompt} leaves no room for an answer in {both}; lower the first or raise the second")
-    if s.metric and s.metric not in METRICS[s.objective]:  # not the robust loss, which ranks diverging runs first
-        raise InputError(f"--metric {s.metric}: choose one of {', '.join(METRICS[s.objective])}")
     if s.lora and s.base == "bf16" and s.dtype == "fp32":
         raise InputError("--base bf16 needs --dtype bf16: weights and inputs of a product have one type")
     if s.lora and s.compile and s.base in FORMATS:

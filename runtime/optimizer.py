@@ -25,6 +25,7 @@ from quant_kernels import CHUNK, decode
 from runtime import parallel
 from runtime.files import InputError
 from runtime.settings import Optimizer
+from runtime.weights import read_header
 
 # ------------------------------------------------------------------------------------------------- moments in 8 bits
 
@@ -165,6 +166,7 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills the optimizer's state in place; each rank reads only its rows. InputError if another optimizer wrote it."""
+    read_header(directory / FILE)  # or the error for a file that was cut would not name it
     with safe_open(directory / FILE, framework="pt") as file:
         names = set(file.keys())
         for name, value in _named_state(model, optimizer):

@@ -32,7 +32,17 @@ from tqdm import tqdm
 from data import ChatML, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import InputError, read_fields, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
+from runtime.files import (
+    InputError,
+    json_object,
+    read_fields,
+    read_json,
+    sha256,
+    whole_directory,
+    whole_file,
+    write_json,
+    write_jsonl,
+)
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import TRAINING
 
@@ -101,7 +111,8 @@ def check_name(settings: Any) -> None:
         return
     if (run / "run.json").exists():
         if not settings.overwrite:
-            way_out = "Continue it with --resume, delete" if settings.stage in TRAINING else "Delete"
+            goes_on = settings.stage in TRAINING and recorded(run, "stage") == settings.stage
+            way_out = "Continue it with --resume, delete" if goes_on else "Delete"
             raise InputError(f"{run} already holds a run. {way_out} it with --overwrite, or give this one another --name.")
         for path in _files_read(settings):
             if run.resolve() in (path.resolve(), *path.resolve().parents):
@@ -111,10 +122,14 @@ def check_name(settings: Any) -> None:
 
 
 def _files_read(settings: Any) -> list[Path]:
-    """The files and directories that a stage's settings name and that exist."""
+    """The files and directories that a stage's settings name and that exist. With a model come the one under its adapters,
+    the one that it was tuned from, and the run that did it."""
     values = [getattr(settings, name, None) for name in ("model", "train", "eval", "data", "reference_model", "bert")]
     names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
-    return [Path(name) for name in names if Path(name).exists()]
+    found = [Path(name) for name in names if Path(name).exists()]
+    for model in [path for path in found if path.is_dir()]:
+        found += [path for path in (base_directory(model), tuned_from(model), training_run(model)) if path]
+    return found
 
 
 def _set_aside(run: Path) -> Path:
@@ -171,7 +186,8 @@ def what_is_read(inputs: Any, parent: Path) -> dict[str, list[Path]]:
 
 def check_unchanged(run: Path, files: dict[str, list[Path]]) -> None:
     """InputError if a run to be resumed would go on with other rows or other weights than it was started with."""
-    before = read_json(run / "run.json").get("read", {})
+    file = run / "run.json"
+    before = read_fields(read_json(file), {"read": dict | None}, file)["read"] or {}
     for name, paths in files.items():
         if name in before and sha256(*paths) != before[name]:
             raise InputError(
@@ -214,7 +230,8 @@ def resumed_settings(command: Command) -> Any:
         raise InputError(f"{run}: there is no run to resume; leave out --resume, or give its --name")
     stored = stored_settings(run)
     if stored.stage != asked.stage:
-        raise InputError(f"{run} is a run of --stage {stored.stage}; give that stage to resume it")
+        way_out = "give that stage to resume it" if stored.stage in TRAINING else "it cannot be resumed; give another --name"
+        raise InputError(f"{run} is a run of --stage {stored.stage}; {way_out}")
     for name in sorted(command.origins):
         old, new = getattr(stored, name), getattr(asked, name)
         if name in command.typed and name not in ("resume", "out", "device") and old != new:
@@ -243,8 +260,14 @@ def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The loop's counters in a checkpoint."""
-    return read_json(checkpoint / "state.json")
+    """The loop's counters in a checkpoint, checkpoints/step-N; InputError if they are not such, or not of step N."""
+    file, kinds = checkpoint / "state.json", {"step": int, "best_step": int | None, "evaluations_since_best": int}
+    raw = read_json(file)
+    state = read_fields(raw, kinds, file) | {"best_value": raw.get("best_value")}
+    if checkpoint.name != f"step-{state['step']}" or not isinstance(state["best_value"], int | float | None):
+        found = f"step {state['step']}, best value {state['best_value']!r:.60}"
+        raise InputError(f"{file}: {found}; delete {checkpoint} to go on from the checkpoint before")
+    return state
 
 
 def checkpoint_directory(run: Path, step: int) -> Path:
@@ -253,7 +276,8 @@ def checkpoint_directory(run: Path, step: int) -> Path:
 
 def steps_saved(run: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending. Directories being written begin with a dot and do not count."""
-    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def prune(run: Path, keep: int, best: int | None) -> None:
@@ -348,9 +372,14 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
 def read_metrics(run: Path) -> list[dict]:
     """The complete lines of metrics.jsonl; a last line cut by a kill is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    path, rows = run / "metrics.jsonl", []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            rows.append(json_object(line))
+            read_fields(rows[-1], {"step": int}, "the line")
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a line of metrics ({error}); remove it") from None
+    return rows
 
 
 def truncate_metrics(run: Path, step: int) -> None:
@@ -418,7 +447,8 @@ def questions_seen(directory: Path, keys: Iterable[str]) -> int:
     run = training_run(directory)
     if run is None or not (run / "questions.json").exists():
         return 0
-    seen = set(read_json(run / "questions.json")["trained on"])
+    seen = read_fields(read_json(run / "questions.json"), {"trained on": list}, run / "questions.json")["trained on"]
+    seen = set(map(str, seen))
     return sum(_short(key) in seen for key in keys)
 
 

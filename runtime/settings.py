@@ -21,6 +21,8 @@ FORMATS = ("int8", "llm.int8", "nf4", "nf4-double", "fp4", "int4", "nf2")
 PRECISIONS = ("fp32", "bf16", *FORMATS)
 # The names in dpo.LOSSES, and whether the loss takes eps; compared by the same test.
 LOSSES = {"sigmoid": False, "robust": True, "conservative": True, "ipo": False, "hinge": False}
+# The last parts of the names of model.Block's linear layers; a test compares them.
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 # What can decide which checkpoint is best. The robust loss cannot: it falls without bound when a run diverges (see dpo.py).
 METRICS = {"sft": ("loss",), "dpo": ("debiased_accuracy", "rewards/accuracies", "dpo_loss")}
 LOWER_IS_BETTER = ("loss", "dpo_loss")

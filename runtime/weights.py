@@ -47,6 +47,8 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_file() or len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
         raise InputError(f"{path_or_repo}: no such directory (a hub name looks like microsoft/phi-2)")
+    if path.parent.is_dir():  # of the user's: its name is not sent anywhere
+        raise InputError(f"{path_or_repo}: no such directory, looked for in {path.parent.resolve()}")
     return hub_snapshot(str(path_or_repo), revision, ["*.json", "*.safetensors", "*.jinja"])
 
 
@@ -55,13 +57,15 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
     downloaded once and then found in the cache, also offline. `kind`: "model" or "dataset"."""
     from huggingface_hub import errors, snapshot_download
 
-    instead = f"no such directory in {Path.cwd()} either" if kind == "model" else "--sources also takes NAME=PATH"
+    before, after = (
+        (f"no such directory in {Path.cwd()}, and ", "") if kind == "model" else ("", "; --sources also takes NAME=PATH")
+    )
     reasons = {  # the first that fits: a gated repository is also one that is not found
         errors.HFValidationError: "no such directory, and not a hub name, which looks like microsoft/phi-2",
         errors.GatedRepoError: "the repository asks for its terms to be accepted on its page, and for HF_TOKEN",
         errors.RepositoryNotFoundError: "no such directory here and no such repository on the hub (private: set HF_TOKEN)",
         errors.RevisionNotFoundError: f"the repository has no revision {revision!r}",
-        errors.LocalEntryNotFoundError: f"the hub cannot be reached or refuses, and no complete copy is here; {instead}",
+        errors.LocalEntryNotFoundError: f"{before}the hub cannot be reached or refuses, and no complete copy is here{after}",
     }
     try:
         return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns))

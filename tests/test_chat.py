@@ -399,6 +399,13 @@ def test_the_stage_answers_a_prompt_once(tiny, capsys, monkeypatch):
     assert printed.out == chatml.decode(ids) + "\n" and printed.err == ""
 
 
+def test_a_closed_standard_input_asks_nothing(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    command = ["--stage", "chat", "--model", str(tiny), "--device", "cpu"]
+    assert main(command) == 0 and capsys.readouterr().out == ""
+    assert main([*command, "--prompt", "-"]) == 2 and "the prompt is empty" in capsys.readouterr().err
+
+
 def test_the_stage_takes_the_system_prompt_that_the_model_was_tuned_with(tiny, tmp_path, asked, monkeypatch):
     rows = [{"prompt": f"Say {i}", "completion": f"Here: {i}"} for i in range(20)]
     write_jsonl(tmp_path / "sft.jsonl", rows)

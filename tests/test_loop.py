@@ -23,6 +23,7 @@ from runtime.optimizer import make_optimizer
 from runtime.runs import load_chat, read_metrics, steps_saved, stored_settings
 from runtime.weights import fingerprint
 from train import (
+    check_finite,
     evaluate,
     learning_rate,
     main,
@@ -116,6 +117,11 @@ def test_the_rows_of_the_passes_whose_loss_is_not_finite_are_named(tiny, size, n
         e.where for i, e in enumerate(examples) if f"{e.where}," in str(error.value) or f"{e.where}." in str(error.value)
     ]
     assert rows == [examples[i].where for i in named]
+
+
+def test_of_many_rows_that_are_not_finite_five_are_named_and_the_others_counted():
+    with pytest.raises(InputError, match="The batch held f:0, f:1, f:2, f:3, f:4 and 1,195 more. Look at those rows"):
+        check_finite("loss", math.nan, [f"f:{i}" for i in range(1200)])
 
 
 # -------------------------------------------------------------------------------------- the step does not depend on its cut

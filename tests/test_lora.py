@@ -463,6 +463,17 @@ def test_merging_keeps_the_dtype_that_the_base_is_stored_in(tiny, tmp_path):
         assert torch.equal(tensors[name], tensor)
 
 
+def test_merging_needs_neither_the_rows_of_training_nor_those_held_out(tiny, tmp_path):
+    words = ["--stage", "merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path), "--name"]
+    assert dpo(tmp_path, tiny, "run", *LORA, "--max-steps", "1") == 0
+    (tmp_path / "pairs.jsonl").unlink()
+    (tmp_path / "run" / "held_out.jsonl").write_text("{\n")
+    assert main([*words, "one"]) == 0
+    (tmp_path / "run" / "held_out.jsonl").unlink()
+    assert main([*words, "two"]) == 0
+    assert fingerprint(Phi.from_pretrained(tmp_path / "one")) == fingerprint(Phi.from_pretrained(tmp_path / "two"))
+
+
 def test_adapters_that_differ_from_what_is_asked_for_are_refused(tiny, tmp_path, capsys):
     """Going on with adapters keeps their rank, alpha, layers and number format."""
     adapters(tiny, tmp_path / "adapters", base="nf4")

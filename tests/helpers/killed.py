@@ -2,11 +2,12 @@
 
     python tests/helpers/killed.py SPEC.json
 
-SPEC holds "command" (without --out and --name), "again" (flags for going on after a kill), "kills" (how many), "seed" and
-"directory". A kill strikes just before a file-system event: a file opened for writing, a rename, a directory made, something
-deleted. The kill points of one command are spread evenly over all its events, from a random first one. After each kill the
-command is given again, as a user would, until it ends well; then model, metrics and results must be those of a run that
-nobody disturbed. Prints one JSON object: {"events", "kills", "differences"}.
+SPEC holds "command" (without --out and --name), "again" (flags for going on after a kill), "kills" (how many), "seed",
+"directory", and "whole": whether OUT/NAME must be complete at any moment or not be there. A kill strikes just before a
+file-system event: a file opened for writing, a rename, a directory made, something deleted. The kill points of one command
+are spread evenly over all its events, from a random first one. After each kill the command is given again, as a user would,
+until it ends well; then model, metrics and results must be those of a run that nobody disturbed. Prints one JSON object:
+{"events", "kills", "differences"}.
 """
 
 import json
@@ -73,12 +74,14 @@ def content(path: Path) -> object:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """The files of a finished run that the stage promises, by name. Paths of its own in them are made equal."""
-    files = [p for p in run.rglob("*") if p.is_file() and "tb" not in p.parts and p.suffix not in (".png", ".log")]
+    """The files of a finished run that the stage promises, and the teacher's journal, by name. Paths of its own in them are
+    made equal."""
+    files = [*run.parent.glob("teacher/*.jsonl")]
+    files += [p for p in run.rglob("*") if p.is_file() and "tb" not in p.parts and p.suffix not in (".png", ".log")]
     kept = {}
     for path in files:
         if path.name not in ("run.json", "log.txt") and "optimizer" not in path.name:
-            kept[str(path.relative_to(run))] = json.loads(json.dumps(content(path)).replace(str(run.parent), "OUT"))
+            kept[os.path.relpath(path, run)] = json.loads(json.dumps(content(path)).replace(str(run.parent), "OUT"))
     return kept
 
 
@@ -103,6 +106,8 @@ def main() -> None:
         if in_child(words(directory), directory, point) != -signal.SIGKILL:
             differences.append(f"event {point}: was not reached")
             continue
+        if spec["whole"] and (directory / name).exists() and outcome(directory / name) != expected:
+            differences.append(f"event {point}: the kill left a part of {name}")
         again = words(directory) + (spec["again"] if (directory / name / "run.json").exists() else [])
         status = in_child(again, directory, None)
         log = (directory / "log.txt").read_text()

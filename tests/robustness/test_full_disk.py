@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from rows import pair_rows
 
+from lora import add_lora
 from model import Phi
 from runtime.files import write_jsonl
 from runtime.runs import checkpoint_directory, steps_saved
@@ -32,34 +33,53 @@ def leave(disk, free: int) -> None:
     (disk / "filler").write_bytes(bytes(max(0, room - free)))
 
 
+SHORT = "--device cpu --samples 0 --eval-every 2 --max-length 128 --max-prompt-length 64 --eval-share 0.3"
 COMMANDS = {
-    "sft": "--stage sft --train SFT --max-steps 6 --save-every 2 --eval-every 2 --samples 0",
-    "dpo": "--stage dpo --train PAIRS --max-steps 6 --save-every 2 --eval-every 2 --samples 0",
-    "lora": "--stage dpo --train PAIRS --lora 4 --max-steps 6 --eval-every 2 --samples 0",
-    "quantize": "--stage quantize --to nf4",
-    "eval": "--stage eval --data SFT --samples 2 --max-new-tokens 8",
+    "sft": f"sft --model MODEL --train SFT --max-steps 6 --save-every 2 {SHORT}",
+    "dpo": f"dpo --model MODEL --train PAIRS --max-steps 6 --save-every 2 {SHORT}",
+    "lora": f"dpo --model MODEL --train PAIRS --lora 4 --max-steps 6 {SHORT}",
+    "mcq": f"mcq --model MODEL --train MCQ --max-steps 4 {SHORT}",
+    "qat": f"qat --to nf4 --model MODEL --train SFT --max-steps 4 {SHORT}",
+    "sweep": f"sweep --model MODEL --train PAIRS --grid beta=0.3,0.5 --max-steps 2 {SHORT}",
+    "data": "data --sources mmlu_stem=MMLU",
+    "quantize": "quantize --model MODEL --to nf4 --device cpu",
+    "merge": "merge --model ADAPTERS --data SFT --device cpu",
+    "eval": "eval --model MODEL --data SFT --samples 2 --max-new-tokens 8 --device cpu",
+    "precisions": "eval --model MODEL --data SFT --precisions nf4 --device cpu",
 }
 
 
+@pytest.fixture
+def files(tiny, tmp_path) -> dict[str, str]:
+    """The paths that the capital words of COMMANDS stand for."""
+    pairs = pair_rows(24)
+    questions = [{"question": r["prompt"], "choices": [r["chosen"], r["rejected"]], "answer": "A"} for r in pairs]
+    published = [q | {"choices": [*q["choices"], "7", "8"], "answer": 0, "subject": ""} for q in questions]
+    rows = {"PAIRS": pairs, "MCQ": questions, "MMLU": published}
+    rows["SFT"] = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs]
+    paths = {name: tmp_path / f"{name}.jsonl" for name in rows} | {"MODEL": tiny, "ADAPTERS": tmp_path / "adapters"}
+    for name, its in rows.items():
+        write_jsonl(paths[name], its)
+    add_lora(Phi.from_pretrained(tiny), 4).save_pretrained(paths["ADAPTERS"])
+    return {name: str(path) for name, path in paths.items()}
+
+
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_complete(tiny, small_disk, tmp_path, capsys, stage, long):
-    write_jsonl(tmp_path / "pairs.jsonl", pair_rows(24))
-    write_jsonl(tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pair_rows(24)])
-    files = {"PAIRS": str(tmp_path / "pairs.jsonl"), "SFT": str(tmp_path / "sft.jsonl")}
-    words = [files.get(word, word) for word in COMMANDS[stage].split()]
-    common = ["--model", str(tiny), "--out", str(small_disk), "--name", "run", "--device", "cpu"]
-    limits = [] if stage in ("quantize", "eval") else "--max-length 128 --max-prompt-length 64 --eval-share 0.3".split()
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_complete(files, small_disk, capsys, stage, long):
+    words = ["--stage", *COMMANDS[stage].replace("=MMLU", f"={files['MMLU']}").split(), "--out", str(small_disk)]
+    words = [files.get(word, word) for word in words]
     failures = 0
     for free in (0, 10_000, 100_000, 400_000, 1_500_000, 4_000_000)[:: 1 if long else 2]:
         shutil.rmtree(small_disk / "run", ignore_errors=True)
         shutil.rmtree(small_disk / "reference", ignore_errors=True)
         leave(small_disk, free)
-        status = main([*words, *common, *limits])
-        told = capsys.readouterr().err
+        status = main([*words, "--name", "run"])
+        out, told = capsys.readouterr()
         if status:
             failures += 1
             assert status == 2 and "Traceback" not in told
-            assert "No space left" in [line for line in told.splitlines() if line.startswith("error: ")][-1]
+            said = out if "FAILED" in out else [line for line in told.splitlines() if line.startswith("error: ")][-1]
+            assert "No space left" in said
         for step in steps_saved(small_disk / "run"):
             Phi.from_pretrained(checkpoint_directory(small_disk / "run", step))
     assert failures

@@ -60,6 +60,9 @@ MISTAKES = {
     "--lora-alpha 8": "--lora-alpha needs adapters; add --lora 16",
     "--lora 8 --base bf16 --dtype fp32": "--base bf16 needs --dtype bf16",
     "--lora 8 --base nf4 --compile": "--compile would keep the decoded weights of --base nf4",
+    "--lora 8 --lora-targets ,": "--lora-targets ',': give some of q_proj,k_proj,v_proj,dense,fc1,fc2 with commas",
+    "--lora 8 --lora-targets lm_head": "--lora-targets 'lm_head': give some of q_proj",
+    "--lora 8 --lora-targets q_proj,query": "--lora-targets 'q_proj,query': give some of q_proj",
     "--stage mcq": "--stage mcq needs --model DIR and --train FILE.jsonl",
     "--stage sft --last-turn-only --whole-text": "--last-turn-only has no effect beside --whole-text",
     "--stage sft --preset report": "--preset report is for --stage dpo and sweep",
@@ -126,6 +129,9 @@ def test_an_error_from_the_shell_is_one_line(words, status, told):
         ("--name ../x", "give a plain name"),
         ("--name .hidden", "give a plain name"),
         ("--name=", "--name is empty"),
+        ("--out=a\x1b[2J", "--out 'a\\x1b[2J': give a directory whose name is plain text"),
+        ("--out=a\udcff", "--out 'a\\udcff': give a directory whose name is plain text"),
+        ("--lora=8 --lora-targets=", "--lora-targets '': give some of"),
         ("--device=", "--device is empty"),
         ("--seed 9223372036854775808", "--seed 9223372036854775808: must be a whole number from 0 to 2"),
         ("--seed -1", "--seed -1: must be"),
@@ -140,6 +146,13 @@ def test_an_error_from_the_shell_is_one_line(words, status, told):
 def test_values_that_could_not_work_are_refused(words, told):
     with pytest.raises(InputError, match=re.escape(told)):
         parse(["--stage", "dpo", "--model", "x", "--train", "y", *words.split()])
+
+
+def test_bytes_of_a_prompt_that_the_locale_does_not_know_are_read_as_utf_8():
+    for argument, text in ((b"caf\xc3\xa9", "caf\u00e9"), (b"a\xff", "a\ufffd")):
+        argument = argument.decode("ascii", "surrogateescape")  # as Python does under LC_ALL=C
+        got = parse(["--stage", "chat", "--model", "x", "--prompt", argument, "--system-prompt", argument]).settings
+        assert (got.prompt, got.system_prompt) == (text, text)
 
 
 def test_the_largest_seed_and_an_empty_system_prompt_are_fine():

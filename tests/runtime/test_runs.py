@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,9 @@ def save(run, step, model, optimizer=None, **state):
     """The checkpoint of a model, as the loop writes it."""
     chat = ChatML(load_tokenizer(Path(model.origin.name)))
     optimizer = optimizer or make_optimizer(model, SETTINGS)
-    train.save(SETTINGS, run, model, chat, optimizer, {"step": step, "best_step": None, **state})
+    train.save(
+        SETTINGS, run, model, chat, optimizer, {"step": step, "best_step": None, "evaluations_since_best": 0, **state}
+    )
     return checkpoint_directory(run, step)
 
 
@@ -78,7 +81,7 @@ def test_step_10_comes_after_step_9(tmp_path):
 
 def test_a_directory_that_is_being_written_does_not_count(tmp_path):
     checkpoints(tmp_path, 5)
-    for name in (".step-6.tmp", ".step-5.old.tmp"):
+    for name in (".step-6.tmp", ".step-5.old.tmp", "step-5 copy"):
         (tmp_path / "checkpoints" / name).mkdir()
     assert steps_saved(tmp_path) == [5]
 
@@ -226,6 +229,24 @@ def test_a_run_does_not_overwrite_what_it_reads(tmp_path, flag, file):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["under its adapters", "that it was tuned from", "that it was quantized from"])
+def test_nor_the_model_that_is_read_with_another(tiny, tmp_path, kind):
+    opened(settings_in(tmp_path))
+    parent, model = tmp_path / "run", tmp_path / "model"
+    Phi.from_pretrained(tiny).save_pretrained(parent)
+    if kind == "under its adapters":
+        add_lora(Phi.from_pretrained(parent), 2).save_pretrained(model)
+    else:
+        Phi.from_pretrained(tiny).save_pretrained(model)
+        write_json(model / "run.json", {"stage": "dpo" if "tuned" in kind else "quantize"})
+        write_json(model / "results.json", {"parent": str(parent)})
+    evaluation = settle("eval", dict(model=[str(model)], data="x", out=str(tmp_path), name="run", overwrite=True)).settings
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="--overwrite would delete .*run, which this run reads; give it another --name"):
+        opened(evaluation)
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("second", [dict(resume=True), dict(overwrite=True), {}])
 def test_one_process_at_a_time_writes_to_a_run(tmp_path, second):
     with open_run(settings_in(tmp_path)):
@@ -287,6 +308,14 @@ def test_a_resumed_run_takes_no_other_settings(tmp_path):
         resumed(tmp_path, "--name", "nothing")
 
 
+def test_only_a_run_that_can_go_on_is_said_to(tmp_path):
+    opened(settle("quantize", {"model": "x", "to": "nf4", "out": str(tmp_path), "name": "run"}).settings)
+    with pytest.raises(InputError, match="already holds a run. Delete it with --overwrite, or give this one another --name"):
+        opened(settings_in(tmp_path))
+    with pytest.raises(InputError, match="is a run of --stage quantize; it cannot be resumed; give another --name"):
+        resumed(tmp_path)
+
+
 def edit_run_json(directory, edit):
     stored = read_json(directory / "run" / "run.json")
     write_json(directory / "run" / "run.json", edit(stored))
@@ -313,6 +342,17 @@ def test_a_setting_that_is_unknown_or_missing_is_named_in_one_line(tmp_path, cap
         assert error.startswith(f"error: {tmp_path}/run/run.json: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("lr", "x"), ("seed", None), ("loss", "dpo"), ("keep", 1.5), ("epochs", 0), ("train", []), ("metric", "loss")],
+)
+def test_a_value_that_no_flag_gives_is_named(tmp_path, name, value):
+    opened(settings_in(tmp_path))
+    edit_run_json(tmp_path, lambda stored: stored | {"settings": stored["settings"] | {name: value}})
+    with pytest.raises(InputError, match=f"run.json: .*{name}.*{re.escape(str(value))}"):
+        resumed(tmp_path)
+
+
 def test_the_command_that_resumes_names_what_is_not_the_default(tmp_path):
     settings = settings_in("out", name="two words")
     assert resume_command(settings) == "python train.py --stage dpo --name 'two words' --resume"
@@ -336,6 +376,9 @@ def test_a_resumed_run_needs_the_rows_and_the_weights_that_it_began_with(tiny, t
             with open_run(again, inputs, model):
                 pass
         file.write_bytes(content)
+    edit_run_json(tmp_path, lambda stored: stored | {"read": [1]})
+    with pytest.raises(InputError, match='run.json: "read" is list, not dict'), open_run(again, None, model):
+        pass
 
 
 # -------------------------------------------------------------------------------------------- what a model was made from
@@ -402,6 +445,31 @@ def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1}]
 
 
+def test_a_line_of_the_metrics_or_a_state_that_is_none_is_named(tiny, tmp_path):
+    for line in ("{", "[1]", '{"step": "1"}', '{"loss": 1}', "\x00"):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a line of metrics .*; remove it"):
+            read_metrics(tmp_path)
+    good, path = (
+        {"step": 9, "best_step": 9, "best_value": 0.5, "evaluations_since_best": 0},
+        checkpoint_directory(tmp_path, 9),
+    )
+    path.mkdir(parents=True)
+    for change in ({"step": None}, {"best_step": "9"}, {"step": 8}, {"best_value": "high"}, {"best_value": []}):
+        write_json(path / "state.json", good | change)
+        with pytest.raises(
+            InputError, match=r'state\.json: ("(step|best_step)" is|step 8, best value 0.5;|step 9, best value)'
+        ):
+            read_state(path)
+    write_json(path / "state.json", good)
+    assert read_state(path) == good
+    shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
+    write_json(tmp_path / "run.json", {"stage": "sft"})
+    write_json(tmp_path / "questions.json", {"trained on": 5})
+    with pytest.raises(InputError, match='questions.json: "trained on" is int, not list'):
+        questions_seen(tmp_path, ["what is 1"])
+
+
 def test_steps_that_run_again_are_dropped_from_the_metrics(tmp_path):
     rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step"', encoding="utf-8")
@@ -443,7 +511,7 @@ def test_a_checkpoint_holds_the_model_the_tokenizer_the_moments_and_the_counters
         "optimizer.safetensors",
         "state.json",
     }
-    assert read_json(path / "state.json") == {"step": 10, "best_step": 5}
+    assert read_json(path / "state.json") == {"step": 10, "best_step": 5, "evaluations_since_best": 0}
     keys = ("step", "exp_avg", "exp_avg_sq")
     names = {f"{key}.{name}" for name, _ in model.named_parameters() for key in keys}
     assert set(load_file(path / "optimizer.safetensors")) == names
@@ -569,7 +637,7 @@ def test_every_moment_comes_back_in_its_own_place(tiny, tmp_path, kind):
     second = make_optimizer(model, settings)
     own = {(p, key): value for p in model.parameters() for key, value in second.state[p].items()}
     load_optimizer(path, model, second)
-    assert read_state(path) == {"step": 1, "best_step": 1}
+    assert read_state(path) == {"step": 1, "best_step": 1, "best_value": None, "evaluations_since_best": 0}
     for p in model.parameters():
         assert first.state[p].keys() == second.state[p].keys()
         for key, value in first.state[p].items():
@@ -597,6 +665,9 @@ def test_moments_of_another_form_are_refused(tiny, tmp_path, change, message):
     change(tensors)
     save_file(tensors, path / "optimizer.safetensors")
     with pytest.raises(InputError, match=message):
+        load_optimizer(path, model, make_optimizer(model, SETTINGS))
+    (path / "optimizer.safetensors").write_bytes(b"\x10")
+    with pytest.raises(InputError, match="optimizer.safetensors: not a whole safetensors file"):
         load_optimizer(path, model, make_optimizer(model, SETTINGS))
 
 

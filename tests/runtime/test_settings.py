@@ -6,9 +6,10 @@ import pytest
 
 import dpo
 import quant
+from model import Phi, PhiConfig
 from runtime.files import InputError
 from runtime.flags import default_name, from_stored, settle
-from runtime.settings import DEMO, FORMATS, LOSSES, PRESETS, STAGES, TRAINING
+from runtime.settings import DEMO, FORMATS, LINEAR_LAYERS, LOSSES, PRESETS, STAGES, TRAINING
 
 
 def names(stages):
@@ -19,9 +20,12 @@ def test_the_number_of_settings():
     assert len(names(TRAINING)) <= 60 and len(names(STAGES)) <= 100
 
 
-def test_formats_are_those_of_quant_and_losses_those_of_dpo():
+def test_names_are_those_of_quant_dpo_and_model():
     assert FORMATS == tuple(quant.FORMATS)
     assert LOSSES == {loss: "eps" in dpo.options(loss) for loss in dpo.LOSSES}
+    config = PhiConfig(vocab_size=8, hidden_size=20, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    layers = [name.rpartition(".")[2] for name, _ in quant.linear_layers(Phi(config), quant.SKIP)]
+    assert list(LINEAR_LAYERS) == layers
 
 
 def test_a_flag_beats_the_preset_which_beats_the_demo_which_beats_the_default():

@@ -328,6 +328,14 @@ def test_neither_a_directory_nor_a_hub_name(name, tmp_path, monkeypatch):
         resolve(name)
 
 
+def test_a_run_that_does_not_exist_is_looked_for_beside_the_others_and_not_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError) as error:
+        resolve("out/demo-dpp")
+    assert str(error.value) == f"out/demo-dpp: no such directory, looked for in {tmp_path}/out"
+
+
 def test_a_file_is_no_model_and_a_directory_has_no_revision(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="saved/config.json: no such directory"):
@@ -415,7 +423,9 @@ def test_hub_model_is_downloaded_once_and_every_failure_is_an_input_error(saved,
 
     result = load_from_hub(endpoint, home, "owner/tiny", "owner/other")  # the server is gone now
     assert result["owner/tiny"] == total  # the local copy
-    assert result["owner/other"].startswith("owner/other: the hub cannot be reached")
+    assert result["owner/other"] == (
+        f"owner/other: no such directory in {ROOT}, and the hub cannot be reached or refuses, and no complete copy is here"
+    )
 
 
 def test_a_second_save_in_the_same_directory_leaves_nothing_of_the_first(tmp_path, monkeypatch):
