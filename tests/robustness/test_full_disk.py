@@ -43,9 +43,9 @@ COMMANDS = {
     "sweep": f"sweep --model MODEL --train PAIRS --grid beta=0.3,0.5 --max-steps 2 {SHORT}",
     "data": "data --sources mmlu_stem=MMLU",
     "quantize": "quantize --model MODEL --to nf4 --device cpu",
-    "merge": "merge --model ADAPTERS --data SFT --device cpu",
+    "merge": "merge --model ADAPTERS --device cpu",
     "eval": "eval --model MODEL --data SFT --samples 2 --max-new-tokens 8 --device cpu",
-    "precisions": "eval --model MODEL --data SFT --precisions nf4 --device cpu",
+    "precisions": "eval --model MODEL --data SFT --precisions nf4 --samples 0 --device cpu",
 }
 
 
