@@ -287,9 +287,9 @@ def run(settings: Tuning) -> int:
         results = measure_all(settings, run, parent, inputs, reference.get("held out")) | state
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
-            print(tables.summary(settings, run, inputs.held_out, results))
             tables.training_figure(run, settings.objective)
             write_json(run / "results.json", results)
+            print(tables.summary(settings, run, inputs.held_out, results))
     return 0
 
 
