@@ -11,6 +11,9 @@ choice four or five. A batch row holds the prompt once, followed by its completi
     segment     0  0  0 |  1  1  1 |  2  2       0 = prompt, k = k-th completion, -1 = padding
     position    0  1  2 |  3  4  5 |  3  4       every completion continues from the end of the prompt
 
+Where a dialogue has several answers to learn, the completion is everything from the first answer to the last. The loss is on
+the answers alone (`Example.learned`); the turns between them are only read.
+
 A completion attends to the prompt and to itself, never to its sibling (`model.sibling_mask`). So log-probabilities and
 gradients are those of two separate rows, but the prompt goes through the network only once. Rows are padded on the right to
 the longest one.
@@ -20,10 +23,12 @@ Letters: B rows of a batch, T tokens of its longest row, N completions in the ba
 
 import hashlib
 import json
+import math
 import random
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import compress, groupby
 from pathlib import Path
 
 import torch
@@ -104,6 +109,10 @@ class ChatML:
         """Ids of an assistant's answer and of the `<|im_end|>` that ends it. All of them are supervised."""
         return [*self.encode_text(text), self.end]
 
+    def next_turn(self, role: str) -> list[int]:
+        """Ids of what stands between a turn's `<|im_end|>` and the text of the next turn."""
+        return [*self.encode_text("\n"), *self._header(role)]
+
     def _header(self, role: str) -> list[int]:
         return [self.start, *self.encode_text(role + "\n")]
 
@@ -150,17 +159,22 @@ class Truth:
         return {name: bool(re.fullmatch(pattern, answer.strip())) for name, pattern in self.grades.items()}
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One checked row of a data file, still text."""
 
     messages: list[dict]  # the prompt: {"role": "system" | "user" | "assistant", "content": text}, the last a user's
     completions: list[str]  # [completion] for SFT, [chosen, rejected] for pairs
-    where: str  # "file:line", for messages
+    where: str  # "file:record", for messages
     raw: dict = field(repr=False)  # the whole row as it was read, to write it again; a question's topic is in it
     choices: list[str] = field(default_factory=list)  # the options of a multiple-choice question
     answer: int | None = None  # index of the right option
     truth: Truth | None = None
+    later: list[dict] = field(default_factory=list)  # turns after the completion: {"role", "content", "learned": bool}
+    form: str = field(default="", compare=False)  # how it was read (prepare/forms.py), to be shown
+
+
+BIN = 32  # tokens; sizes of rows are counted as the next multiple
 
 
 @dataclass
@@ -171,24 +185,21 @@ class Ledger:
     kept: int = 0
     trimmed: int = 0
     tokens: int = 0  # of the kept rows, a prompt counted once
+    unlearned: int = 0  # answers that became part of a prompt, since their dialogue is too long to learn all of them
     dropped: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
+    forms: dict[str, int] = field(default_factory=dict)  # rows by how they were read
+    rendered: int = 0  # rows whose texts were in ChatML already
+    prompts: dict[int, int] = field(default_factory=dict)  # rows by their whole prompt's tokens, in steps of BIN
+    sizes: dict[int, int] = field(default_factory=dict)  # the same with the longest completion
 
     def drop(self, cause: str) -> None:
         self.dropped[cause] = self.dropped.get(cause, 0) + 1
 
-
-def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
-    """Where the rows of each file went, in words."""
-    lines = []
-    for name, ledger in ledgers.items():
-        dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
-        kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
-        lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
-        lines += [f"  left out: {printable(reason)}" for reason in ledger.bad_rows[:5]]
-        if len(ledger.bad_rows) > 5:
-            lines.append(f"  ... and {len(ledger.bad_rows) - 5:,} more, all in ledger.json")
-    return "\n".join(lines)
+    def note_size(self, prompt: int, completion: int) -> None:
+        for sizes, tokens in ((self.prompts, prompt), (self.sizes, prompt + completion)):
+            step = math.ceil(tokens / BIN) * BIN
+            sizes[step] = sizes.get(step, 0) + 1
 
 
 def question_key(row: Row) -> str:
@@ -227,7 +238,7 @@ def read_truth(path: str | Path) -> dict[str, Truth]:
     A line: {"prompt": as in the row, "flipped": bool, "answer": text, "grades": {name: regex}}; all but the prompt may be
     missing. InputError names the line that is wrong.
     """
-    path = Path(path).with_suffix(".truth.jsonl")
+    path = Path(str(path).removesuffix(".gz")).with_suffix(".truth.jsonl")
     truths: dict[str, Truth] = {}
     for number, line in numbered_lines(path) if path.exists() else ():
         try:
@@ -248,14 +259,18 @@ def read_truth(path: str | Path) -> dict[str, Truth]:
 
 def write_truth(path: str | Path, rows: Sequence[Row]) -> None:
     """Writes the truth file for the rows in `path`; none if nothing is known about any of them."""
-    known = [{"prompt": row.raw.get("prompt", row.messages), **asdict(row.truth)} for row in rows if row.truth]
+    known = []
+    for row in (row for row in rows if row.truth):
+        prompt = row.messages if len(row.messages) > 1 else row.messages[0]["content"]
+        known.append({"prompt": prompt, **asdict(row.truth)})
     if known:
         write_jsonl(Path(path).with_suffix(".truth.jsonl"), known)
 
 
 @dataclass
 class Example:
-    """A prompt with its completions as token ids. Each completion ends with `<|im_end|>`."""
+    """A prompt with its completions as token ids. Each completion ends with `<|im_end|>`. With several answers to learn, the
+    one completion is the dialogue from the first of them to the last."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -266,6 +281,7 @@ class Example:
     choices: list[str] = field(default_factory=list)  # these three as in the row
     answer: int | None = None
     truth: Truth | None = None
+    learned: list[bool] | None = None  # which tokens of the only completion carry the loss; None: all tokens of all
 
     def __len__(self) -> int:
         """Tokens of the example in a batch row: the prompt once, then every completion."""
@@ -276,32 +292,62 @@ def encode(rows: list[Row], chat: ChatML, max_length: int, max_prompt_length: in
     """Tokenizes rows. The ledger counts each one as kept (perhaps with a trimmed prompt) or dropped.
 
     A prompt of more than `max_prompt_length` tokens loses its oldest text (`ChatML.prompt`). All completions of a row share
-    that prompt and one budget: prompt + completion <= `max_length` tokens. If one of them does not fit, the row is dropped.
+    that prompt and one budget: prompt + completion <= `max_length` tokens. If one of them does not fit, the row is dropped;
+    but a dialogue with several answers to learn first gives up its earliest ones, which become part of the prompt.
     A completion is never cut: a cut answer has no `<|im_end|>`, and a model tuned on those forgets to stop.
     """
     examples = []
     for row in rows:
         try:
-            prompt = whole = chat.prompt(row.messages)
-            completions = [chat.reply(text) for text in row.completions]
+            whole = tokenized(row, chat)
         except InputError:
             ledger.drop("text that the tokenizer takes for a control token")
             continue
-        try:
-            if len(whole) > max_prompt_length:
-                prompt = chat.prompt(row.messages, max_prompt_length)
-        except InputError:
-            ledger.drop("prompt does not fit")
-            continue
-        if len(prompt) + max(map(len, completions)) > max_length:
-            ledger.drop("completion does not fit")
+        ledger.note_size(len(whole.prompt), max(map(len, whole.completions)))
+        for part in with_fewer_answers(row):
+            example, trimmed = whole if part is row else tokenized(part, chat), False
+            if len(example.prompt) > max_prompt_length:
+                try:
+                    example, trimmed = replace(example, prompt=chat.prompt(part.messages, max_prompt_length)), True
+                except InputError:
+                    cause = "prompt does not fit"
+                    continue
+            if len(example.prompt) + max(map(len, example.completions)) <= max_length:
+                break
+            cause = "completion does not fit"
+        else:
+            ledger.drop(cause)
             continue
         ledger.kept += 1
-        ledger.trimmed += prompt is not whole
-        known = dict(texts=row.completions, choices=row.choices, answer=row.answer, truth=row.truth)
-        examples.append(Example(prompt, completions, row.where, row.raw, row.messages[-1]["content"], **known))
-        ledger.tokens += len(examples[-1])
+        ledger.trimmed += trimmed
+        ledger.unlearned += sum(turn["learned"] for turn in row.later) - sum(turn["learned"] for turn in part.later)
+        examples.append(example)
+        ledger.tokens += len(example)
     return examples
+
+
+def with_fewer_answers(row: Row) -> Iterator[Row]:
+    """The row, and then what it is when the first, the first two, ... of its answers belong to the prompt."""
+    yield row
+    turns = [{"role": "assistant", "content": row.completions[0]}, *row.later]
+    for i, turn in enumerate(row.later, start=1):
+        if turn["learned"]:
+            earlier = [{"role": t["role"], "content": t["content"]} for t in turns[:i]]
+            yield replace(row, messages=[*row.messages, *earlier], completions=[turn["content"]], later=row.later[i:])
+
+
+def tokenized(row: Row, chat: ChatML) -> Example:
+    """A row of any length as token ids; InputError if the tokenizer takes some of its text for a control token."""
+    completions, learned = [chat.reply(text) for text in row.completions], None
+    if row.later:
+        (ids,) = completions
+        learned = [True] * len(ids)
+        for turn in row.later:
+            between, text = chat.next_turn(turn["role"]), chat.reply(turn["content"])
+            ids += between + text
+            learned += [False] * len(between) + [turn["learned"]] * len(text)
+    known = dict(texts=row.completions, choices=row.choices, answer=row.answer, truth=row.truth, learned=learned)
+    return Example(chat.prompt(row.messages), completions, row.where, row.raw, row.messages[-1]["content"], **known)
 
 
 def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, list[bool]]:
@@ -332,14 +378,18 @@ def coloured(example: Example, chat: ChatML, colour: bool) -> str:
         lines[-1] += paint(turn, ROLE_COLOURS.get(role, "90"))
     names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
     for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
-        lines += [f"{name} ({len(ids)} tokens, supervised)", paint(ids, code)]
+        flags = example.learned or [True] * len(ids)
+        for learned, pairs in groupby(zip(flags, ids), key=lambda pair: pair[0]):  # several runs in a dialogue, else one
+            run = [token for _, token in pairs]
+            lines.append(f"{name} ({len(run)} tokens, supervised)" if learned else f"context ({len(run)} tokens, no loss)")
+            lines.append(paint(run, code if learned else "90"))
     return "\n".join(lines)
 
 
 def supervise_everything(example: Example) -> Example:
     """The same text with the loss on all of it: everything after the first token becomes the completion."""
     (completion,) = example.completions
-    return replace(example, prompt=example.prompt[:1], completions=[example.prompt[1:] + completion])
+    return replace(example, prompt=example.prompt[:1], completions=[example.prompt[1:] + completion], learned=None)
 
 
 def by_length(items: Sequence[Sized]) -> list[int]:
@@ -348,8 +398,8 @@ def by_length(items: Sequence[Sized]) -> list[int]:
 
 
 def lengths_of(examples: Sequence[Example]) -> Tensor:
-    """Tokens of every completion, [E, completions per example]."""
-    return torch.tensor([[len(completion) for completion in e.completions] for e in examples])
+    """Learned tokens of every completion, [E, completions per example]."""
+    return torch.tensor([[len(ids) if e.learned is None else sum(e.learned) for ids in e.completions] for e in examples])
 
 
 def epoch_order(examples: list[Example], batch_size: int, seed: int, epoch: int, pool: int = 32) -> list[list[int]]:
@@ -404,10 +454,12 @@ def collate(examples: list[Example]) -> Batch:
         for k, completion in enumerate(example.completions, start=1):
             first, size = len(tokens), len(completion)
             # The prompt's last token predicts a completion's first; then each token predicts the next.
-            source += [last, *range(first, first + size - 1)]
-            target += completion
-            owner += [len(lengths)] * size
-            lengths.append(size)
+            predicting = [last, *range(first, first + size - 1)]
+            learned = example.learned or [True] * size
+            source += compress(predicting, learned)
+            target += compress(completion, learned)
+            lengths.append(sum(learned))
+            owner += [len(lengths) - 1] * lengths[-1]
             tokens += completion
             segment += [k] * size
             position += range(start, start + size)

@@ -32,7 +32,7 @@ from metrics.intervals import mean, share
 from metrics.preferences import flips, measure_baselines, measure_rewards
 from metrics.tables import Results
 from model import Phi, all_logprobs
-from prepare.rows import Measured, encode_for, rows_to_measure
+from prepare.rows import Measured, describe_reading, encode_for, rows_to_measure
 from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
 from runtime.files import InputError, first_line, printable
@@ -127,7 +127,7 @@ def gather(settings: Eval, failures: list[str]) -> tuple[Measured, list[Contesta
 
 def row_notes(settings: Eval, measured: Measured, kept: list[Row], found: list[Contestant]) -> list[str]:
     """What a reader of the numbers must know about the rows."""
-    notes = []
+    notes = [line.strip() for line in describe_reading(measured.ledger)]
     if bad := measured.ledger.bad_rows:
         notes.append(f"{len(bad):,} bad rows were skipped, the first {bad[0]}")
     if len(kept) < len(measured.rows):

@@ -45,14 +45,14 @@ from torch.optim import Optimizer
 import demo
 import dpo
 import sft
-from data import ChatML, Example, by_length, collate, coloured, describe_ledgers, epoch_order, grades, lengths_of
+from data import ChatML, Example, by_length, collate, coloured, epoch_order, grades, lengths_of
 from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics import tables
 from metrics.preferences import flips, training_summary
 from metrics.text import answer_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
-from prepare.rows import Inputs, load_inputs
+from prepare.rows import Inputs, describe_ledgers, load_inputs
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
 from runtime.files import InputError, first_line, printable, whole_file, write_json
@@ -493,7 +493,7 @@ def main(argv: list[str]) -> int:
 def run_before(settings: Any) -> int:
     """Runs the demo's SFT stage, unless another process has run it while this one waited."""
     for file in (settings.train, settings.eval):
-        if file and not Path(file).exists():  # rather now than after minutes of SFT
+        if file and not file.startswith("hub:") and not Path(file).exists():  # rather now than after minutes of SFT
             raise InputError(f"{file}: no such file")
     lock = runs.locked(Path(settings.out) / f"demo-seed{settings.seed}", wait=True)
     with lock if parallel.is_main() else contextlib.nullcontext():

@@ -1,155 +1,135 @@
-"""The rows of people's data files: JSON lines, a JSON array, CSV or parquet, checked and turned into `data.Row`.
+"""Data files: where they are, their rows, and what a stage learns from and is measured on.
 
-    pairs   {"prompt", "chosen", "rejected"}
-    sft     {"prompt", "completion"}, or {"messages"} whose last message is the assistant's
-    mcq     {"question", "choices", "answer": letter, "explanation"}, or a question with its options in the text
+    pairs.jsonl                       JSON lines, a JSON array (.json), CSV or parquet; each may be gzipped (.gz)
+    folder                            all such files in it: the shards of one set
+    hub:ORG/NAME, hub:ORG/NAME:SPLIT  a data set of the Hugging Face hub, downloaded once
+    hub:ORG/NAME@REVISION             the same at a branch, tag or commit
 
-A prompt is text or a list of {"role", "content"}; a completion is text or a list of one assistant message. A field that is
-null is absent. Other fields mean nothing to the program. What is known about the questions may be in a truth file beside the
-rows (`data.read_truth`).
+The fields of a row decide how it is read (forms.py). What is known about the questions may be in a truth file beside the
+rows (`data.read_truth`). Every message names the file and the record.
 """
 
 import codecs
 import contextlib
 import csv
 import functools
+import gzip
+import io
 import json
+import math
 import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import data
-from data import LETTERS, ChatML, Example, Ledger, Row, question_key
+from data import ChatML, Example, Ledger, Row, question_key
 from model import read_config
-from runtime import runs
-from runtime.files import InputError, first_line, json_object, numbered_lines, printable
+from prepare.forms import RENDERED, kind_of_fields, read_row
+from runtime import parallel, runs
+from runtime.files import InputError, first_line, json_object, numbered_lines, printable, write_json
 from runtime.settings import Tuning
+from runtime.weights import hub_names, hub_snapshot
 
 SHOWN = 20  # reasons that an error message lists
-NOT_TEXT = ("tool_calls", "function_call", "reasoning_content", "thinking")  # parts of a message that no row can teach
+shown = functools.cache(printable)  # of a file's name, which stands in front of every record's number
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # of data files; of a folder, those with the first that is there
+HUB = re.compile(r"hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
 
 
-def _text(value: object, name: str) -> str:
-    """Returns `value` if it is a non-empty string."""
-    if value is None:
-        raise ValueError(f'"{name}" is missing')
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" is {type(value).__name__}, not text')
-    if not value.strip():
-        raise ValueError(f'"{name}" is empty')
-    if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
-    return value
+# ------------------------------------------------------------------------------------------------------- files and records
 
 
-def _messages(row: dict, name: str, last: str) -> list[dict]:
-    """A conversation that ends with the role `last`: text (one user message) or a list of messages, of which only the first
-    may be the system's."""
-    value = row.get(name)
-    if isinstance(value, str) or value is None:
-        return [{"role": "user", "content": _text(value, name)}]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'"{name}" is neither text nor a list of messages')
-    for i, message in enumerate(value):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant") or (role == "system" and i > 0):
-            raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
-        if role != "system" or message.get("content") != "":  # an empty system turn is none
-            _text(message.get("content"), f"{name}[{i}].content")
-        if unlearned := [part for part in NOT_TEXT if message.get(part)]:
-            raise ValueError(f'"{name}"[{i}] has {unlearned[0]}, which cannot be learned as text')
-    if role != last:
-        raise ValueError(f'"{name}" ends with the {role}, not with the {last}')
-    if message.get("weight") == 0 or message.get("train") is False:
-        raise ValueError(f'"{name}" ends with a message that is not to be learned')
-    return [{"role": m["role"], "content": m["content"]} for m in value if m["content"]]
+def files_of(source: str | Path) -> dict[str, Path]:
+    """The files that a source names, by what messages call them. InputError if a folder or a data set holds none."""
+    if str(source).startswith("hub:"):
+        return hub_files(str(source))
+    if not Path(source).is_dir():
+        return {str(source): Path(source)}
+    names = file_names(Path(source))
+    found = choose_files(names, "train") or choose_files(names)
+    if not found:
+        raise InputError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}, or in one of these and .gz")
+    return {f"{source}/{name}": Path(source, name) for name in found}
 
 
-def _reply(row: dict, name: str) -> str:
-    """A reply: text, or a list of one assistant message (TRL's conversational form)."""
-    messages = _messages(row, name, "assistant")
-    if len(messages) > 1:
-        raise ValueError(f'"{name}" is a list but not of one message')
-    return messages[0]["content"]
+def file_names(folder: Path) -> list[str]:
+    """The files in a folder and in those below it, but no hidden ones."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return [str(path) for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
-def parse_pair(row: dict, where: str = "") -> Row:
-    """A preference pair: {"prompt", "chosen", "rejected"}."""
-    chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
-    if chosen == rejected:
-        raise ValueError('"chosen" and "rejected" are the same text: there is nothing to prefer')
-    return Row(_messages(row, "prompt", "user"), [chosen, rejected], where, row)
+def choose_files(names: list[str], split: str = "") -> list[str]:
+    """Of the names of a data set's files those that a split, if one is given, begins the name or is the folder of; of these,
+    the ones in the first format of SUFFIXES, sorted."""
+    pool = [name for name in names if re.search(rf"(^|/){re.escape(split)}([-./]|$)", name)] if split else names
+    for suffix in SUFFIXES:
+        if found := [name for name in pool if name.removesuffix(".gz").endswith(suffix)]:
+            return sorted(found)
+    return []
 
 
-def parse_sft(row: dict, where: str = "") -> Row:
-    """{"prompt", "completion"}, or {"messages"}; the last message is the completion."""
-    if row.get("messages") is None:
-        return Row(_messages(row, "prompt", "user"), [_reply(row, "completion")], where, row)
-    *prompt, last = _messages(row, "messages", "assistant")
-    if not prompt or prompt[-1]["role"] != "user":
-        raise ValueError('"messages" has no user message before the last reply')
-    return Row(prompt, [last["content"]], where, row)
-
-
-def written_options(question: str) -> list[str]:
-    """The options in a question's own text, "A. ..." or "A) ..." each on a new line, after "Options:" if that is there.
-    Their letters must run A, B, C, ..."""
-    _, _, tail = question.rpartition("Options:")
-    found = re.findall(r"(?ms)^([A-J])\s*[.)][ \t]*(.*?)(?=^[A-J]\s*[.)]|^Answer:|\Z)", tail)
-    if "".join(letter for letter, _ in found) != LETTERS[: len(found)]:
-        raise ValueError('the options in "question" are not lettered A, B, C, ...')
-    return [text.strip() for _, text in found]
-
-
-def parse_mcq(row: dict, where: str = "", letter_only: bool = False) -> Row:
-    """{"question", "choices", "answer": letter, "explanation"}, or the course's form, whose question has the options in its
-    text and ends with "Answer:". The reply is the explanation, if there is one, and then "Answer: C"."""
-    question, choices = _text(row.get("question"), "question"), row.get("choices")
-    if choices is None:
-        choices = written_options(question)
-    elif not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f'"choices" is not a list of 2 to {len(LETTERS)} texts')
-    else:
-        options = [f"{letter}. {_text(choice, 'choices')}" for letter, choice in zip(LETTERS, choices)]
-        question = "\n".join([f"Question: {question}", "", "Options:", *options, "", "Answer:"])
-    letter = row.get("answer")
-    if type(letter) is int and 0 <= letter < len(choices):
-        letter = LETTERS[letter]
-    if letter not in tuple(LETTERS[: len(choices)]):
-        raise ValueError(f'"answer" is {str(letter)[:60]!r}, not the letter of an option, nor its number from 0 on')
-    explanation = row.get("explanation") or ""
-    explanation = _text(explanation, "explanation").strip() if explanation != "" else ""
-    reply = letter if letter_only else f"{explanation}\n\nAnswer: {letter}".strip()
-    return Row([{"role": "user", "content": question}], [reply], where, row, choices, LETTERS.index(letter))
-
-
-LETTER = functools.partial(parse_mcq, letter_only=True)
-PARSERS = {"pairs": parse_pair, "sft": parse_sft, "mcq": parse_mcq, "mcq letter": LETTER}
+@functools.cache  # asked once, so that all who read a data set in this process read the same commit
+def hub_files(source: str) -> dict[str, Path]:
+    """As `files_of` for a data set of the hub: the files of the split that is named, or else of "train", or else its only
+    one."""
+    named = HUB.fullmatch(source)
+    if not named:
+        raise InputError(f"{source}: write hub:ORG/NAME, hub:ORG/NAME:SPLIT or hub:ORG/NAME@REVISION:SPLIT")
+    repo, revision, split = named["repo"], named["revision"], named["split"]
+    names, name = hub_names(repo, revision), split or "train"
+    wanted = [f"{start}{name}{end}" for start in ("", "*/") for end in ("-*", ".*", "/*")]
+    if names is not None:
+        wanted = choose_files(names, name)
+        splits = sorted({re.sub(r"(-\d+-of-\d+.*)?(\.\w+)+$", "", Path(file).name) for file in choose_files(names)})
+        if not wanted and not split and len(splits) == 1:
+            wanted = choose_files(names)
+        if not wanted:
+            there = f"there are {', '.join(splits[:10])}" if splits else f"none of its files ends in {', '.join(SUFFIXES)}"
+            raise InputError(f"{source}: no split {name}; {there}. Name one: hub:{repo}:SPLIT")
+    folder = hub_snapshot(repo, revision, wanted, "dataset")  # without a connection: what is in the cache
+    names = file_names(folder)
+    found = choose_files(names, name) or ([] if split else choose_files(names))
+    if not found:
+        raise InputError(f"{source}: the hub cannot be reached, and the copy on this machine lacks this split")
+    return {f"hub:{repo}/{name}": folder / name for name in found}
 
 
 def records(path: Path) -> Iterator[tuple[int, object]]:
     """The records of a file with their numbers: the rows of parquet, the elements of a JSON array, or the lines. A line of
     JSON is still bytes (see `parsed`), so that a broken one is an error of its own."""
+    zipped, suffix = path.suffix == ".gz", Path(path.name.removesuffix(".gz")).suffix
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if zipped else open(path, "rb") as file:
             start = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import read_table
-
-            yield from enumerate(read_table(path).to_pylist(), start=1)
-        elif path.suffix == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                lines = csv.DictReader(file)
-                yield from ((lines.line_num, line) for line in lines)
-        elif start == b"[" and path.suffix != ".jsonl":
-            yield from enumerate(json.loads(path.read_bytes().decode("utf-8-sig")), start=1)
-        else:
-            yield from numbered_lines(path)
+            file.seek(0)
+            if suffix == ".parquet":
+                yield from parquet_records(io.BytesIO(file.read()) if zipped else path)
+            elif suffix == ".csv":
+                lines = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+                for line in lines:  # an empty cell is an absent field
+                    yield lines.line_num, {name: None if value == "" else value for name, value in line.items()}
+            elif start == b"[" and suffix != ".jsonl":
+                yield from enumerate(json.loads(file.read().decode("utf-8-sig")), start=1)
+            else:
+                yield from numbered_lines(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, NotImplementedError, RecursionError, csv.Error) as error:  # pyarrow's errors are kinds of these
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)})") from None
+    except (ValueError, NotImplementedError, RecursionError, EOFError, csv.Error, zlib.error) as error:  # some are pyarrow's
+        raise InputError(f"{path}: cannot be read as {suffix[1:]} ({first_line(error)})") from None
+
+
+def parquet_records(source: Path | BinaryIO) -> Iterator[tuple[int, dict]]:
+    """Rows with their numbers. A thousand at a time become objects."""
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    for batch in ParquetFile(source, memory_map=True, pre_buffer=False).iter_batches(1000):  # no copy of the file is kept
+        for record in batch.to_pylist():
+            number += 1
+            yield number, record
 
 
 def parsed(record: object) -> dict:
@@ -163,37 +143,45 @@ def parsed(record: object) -> dict:
     return record
 
 
-def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
-    """The error for rows that cannot be used, each "file:line: reason": a line for each reason, with the first places."""
+def reasons(bad: list[str]) -> list[str]:
+    """A line for each reason why rows cannot be used, with the first places. `bad`: "file:record: reason" each."""
     places: dict[tuple[str, str], list[str]] = {}
     for line in bad:
         file, number, reason = re.fullmatch(r"(?s)(.*?):(\d+): (.*)", line).groups()
         places.setdefault((file, reason), []).append(number)
-    lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:"]
+    lines = []
     for (file, reason), found in list(places.items())[:SHOWN]:
         more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
         lines.append(f"{file}:{', '.join(found[:5])}{more}: {reason}")
-    lines += [f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else []
+    return lines + ([f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else [])
+
+
+def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
+    """The error for rows that cannot be used."""
+    lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:", *reasons(bad)]
     return InputError("\n  ".join(lines) + "\nCorrect them, or leave them out with --on-bad-row skip.")
 
 
 def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
-    """Reads a file of a `kind` of PARSERS: "pairs", "sft", "mcq" or "mcq letter". Blank lines are not counted.
+    """Reads the rows of a file, a folder or a data set of the hub, of a `kind` of `forms.read_row`. Blank lines are no rows.
 
-    Rows that cannot be used are reported as `file:line: reason`: with on_bad_row "stop" in one InputError after the whole
-    file was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
+    Rows that cannot be used are reported as `file:record: reason`: with on_bad_row "stop" in one InputError after everything
+    was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
     """
     rows, bad = [], ledger.bad_rows
-    for number, record in records(Path(path)):
-        ledger.rows += 1
-        where = f"{printable(str(path))}:{number}"
-        try:
-            row = PARSERS[kind](parsed(record), where)
-        except ValueError as error:
-            ledger.drop("bad row")
-            bad.append(f"{where}: {error}")
-            continue
-        rows.append(row)
+    for name, file in files_of(path).items():
+        for number, record in records(file):
+            ledger.rows += 1
+            where = f"{shown(name)}:{number}"
+            try:
+                row = read_row(kind, parsed(record), where)
+            except (ValueError, RecursionError) as error:
+                ledger.drop("bad row")
+                bad.append(f"{where}: {error}")
+                continue
+            rows.append(row)
+            ledger.forms[row.form] = ledger.forms.get(row.form, 0) + 1
+            ledger.rendered += row.form.endswith(RENDERED)
     if not ledger.rows:
         raise InputError(f"{path}: the file holds no rows")
     if bad and on_bad_row == "stop":
@@ -204,15 +192,17 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     return rows
 
 
-def kind_of(path: str | Path) -> str:
-    """Which of PARSERS a file is for, "pairs", "mcq" or "sft", by the fields of its first readable row."""
-    for _, record in records(Path(path)):
-        with contextlib.suppress(ValueError):  # reported by `read_rows`
-            found = {name for name, value in parsed(record).items() if value is not None}
-            if "chosen" in found and "completion" not in found:
-                return "pairs"
-            return "mcq" if "question" in found and not {"prompt", "messages"} & found else "sft"
+def kind_of(path: str | Path, letter_only: bool = False) -> str:
+    """What the rows of a file are, "pairs", "mcq" or "sft", by the fields of its first readable row."""
+    for file in files_of(path).values():
+        for _, record in records(file):
+            with contextlib.suppress(ValueError):  # reported by `read_rows`
+                found = frozenset(name for name, value in parsed(record).items() if value is not None)
+                return kind_of_fields(found, letter_only)
     return "sft"
+
+
+# ------------------------------------------------------------------------------------------------- what a stage reads
 
 
 @dataclass
@@ -223,41 +213,107 @@ class Inputs:
     train: list[Example]
     held_out: list[Example]
     rows: list[Row]  # of both sides
-    ledgers: dict[str, Ledger]  # by file
+    ledgers: dict[str, Ledger]  # by source
+    files: dict[str, list[Path]] = field(default_factory=dict)  # of "train" and, if it was given, "eval"
 
 
 def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
     """Reads and checks the rows, splits them by question, and turns them into tokens. InputError if rows are bad, a question
     is on both sides, or no example is left on one."""
-    files = [settings.train, settings.eval] if settings.eval else [settings.train]
-    ledgers = {file: Ledger() for file in files}
-    parts = [read_rows(file, row_kind(settings), settings.on_bad_row, ledgers[file]) for file in files]
+    sources = {"train": settings.train} | ({"eval": settings.eval} if settings.eval else {})
+    ledgers = {source: Ledger() for source in sources.values()}
+    kind = row_kind(settings)
+    parts = [read_rows(source, kind, settings.on_bad_row, ledgers[source]) for source in sources.values()]
     if settings.eval:
         data.check_no_leak(*parts)
     else:
         parts = data.split_by_question(parts[0], settings.eval_share, settings.seed)
-        if sum(parts, []) and not all(parts):
-            questions = len({question_key(row) for row in sum(parts, [])})
+        if sum(map(len, parts)) and not all(parts):
+            questions = len({question_key(row) for part in parts for row in part})
             asked = "one question" if questions == 1 else f"{questions:,} questions, which one side got"
             hint = "give other rows to evaluate on with --eval FILE, or more questions"
-            raise InputError(f"{files[0]}: all rows ask {asked}, so they cannot be split; {hint}")
+            raise InputError(f"{settings.train}: all rows ask {asked}, so they cannot be split; {hint}")
     sides = []
-    for side, rows, file in zip(("train", "eval"), parts, (files[0], files[-1])):
-        examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[file])
+    for side, rows in zip(("train", "eval"), parts):
+        source = sources.get(side, settings.train)
+        examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[source])
         if not examples:
-            limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
-            causes = [f"{count:,} {cause}" for cause, count in ledgers[file].dropped.items()] + ledgers[file].bad_rows[:1]
-            left_out = f"left out of {ledgers[file].rows:,} with {limits}: {', '.join(causes)}"
-            raise InputError(f"{file}: no row is left for the {side} side; {left_out}. Give other rows or limits.")
+            raise nothing_left(settings, side, source, ledgers)
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
-    return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers)
+    files = {side: list(files_of(source).values()) for side, source in sources.items()}
+    return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers, files)
+
+
+def nothing_left(settings: Tuning, side: str, source: str, ledgers: dict[str, Ledger]) -> InputError:
+    """The error for a side without examples. It writes the ledger, too, since there will be no run that does."""
+    ledger, run = ledgers[source], Path(settings.out) / settings.name
+    told = ""
+    if parallel.is_main() and not settings.dry_run and not (run / "run.json").exists():
+        write_json(run / "ledger.json", {name: asdict(one) for name, one in ledgers.items()})
+        told = f" Every row is in {run}/ledger.json."
+    limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
+    causes = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items())
+    left_out = f"left out of {ledger.rows:,} with {limits}: {causes or 'none'}"
+    lines = [f"{source}: no row is left for the {side} side; {left_out}", *reasons(ledger.bad_rows)]
+    lines += [line.strip() for line in describe_sizes(ledger)]
+    return InputError("\n  ".join(lines) + f"\nGive other rows or limits.{told}")
+
+
+def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
+    """Where the rows of each file went, in words."""
+    lines = []
+    for name, ledger in ledgers.items():
+        dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
+        kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
+        lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
+        lines += describe_reading(ledger)
+        lines += describe_sizes(ledger)
+        lines += [f"  left out: {printable(reason)}" for reason in reasons(ledger.bad_rows)]
+    return "\n".join(lines)
+
+
+def describe_reading(ledger: Ledger) -> list[str]:
+    """How rows were read, a line for each form."""
+    lines = [f"  read as: {form}, {count:,} rows" for form, count in ledger.forms.items()]
+    if ledger.rendered:
+        told = "Turns were read from them and end marks removed: the program adds those. --dry-run shows two rows."
+        lines.append(f"  Warning: {ledger.rendered:,} rows hold ChatML's marks as text. {told}")
+    return lines
+
+
+def describe_sizes(ledger: Ledger) -> list[str]:
+    """How many tokens rows have and, where some were cut or dropped, the limits that would keep them whole."""
+    if not ledger.sizes:
+        return []
+    size, largest = covering(ledger.sizes, 0.99), covering(ledger.sizes, 1)
+    lines = [f"  tokens with the longest answer: 99% of the rows up to {size:,}, all up to {largest:,}"]
+    if ledger.unlearned:
+        lines.append(f"  {ledger.unlearned:,} answers in dialogues too long to learn whole became part of a prompt")
+    if ledger.trimmed or ledger.unlearned or any("does not fit" in cause for cause in ledger.dropped):
+        for share, length in ((0.99, size), (1, largest)):
+            prompt = covering(ledger.prompts, share)  # it may not be as long as both
+            limits = f"--max-length {max(length, prompt + data.BIN)} --max-prompt-length {prompt}"
+            lines.append(f"  {limits} would keep {share:.0%} of the rows whole")
+    return lines
+
+
+def covering(sizes: dict[int, int], share: float) -> int:
+    """The least size that at least this share of the rows do not exceed."""
+    left = math.ceil(share * sum(sizes.values()))
+    for size in sorted(sizes):
+        left -= sizes[size]
+        if left <= 0:
+            return size
+    raise ValueError("there are no rows")
 
 
 def row_kind(settings: Tuning) -> str:
-    """Which rows a training stage reads, one of PARSERS."""
+    """Which rows a training stage reads, a kind of `forms.read_row`."""
     if settings.stage == "mcq":
         return "mcq letter" if settings.letter_only else "mcq"
-    return "pairs" if settings.objective == "dpo" else "sft"
+    if settings.objective == "dpo":
+        return "pairs"
+    return "sft last" if settings.last_turn_only else "sft"
 
 
 @dataclass
@@ -265,7 +321,7 @@ class Measured:
     """Rows to measure models on."""
 
     rows: list[Row]
-    kind: str  # one of PARSERS
+    kind: str  # a kind of `forms.read_row`
     where: str  # in words
     ledger: Ledger
 
@@ -280,11 +336,14 @@ def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = Fa
         kind = row_kind(runs.stored_settings(run))
         rows = read_rows(run / "held_out.jsonl", kind, "stop", ledger)
         return Measured(rows, kind, f"the rows that {run} held out", ledger)
-    kind = kind_of(file)
+    kind = kind_of(file, letter_only)
     if letter_only and kind != "mcq":
         raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
     kind = "mcq letter" if letter_only else kind
-    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, file, ledger)
+    rows = read_rows(file, kind, on_bad_row, ledger)
+    if not rows:
+        raise bad_rows(ledger.bad_rows, ledger.rows, file)
+    return Measured(rows, kind, file, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:

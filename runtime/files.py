@@ -5,6 +5,7 @@ good. So everything is written beside its final name and then renamed: on one fi
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -125,9 +126,9 @@ def sha256(*files: Path) -> str:
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers; InputError if it cannot be read."""
+    """The lines of a file, gzipped (.gz) or not, that are not blank, with their numbers; InputError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None

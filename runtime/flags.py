@@ -329,6 +329,7 @@ def _without_effect(s: Any, stage: str) -> list[tuple[bool, str, str]]:
     return [
         (tunes and s.eval is not None, "eval_share", "has no effect beside --eval; leave one of them out"),
         (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo; add that, or leave it out"),
+        (tunes and s.whole_text, "last_turn_only", "has no effect beside --whole-text; leave one of them out"),
         (tunes and s.lora is None, "lora_alpha lora_dropout lora_targets base", "needs adapters; add --lora 16"),
         (to in ("int8", "llm.int8"), "block", f"has no effect on --to {to}, which has one scale per row; leave it out"),
         (evaluates and s.precisions, NOT_ON_CARD, "has no effect beside --precisions; leave one of them out"),

@@ -86,7 +86,7 @@ def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) 
     """Readies the directory of a new run, or of one that goes on; returns the step to go on from."""
     _end_overwrite(run, _worth_keeping(run))  # of a process that was killed
     check_name(settings)
-    files = what_is_read(settings, parent) if parent else {}
+    files = what_is_read(inputs, parent) if parent else {}
     if getattr(settings, "resume", False):
         remove_leftovers(run)
         check_unchanged(run, files)
@@ -174,10 +174,9 @@ def remove_leftovers(run: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def what_is_read(settings: Any, parent: Path) -> dict[str, list[Path]]:
+def what_is_read(inputs: Any, parent: Path) -> dict[str, list[Path]]:
     """The files that decide what a training run does, by what they hold."""
-    rows = {name: [Path(getattr(settings, name))] for name in ("train", "eval") if getattr(settings, name)}
-    return rows | {"model": sorted({*parent.glob("*.safetensors"), *base_directory(parent).glob("*.safetensors")})}
+    return inputs.files | {"model": sorted({*parent.glob("*.safetensors"), *base_directory(parent).glob("*.safetensors")})}
 
 
 def check_unchanged(run: Path, files: dict[str, list[Path]]) -> None:

@@ -82,8 +82,8 @@ class BadRows:
 class Rows:
     """data"""
 
-    train: str | None = setting(None, "JSONL file to train on (the demo has its own)")
-    eval: str | None = setting(None, "JSONL file to evaluate on (default: a share of --train)")
+    train: str | None = setting(None, "rows to train on: a file, a folder or hub:ORG/NAME (the demo has its own)")
+    eval: str | None = setting(None, "rows to evaluate on, as for --train (default: a share of --train)")
     eval_share: float = setting(0.2, "share of the questions to evaluate on", limit=BETWEEN)
     max_length: int = setting(2048, "tokens of a prompt with one completion; longer examples are dropped", limit=POSITIVE)
     max_prompt_length: int = setting(1024, "tokens of a prompt; longer ones lose their oldest text", limit=POSITIVE)
@@ -194,6 +194,7 @@ class Tuning(RunningModel, Rows, BadRows, Optimizer, Memory, Checkpoints, Run):
 
     letter_only: ClassVar[bool] = False
     whole_text: ClassVar[bool] = False
+    last_turn_only: ClassVar[bool] = False
 
 
 @dataclass
@@ -203,6 +204,7 @@ class Sft(Adapters, Tuning):
     stage: ClassVar[str] = "sft"
     objective: ClassVar[str] = "sft"
     whole_text: bool = setting(False, "put the loss on the prompt too")
+    last_turn_only: bool = setting(False, "of a dialogue, learn the last reply alone, not all of them")
 
 
 @dataclass
@@ -245,7 +247,7 @@ class Merge(Model, Run):
     """Merge adapters and their base into one plain model"""
 
     stage: ClassVar[str] = "merge"
-    data: str | None = setting(None, "JSONL file to compare on (default: what the model's run held out)")
+    data: str | None = setting(None, "rows to compare on, as for --train (default: what the model's run held out)")
 
 
 @dataclass
@@ -254,7 +256,7 @@ class Eval(RunningModel, BadRows, Asking, Run):
 
     stage: ClassVar[str] = "eval"
     model: list[str] = setting([], "one or more directories or hub names")
-    data: str | None = setting(None, "JSONL file to measure on (default: what the model's run held out)")
+    data: str | None = setting(None, "rows to measure on, as for --train (default: what the model's run held out)")
     letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
     micro_batch_size: int = setting(16, "examples per forward pass", limit=POSITIVE)
     precisions: str | None = setting(None, "report card: formats to compare, such as fp32,int8,nf4-double")
@@ -274,7 +276,7 @@ class Sweep(Dpo):
     stage: ClassVar[str] = "sweep"
     grid: list[str] = setting([], "FLAG=VALUES to try, one flag at a time, such as beta=0.1,0.3")
     seeds: int = setting(1, "runs of each setting, with seeds SEED, SEED + 1, ...", limit=POSITIVE)
-    data: str | None = setting(None, "JSONL file of test pairs (default: questions set aside from --train)")
+    data: str | None = setting(None, "test pairs, as for --train (default: questions set aside from --train)")
 
 
 @dataclass

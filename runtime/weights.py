@@ -55,7 +55,9 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
     downloaded once and then found in the cache, also offline. `kind`: "model" or "dataset"."""
     from huggingface_hub import errors, snapshot_download
 
-    instead = f"no such directory in {Path.cwd()} either" if kind == "model" else "--sources also takes NAME=PATH"
+    instead = "give the path of a copy; --sources also takes NAME=PATH"
+    if kind == "model":
+        instead = f"no such directory in {Path.cwd()} either"
     reasons = {  # the first that fits: a gated repository is also one that is not found
         errors.HFValidationError: "no such directory, and not a hub name, which looks like microsoft/phi-2",
         errors.GatedRepoError: "the repository asks for its terms to be accepted on its page, and for HF_TOKEN",
@@ -69,6 +71,16 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
         failed = f"the download failed ({error}); run the same command again to continue it"
         reason = next((text for cls, text in reasons.items() if isinstance(error, cls)), failed)
         raise InputError(f"{repo}: {reason}") from None
+
+
+def hub_names(repo: str, revision: str | None) -> list[str] | None:
+    """The names of the files in a data set of the hub; None if the hub does not say (`hub_snapshot` then says why not)."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().list_repo_files(repo, revision=revision, repo_type="dataset")
+    except (errors.HTTPError, OSError, ValueError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------- what is stored

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from data import (
     Row,
     check_no_leak,
     collate,
+    coloured,
     encode,
     epoch_order,
     lengths_of,
@@ -22,8 +24,11 @@ from data import (
     question_key,
     split_by_question,
     supervise_everything,
+    with_fewer_answers,
 )
-from prepare.rows import kind_of, parse_mcq, read_rows, written_options
+from model import Phi, PhiConfig, completion_logprobs
+from prepare.forms import read_row, written_options
+from prepare.rows import kind_of, read_rows
 from runtime.files import InputError
 
 NEWLINES, ENDOFTEXT, END, START = 256, 257, 258, 259
@@ -194,7 +199,7 @@ def without(name):
 
 
 BAD_ROWS = [
-    ("pairs", without("prompt"), '"prompt" is missing'),
+    ("pairs", without("prompt"), '"chosen" is an answer without its question; give the question as "prompt"'),
     ("pairs", without("chosen"), '"chosen" is missing'),
     ("pairs", {**GOOD["pairs"], "rejected": None}, '"rejected" is missing'),
     ("pairs", {**GOOD["pairs"], "chosen": 4}, '"chosen" is neither text nor a list of messages'),
@@ -213,12 +218,16 @@ BAD_ROWS = [
     ("pairs", {**GOOD["pairs"], "prompt": []}, '"prompt" is neither text nor a list'),
     ("pairs", {**GOOD["pairs"], "prompt": [user("?"), assistant("!")]}, '"prompt" ends with the assistant'),
     ("sft", {"prompt": "2+2?"}, '"completion" is missing'),
-    ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion" is neither text nor a list of messages'),
+    ("sft", {"prompt": "2+2?", "completion": {"text": "4"}}, '"completion"[0] is no message of'),
     ("sft", {"messages": [user("2+2?")]}, '"messages" ends with the user, not with the assistant'),
-    ("sft", {"messages": [assistant("4")]}, '"messages"'),
-    ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message before the last'),
-    ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no user message before'),
-    ("pairs", {**GOOD["pairs"], "chosen": [assistant("4"), assistant("4!")]}, '"chosen" is a list but not of one'),
+    ("sft", {"messages": [assistant("4")]}, '"messages" has no reply to a user'),
+    ("sft", {"messages": [user("?"), assistant("4"), assistant("5")]}, '"messages" has no user message between two'),
+    ("sft", {"messages": [{"role": "system", "content": "S"}, assistant("4")]}, '"messages" has no reply to a user'),
+    (
+        "pairs",
+        {**GOOD["pairs"], "chosen": [assistant("4"), assistant("4!")]},
+        '"chosen" and "rejected" part before their last user turn',
+    ),
     ("sft", b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ("sft", b'{"prompt": "2+2?", ', "not JSON"),
     ("sft", b'["2+2?", "4"]', "a JSON list, not an object"),
@@ -290,14 +299,15 @@ def test_completions_in_trl_s_form_are_their_text(tmp_path):
     assert row.messages == [user("2+2?")] and row.completions == ["4", "5"]
 
 
-def test_sft_row_of_messages_learns_the_last_one(tmp_path):
+def test_a_row_of_messages_learns_every_reply_or_the_last_alone(tmp_path):
     messages = [user("2+2?"), assistant("4"), user("Sure?"), assistant("Yes.")]
-    rows, _, _ = read(
-        tmp_path, "sft", {"messages": messages, "id": 7}, {"prompt": [user("2+2?")], "completion": [assistant("4")]}
-    )
-    assert rows[0].messages == messages[:3]
-    assert rows[0].completions == ["Yes."] and rows[0].raw["id"] == 7
-    assert rows[1].messages == [user("2+2?")] and rows[1].completions == ["4"]
+    (row,), _, _ = read(tmp_path, "sft", {"messages": messages, "id": 7})
+    assert (row.messages, row.completions, row.raw["id"]) == (messages[:1], ["4"], 7)
+    assert row.later == [user("Sure?") | {"learned": False}, assistant("Yes.") | {"learned": True}]
+    (row,), _, _ = read(tmp_path, "sft last", {"messages": messages})
+    assert (row.messages, row.completions, row.later) == (messages[:3], ["Yes."], [])
+    (row,), _, _ = read(tmp_path, "sft", {"prompt": messages[:3], "completion": [assistant("Yes.")]})  # a prompt is asked
+    assert (row.messages, row.completions, row.later) == (messages[:3], ["Yes."], [])
 
 
 # ----------------------------------------------------------------------------------------------------------- trimming
@@ -382,6 +392,88 @@ def test_the_ledger_from_file_to_examples_adds_up(tmp_path):
     examples = encode(rows, ChatML(make_tokenizer()), 60, 60, ledger)
     assert len(examples) == ledger.kept == 1
     assert ledger.rows == 4 and ledger.dropped == {"bad row": 2, "completion does not fit": 1}
+
+
+# ------------------------------------------------------------------------------------------ dialogues with several answers
+
+
+def dialogue(*replies):
+    """A row that asks once for each reply, q1, q2, ...; a reply of None is one that is not to be learned, "no"."""
+    later = []
+    for i, reply in enumerate(replies[1:], start=2):
+        later += [user(f"q{i}") | {"learned": False}, assistant(reply or "no") | {"learned": reply is not None}]
+    return Row([user("q1")], [replies[0]], "f:1", {}, later=later)
+
+
+def test_a_dialogue_is_one_completion_with_the_loss_on_its_answers():
+    (example,) = encode([dialogue("4", None, "yes")], ChatML(make_tokenizer()), 200, 100, Ledger())
+    between = [[*b"\n", START, *b"user\n", *f"q{i}".encode(), END, *b"\n", *REPLY_HEADER] for i in (2, 3)]
+    parts = [([*b"4", END], True), (between[0] + [*b"no", END] + between[1], False), ([*b"yes", END], True)]
+    assert example.prompt == user_turn(b"q1") + REPLY_HEADER
+    assert example.completions == [[i for ids, _ in parts for i in ids]]
+    assert example.learned == [learned for ids, learned in parts for _ in ids]
+    assert (example.question, example.texts) == ("q1", ["4"])
+    assert lengths_of([example]).tolist() == [[2 + 4]]
+
+    # The targets are the answers' tokens, each predicted by the token before it.
+    batch = collate([example])
+    row = example.prompt + example.completions[0]
+    assert batch.tokens.tolist() == [row] and batch.lengths.tolist() == [6] and batch.owner.tolist() == [0] * 6
+    assert batch.target.tolist() == [*b"4", END, *b"yes", END]
+    assert [row[i + 1] for i in batch.source.tolist()] == batch.target.tolist() and not batch.needs_mask
+    whole = supervise_everything(example)
+    assert whole.learned is None and whole.prompt + whole.completions[0] == row
+    assert (
+        example.prompt + example.completions[0]
+        == ChatML(make_tokenizer()).prompt(
+            [user("q1"), assistant("4"), user("q2"), assistant("no"), user("q3"), assistant("yes")]
+        )[: -len(REPLY_HEADER) - 1]
+    )
+
+
+def test_the_loss_of_a_dialogue_is_the_sum_of_those_of_its_answers():
+    """log p(dialogue's answers) = sum over turns of log p(answer | all that stands before it)."""
+    rows = [dialogue("It is 4.", "Yes, it is.", None, "Because 2 and 2 are 4."), dialogue("So.", "And so."), dialogue("No.")]
+    chat, ledger = ChatML(make_tokenizer()), Ledger()
+    examples = encode(rows, chat, 500, 100, ledger)
+    single = [replace(part, later=[]) for row in rows for part in with_fewer_answers(row)]
+    turns = encode(single, chat, 500, 500, Ledger())
+    model = Phi(PhiConfig(vocab_size=260, hidden_size=40, num_hidden_layers=2, num_attention_heads=2)).init_weights(0)
+    with torch.no_grad():
+        logprobs, alone = (completion_logprobs(model, collate(part)) for part in (examples, turns))
+    assert len(turns) == 3 + 2 + 1 and ledger.unlearned == 0
+    expected = [alone[:3].sum(), alone[3:5].sum(), alone[5]]
+    torch.testing.assert_close(logprobs, torch.stack(expected), atol=1e-3, rtol=1e-5)
+
+
+def test_a_dialogue_that_is_too_long_gives_up_its_earliest_answers():
+    chat, row = ChatML(make_tokenizer()), dialogue("first", "second", "third")
+    whole = chat.prompt([user("q1"), assistant("first"), user("q2"), assistant("second"), user("q3")]) + chat.reply("third")
+    for limit, most, kept, trimmed, given_up in (
+        (len(whole), 200, ["first"], 0, 0),
+        (len(whole) - 1, 200, [], 0, 0),
+        (len(whole) - 1, 40, ["second"], 1, 1),
+        (60, 40, ["third"], 1, 2),
+        (45, 40, [], 0, 0),
+    ):
+        ledger = Ledger()
+        examples = encode([row], chat, limit, most, ledger)
+        assert [text for e in examples for text in e.texts] == kept, limit
+        assert (ledger.trimmed, ledger.unlearned, ledger.kept) == (trimmed, given_up, len(kept)), limit
+
+
+def test_a_dry_run_shows_what_is_learned_of_a_dialogue():
+    chat = ChatML(make_tokenizer())
+    (example,) = encode([dialogue("4", "yes")], chat, 200, 100, Ledger())
+    shown = coloured(example, chat, colour=False).split("\n")
+    headings = [line for line in shown if line.endswith((")", "f:1"))]
+    assert [heading.partition(" (")[0] for heading in headings] == ["prompt", "completion", "context", "completion"]
+    assert shown[shown.index("completion (2 tokens, supervised)") + 1] == "[4][<|im_end|>]"
+    assert headings[2].endswith("tokens, no loss)")
+
+
+def test_rows_that_begin_with_one_question_are_on_one_side():
+    assert question_key(dialogue("4", "yes")) == question_key(dialogue("5"))
 
 
 # -------------------------------------------------------------------------------------------------------------- split
@@ -564,15 +656,15 @@ def mcq(**change):
 
 
 def test_multiple_choice_explains_first_and_ends_with_the_letter():
-    row = parse_mcq(mcq())
+    row = read_row("mcq", mcq())
     assert row.messages == [{"role": "user", "content": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:"}]
     assert row.completions == ["It is so.\n\nAnswer: B"] and row.raw == mcq()
     assert row.choices == ["red", "blue"] and row.answer == 1
-    assert parse_mcq(mcq(explanation=None)).completions == ["Answer: B"]
-    assert parse_mcq(mcq(), letter_only=True).completions == ["B"]
+    assert read_row("mcq", mcq(explanation=None)).completions == ["Answer: B"]
+    assert read_row("mcq letter", mcq()).completions == ["B"]
     course = {"question": "Question: Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer:", "answer": "B", "explanation": "So."}
-    assert parse_mcq(course).choices == ["red", "blue"] and parse_mcq(course).answer == 1
-    assert parse_mcq(course).messages == row.messages and parse_mcq(course).completions == ["So.\n\nAnswer: B"]
+    assert read_row("mcq", course).choices == ["red", "blue"] and read_row("mcq", course).answer == 1
+    assert read_row("mcq", course).messages == row.messages and read_row("mcq", course).completions == ["So.\n\nAnswer: B"]
 
 
 def test_options_are_read_from_a_question_s_text():
@@ -590,9 +682,9 @@ def test_options_without_a_heading_and_the_last_of_several_headings():
 
 
 def test_an_explanation_is_stripped_and_ten_options_have_letters():
-    assert parse_mcq(mcq(explanation="  So.\n")).completions == ["So.\n\nAnswer: B"]
+    assert read_row("mcq", mcq(explanation="  So.\n")).completions == ["So.\n\nAnswer: B"]
     ten = [str(i) for i in range(10)]
-    assert parse_mcq(mcq(choices=ten, answer="J")).messages[0]["content"].endswith("\nJ. 9\n\nAnswer:")
+    assert read_row("mcq", mcq(choices=ten, answer="J")).messages[0]["content"].endswith("\nJ. 9\n\nAnswer:")
 
 
 def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
@@ -623,7 +715,7 @@ def test_the_kind_of_a_file_is_seen_from_its_first_row(tmp_path):
 )
 def test_multiple_choice_rows_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
-        parse_mcq(mcq(**change))
+        read_row("mcq", mcq(**change))
 
 
 def test_lengths_are_those_of_the_completions():

@@ -125,6 +125,23 @@ def test_sft_on_the_completion_and_on_the_whole_text_both_learn(tiny, sft_rows, 
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.parametrize(("extra", "answers"), [([], 2), (["--last-turn-only"], 1)])
+def test_dialogues_are_tuned_on_and_measured(tiny, tmp_path, extra, answers):
+    rows = []
+    for i in range(40):
+        said = ["user", f"Say {i}.", "assistant", f"{i}.", "user", "And then?", "assistant", f"{i + 1}."]
+        rows.append({"messages": [{"role": r, "content": c} for r, c in zip(said[::2], said[1::2])]})
+    write_jsonl(tmp_path / "talk.jsonl", rows)
+    assert main(flags("sft", tiny, tmp_path / "talk.jsonl", tmp_path, "--max-steps", "4", "--samples", "2", *extra)) == 0
+    run = tmp_path / "run"
+    inputs = load_inputs(stored_settings(run), load_chat(tiny, ""))
+    assert {e.completions[0].count(inputs.chat.end) for e in inputs.train} == {2 * answers - 1}  # with the user's in between
+    assert {len(e.texts) for e in inputs.train} == {1} and (inputs.train[0].learned is None) == (answers == 1)
+    assert main(["--stage", "eval", "--model", str(run), "--out", str(tmp_path), "--name", "e", "--samples", "0"]) == 0
+    measured, results = read_json(tmp_path / "e" / "eval.json")["results"][0], read_json(run / "results.json")
+    assert measured["text"]["loss"]["value"] == pytest.approx(results["after"]["metrics"]["loss per token"], rel=1e-4)
+
+
 @pytest.mark.parametrize("extra", [[], ["--letter-only"]])
 def test_the_multiple_choice_stage(tiny, tmp_path, extra, capsys):
     rows = [

@@ -18,7 +18,7 @@ from metrics.multiple_choice import accuracies, score_options
 from metrics.preferences import measure_rewards
 from metrics.text import likelihood, similarity
 from model import Phi, all_logprobs
-from prepare.rows import parse_mcq
+from prepare.forms import read_row
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_choices_are_those_of_transformers_log_probabilities(models):
     rows = [
         {"question": f"What is {i} * {i + 1}?", "choices": options[: 2 + i % 4], "answer": LETTERS[i % 2]} for i in range(24)
     ]
-    examples = examples_of([parse_mcq(row) for row in rows], chat)
+    examples = examples_of([read_row("mcq", row) for row in rows], chat)
     scored = score_options(policy, examples, chat, 5, "cpu", "fp32")
     right = dict.fromkeys(scored.picks, 0)
     for i, example in enumerate(examples):

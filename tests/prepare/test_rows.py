@@ -1,20 +1,24 @@
-"""Rows as people's files have them: what decides their kind, which fields have a meaning, and the truth file beside them."""
+"""Rows as people's files have them: where they are, what decides their kind, what is said of them, and their truth file."""
 
 import csv
 import datetime
+import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from hub_server import SHA, hub, hub_environment
 from rows import pair_rows
 
 from data import (
     ChatML,
     Example,
     Ledger,
-    Row,
     Truth,
     encode,
     grades,
@@ -24,11 +28,23 @@ from data import (
     write_truth,
 )
 from metrics.preferences import flips
-from prepare.rows import kind_of, load_inputs, parse_mcq, parse_pair, parse_sft, read_rows
-from runtime.files import InputError, write_jsonl
+from prepare.forms import read_row
+from prepare.rows import (
+    choose_files,
+    covering,
+    describe_ledgers,
+    describe_sizes,
+    files_of,
+    kind_of,
+    load_inputs,
+    read_rows,
+    rows_to_measure,
+)
+from runtime.files import InputError, read_json, write_jsonl
 from runtime.flags import settle
 from runtime.runs import load_chat
 
+ROOT = Path(__file__).resolve().parents[2]
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 OWN = {"answer": "3", "kind": "motion", "letter": "A", "choices": None, "flipped": "false"}
 
@@ -55,16 +71,6 @@ def test_the_fields_of_the_first_row_decide_its_kind(tmp_path, row, kind):
 def test_a_broken_first_line_does_not_decide_the_kind(tmp_path):
     (tmp_path / "rows.jsonl").write_text('not json\n["a list"]\n\n' + json.dumps(PAIR) + "\n")
     assert kind_of(tmp_path / "rows.jsonl") == "pairs"
-
-
-def test_only_the_format_s_own_fields_have_a_meaning():
-    row = parse_pair(PAIR | OWN, "f:1")
-    assert row == Row([{"role": "user", "content": "2 + 2?"}], ["4", "5"], "f:1", PAIR | OWN)
-    assert (row.choices, row.answer, row.truth) == ([], None, None)
-    sft = parse_sft({"prompt": "2 + 2?", "completion": "4", **OWN})
-    assert (sft.choices, sft.answer, sft.truth) == ([], None, None)
-    mcq = parse_mcq({"question": "?", "choices": ["a", "b"], "answer": "B", "letter": "A", "flipped": True})
-    assert (mcq.choices, mcq.answer, mcq.truth) == (["a", "b"], 1, None)
 
 
 def test_pairs_with_fields_of_their_own_have_no_truth_to_measure(tiny, tmp_path):
@@ -98,6 +104,8 @@ def test_files_of_every_form_keep_every_character(tmp_path):
         table.writeheader()
         table.writerows(rows)
     for path in sorted(tmp_path.iterdir()):
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for path in sorted(tmp_path.iterdir()):
         assert kind_of(path) == "pairs"
         read = read_rows(path, "pairs", "stop", Ledger())
         assert [row.messages[0]["content"] for row in read] == [row["prompt"] for row in rows]
@@ -109,14 +117,19 @@ def test_files_of_every_form_keep_every_character(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "[1, {}, [2]]", '(?s)3 of 3 rows .*json:1: a JSON int, not an object\n.*json:2: "chosen" is missing'),
+        ("a.json", "[1, {}, [2]]", '(?s)3 of 3 rows .*json:1: a JSON int, not an object\n.*json:2: "prompt" is missing'),
         ("a.json", '[{"prompt": ', "cannot be read as json"),
         ("a.json", "[" * 100_000, "cannot be read as json"),
         ("a.jsonl", "[" * 100_000 + "\n" + "9" * 5_000, "(?s)2 of 2 rows .*jsonl:1: not JSON"),
         ("a.parquet", "PAR1 no", "cannot be read as parquet"),
-        ("a.csv", "prompt,chosen,rejected\nQ\na,b,c,d\n", 'csv:2: "chosen" is missing\n.*csv:3: more cells than the first'),
+        (
+            "a.csv",
+            "prompt,chosen,rejected\nQ\na,b,c,d\n",
+            'csv:2: "chosen" is missing.*\n.*csv:3: more cells than the first',
+        ),
         ("a.csv", "prompt\n" + "a" * 200_000, "cannot be read as csv"),
         ("a.csv", "", "the file holds no rows"),
+        ("a.jsonl.gz", "not gzipped", r"a\.jsonl\.gz: Not a gzipped file"),
         ("none.json", None, "none.json: No such file"),
     ],
 )
@@ -127,52 +140,112 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
         read_rows(tmp_path / name, "pairs", "stop", Ledger())
 
 
-def dialogue(**last):
-    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "so"} | last]}
+def test_a_gzipped_file_that_was_cut_is_named(tmp_path):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" * 99)[:-9])
+    with pytest.raises(InputError, match="a.csv.gz: cannot be read as csv"):
+        read_rows(tmp_path / "a.csv.gz", "pairs", "stop", Ledger())
 
 
-@pytest.mark.parametrize(
-    ("parse", "row", "message"),
-    [
-        (parse_sft, dialogue(tool_calls=[{"id": "1"}]), r'"messages"\[1\] has tool_calls, which cannot be learned'),
-        (parse_sft, dialogue(reasoning_content="because"), "has reasoning_content"),
-        (parse_sft, dialogue(content=[{"type": "image"}]), "is list, not text"),
-        (parse_sft, dialogue(weight=0), "ends with a message that is not to be learned"),
-        (parse_sft, dialogue(train=False), "ends with a message that is not to be learned"),
-        (parse_sft, {"messages": 7}, "neither text nor a list"),
-        (parse_pair, PAIR | {"chosen": {"role": "assistant", "content": "4"}}, "neither text nor a list"),
-        (parse_pair, PAIR | {"prompt": 7}, "neither text nor a list"),
-        (
-            parse_mcq,
-            {"question": "?", "choices": ["a", "b"], "answer": "A", "explanation": ["x"]},
-            '"explanation" is list, not',
-        ),
-        (parse_mcq, {"question": "?", "choices": ["a", "b"], "answer": 2}, "not the letter of an option, nor its number"),
-        (parse_mcq, {"question": "?", "choices": ["a", "b"], "answer": True}, "not the letter of an option"),
-        (parse_mcq, {"question": "?", "choices": ["a", 2], "answer": "A"}, '"choices" is int, not text'),
-    ],
-)
-def test_fields_of_the_wrong_type_are_named(parse, row, message):
-    with pytest.raises(ValueError, match=message):
-        parse(row)
+def test_a_folder_is_read_shard_by_shard_and_its_records_are_named(tmp_path):
+    (tmp_path / "set" / "more").mkdir(parents=True)
+    shards = {"b.jsonl": [PAIR], "a.jsonl": [PAIR, {"prompt": "?"}], "more/c.jsonl": [PAIR], ".hidden.jsonl": [PAIR]}
+    for name, rows in shards.items():
+        write_jsonl(tmp_path / "set" / name, rows)
+    (tmp_path / "set" / "notes.csv").write_text("of another format")
+    ledger = Ledger()
+    rows = read_rows(tmp_path / "set", "pairs", "skip", ledger)
+    folder = tmp_path / "set"
+    assert [row.where for row in rows] == [f"{folder}/a.jsonl:1", f"{folder}/b.jsonl:1", f"{folder}/more/c.jsonl:1"]
+    assert ledger.bad_rows[0].startswith(f'{folder}/a.jsonl:2: "chosen" is missing')
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: holds no file that ends in .parquet, .jsonl"):
+        files_of(tmp_path / "empty")
 
 
-def test_what_means_nothing_changes_nothing():
-    """Null columns, an empty system turn, marks that keep a message as it is; and 0 is the first option."""
-    plain = parse_sft(dialogue())
-    assert parse_sft(dialogue(weight=1, train=True, tool_calls=None)).completions == plain.completions
-    assert parse_sft({"messages": None, "prompt": "?", "completion": "so"}).completions == plain.completions
-    assert parse_sft(dialogue() | {"prompt": None, "completion": None}).messages == plain.messages
-    empty = [{"role": "system", "content": ""}, *dialogue()["messages"]]
-    assert parse_sft({"messages": empty}).messages == plain.messages
-    context = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "no", "weight": 0},
-        *dialogue()["messages"],
+def test_which_files_of_a_data_set_are_a_split():
+    names = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"]
+    assert choose_files([*names, "train.json", "README.md"], "train") == names[:2]
+    assert choose_files(names, "test") == names[2:]
+    preferences = ["data/train_prefs-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"]
+    assert choose_files(preferences, "train") == [] and choose_files(preferences, "train_prefs") == preferences[:1]
+    folders = ["helpful/test.jsonl.gz", "helpful/train.jsonl.gz", "harmless/train.jsonl.gz"]
+    assert (
+        choose_files(folders, "train") == [folders[2], folders[1]] and choose_files(folders, "helpful/train") == folders[1:2]
+    )
+
+
+def test_a_data_set_of_the_hub_is_read_once_and_then_without_a_connection(tmp_path):
+    published = tmp_path / "published"
+    for name in ("train_prefs", "test_prefs"):
+        (published / "data").mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist([PAIR, PAIR | {"prompt": name}])
+        pyarrow.parquet.write_table(table, published / "data" / f"{name}-00000-of-00001.parquet")
+    (published / "dataset_infos.json").write_text("{}")
+    code = (
+        "import sys; from data import Ledger; from prepare.rows import *\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(*(row.where for row in read_rows(name, 'pairs', 'stop', Ledger())))\n"
+        "    except InputError as error: print('error:', error)"
+    )
+
+    def read(*names, offline=False):
+        environment = hub_environment(endpoint, tmp_path / "home", offline)
+        command = [sys.executable, "-c", code, *names]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    where = "hub:o/prefs/data/train_prefs-00000-of-00001.parquet"
+    with hub({"o/prefs": published}) as (endpoint, requests):
+        found, pinned, none, missing = read(
+            "hub:o/prefs:train_prefs", f"hub:o/prefs@{SHA}:train_prefs", "hub:o/prefs", "hub:o/absent"
+        )
+        assert found == pinned == f"{where}:1 {where}:2"
+        assert none == "error: hub:o/prefs: no split train; there are test_prefs, train_prefs. Name one: hub:o/prefs:SPLIT"
+        assert missing.startswith("error: o/absent: no such directory here and no such repository on the hub")
+        fetched = {path.rpartition("/")[2] for path in requests if "/resolve/" in path}
+        assert fetched == {"train_prefs-00000-of-00001.parquet"}
+    cached, other, absent = read("hub:o/prefs:train_prefs", "hub:o/prefs:test_prefs", "hub:o/absent", offline=True)
+    assert cached == found
+    assert other.startswith("error: ") and "the hub cannot be reached" in other
+    assert "the hub cannot be reached or refuses, and no complete copy is here; give the path of a copy" in absent
+    with pytest.raises(InputError, match="hub:: write hub:ORG/NAME, hub:ORG/NAME:SPLIT"):
+        files_of("hub:")
+
+
+def test_how_rows_were_read_is_counted_and_said(tmp_path):
+    dialogues = {
+        name: [{"role": "user", "content": "?"}, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")
+    }
+    write_jsonl(tmp_path / "a.jsonl", [PAIR, dialogues, PAIR | {"chosen": "4<|im_end|>"}, PAIR, {"prompt": "?"}])
+    ledger = Ledger()
+    read_rows(tmp_path / "a.jsonl", "pairs", "skip", ledger)
+    told = describe_ledgers({"a.jsonl": ledger})
+    for line in (
+        "  read as: prompt, chosen, rejected, 2 rows",
+        "  read as: chosen, rejected (two dialogues with a shared prompt), 1 rows",
+        "  read as: prompt, chosen, rejected, in ChatML, 1 rows",
+        "  Warning: 1 rows hold ChatML's marks as text.",
+        f'  left out: {tmp_path}/a.jsonl:5: "chosen" is missing: the fields are prompt; the nearest form is prompt, ',
+    ):
+        assert line in told
+
+
+def test_rows_to_measure_that_are_all_bad_say_why(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"question": "?"}] * 3)
+    with pytest.raises(InputError, match="(?s)3 of 3 rows of .*a.jsonl:1, 2, 3: .* is missing"):
+        rows_to_measure(str(tmp_path / "a.jsonl"), None, on_bad_row="skip")
+
+
+def test_the_limits_that_rows_need_are_said_where_rows_are_cut():
+    ledger = Ledger(rows=100, sizes={64: 90, 96: 9, 640: 1}, prompts={32: 99, 640: 1})
+    assert [covering(ledger.sizes, share) for share in (0.5, 0.9, 0.91, 0.99, 0.995)] == [64, 64, 96, 96, 640]
+    assert describe_sizes(ledger) == ["  tokens with the longest answer: 99% of the rows up to 96, all up to 640"]
+    ledger.drop("completion does not fit")
+    assert describe_sizes(ledger)[1:] == [
+        "  --max-length 96 --max-prompt-length 32 would keep 99% of the rows whole",
+        "  --max-length 672 --max-prompt-length 640 would keep 100% of the rows whole",  # a prompt is shorter than both
     ]
-    row = parse_sft({"messages": context})
-    assert [m["content"] for m in row.messages] == ["?", "no", "?"] and row.completions == ["so"]
-    assert [parse_mcq({"question": "?", "choices": ["a", "a", "b"], "answer": i}).answer for i in range(3)] == [0, 1, 2]
 
 
 def test_a_null_field_does_not_decide_the_kind(tmp_path):
@@ -208,13 +281,13 @@ def test_what_is_not_known_of_all_is_not_measured():
 
 
 def test_rows_without_truth_have_no_truth_file(tmp_path):
-    write_truth(tmp_path / "rows.jsonl", [parse_pair(PAIR)])
+    write_truth(tmp_path / "rows.jsonl", [read_row("pairs", PAIR)])
     assert list(tmp_path.iterdir()) == [] and read_truth(tmp_path / "rows.jsonl") == {}
 
 
 def test_a_conversation_is_a_question_too(tmp_path):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    row = parse_pair({**PAIR, "prompt": [*messages, {"role": "user", "content": "2 + 2?"}]})
+    row = read_row("pairs", {**PAIR, "prompt": [*messages, {"role": "user", "content": "2 + 2?"}]})
     row.truth = Truth(flipped=True)
     write_truth(tmp_path / "rows.jsonl", [row])
     assert read_truth(tmp_path / "rows.jsonl") == {question_key(row): Truth(flipped=True)}
@@ -293,7 +366,10 @@ def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Like a sailor?", "completion": "Ahoy"}])
     assert len(sides(tiny, tmp_path, eval=str(tmp_path / "eval.jsonl")).train) == 9
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "?"}, {"prompt": "!", "completion": "x" * 99}, {"prompt": ""}])
-    with pytest.raises(
-        InputError, match='left out of 3 with .*: 2 bad row, 1 completion does not fit, .*:1: "completion" is missing'
-    ):
-        sides(tiny, tmp_path, on_bad_row="skip", eval=str(tmp_path / "eval.jsonl"))
+    with pytest.raises(InputError, match="left out of 3 with .*: 2 bad row, 1 completion does not fit\n") as error:
+        sides(tiny, tmp_path, on_bad_row="skip", eval=str(tmp_path / "eval.jsonl"), out=str(tmp_path), name="run")
+    reason = '"completion" is missing: the fields are prompt; the nearest form is prompt, completion'
+    assert f"\n  {tmp_path}/train.jsonl:1, 3: {reason}\n" in str(error.value)
+    assert "--max-prompt-length 32 would keep 100% of the rows whole" in str(error.value)
+    assert f"Every row is in {tmp_path}/run/ledger.json." in str(error.value)
+    assert read_json(tmp_path / "run" / "ledger.json")[f"{tmp_path}/train.jsonl"]["dropped"]["bad row"] == 2

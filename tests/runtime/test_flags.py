@@ -61,6 +61,7 @@ MISTAKES = {
     "--lora 8 --base bf16 --dtype fp32": "--base bf16 needs --dtype bf16",
     "--lora 8 --base nf4 --compile": "--compile would keep the decoded weights of --base nf4",
     "--stage mcq": "--stage mcq needs --model DIR and --train FILE.jsonl",
+    "--stage sft --last-turn-only --whole-text": "--last-turn-only has no effect beside --whole-text",
     "--stage sft --preset report": "--preset report is for --stage dpo and sweep",
     "--stage qat --to nf4 --preset 8gb": "--preset 8gb trains adapters, --stage qat all weights",
     "--stage qat": "--to FORMAT is missing; choose one of int8",

@@ -323,16 +323,17 @@ def test_a_resumed_run_needs_the_rows_and_the_weights_that_it_began_with(tiny, t
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1"}')
     model = shutil.copytree(tiny, tmp_path / "model")
     settings = settings_in(tmp_path, train=str(tmp_path / "rows.jsonl"))
-    with open_run(settings, Inputs(None, [], [], [], {}), model):
+    inputs = Inputs(None, [], [], [], {}, {"train": [tmp_path / "rows.jsonl"]})
+    with open_run(settings, inputs, model):
         pass
     again = replace(settings, resume=True)
     for file in (tmp_path / "rows.jsonl", model / "model.safetensors"):
-        with open_run(again, None, model):
+        with open_run(again, inputs, model):
             pass
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(InputError, match=f"{file.name} has changed since .*run was started; put it back, or start"):
-            with open_run(again, None, model):
+            with open_run(again, inputs, model):
                 pass
         file.write_bytes(content)
 
