@@ -123,7 +123,7 @@ def attend_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, group
     mask, and no work for what a segment does not see. The last query of a segment sees all of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # [n, H, h], [n, K, h] twice; rotation made q and k fp32
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, h], [n, K, h], [n, K, h]
     starts = segments.query_starts, segments.key_starts
     causal = {"window_size": (-1, 0), "enable_gqa": grouped}
     y = varlen_attn(q, k[segments.seen], v[segments.seen], *starts, *segments.longest, **causal)  # [n, H, h]
@@ -172,7 +172,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache: Callable | None = None) -> Tensor:
-        normed = self.input_layernorm(x)  # [B, T, D]
+        normed = self.input_layernorm(x).to(cos.dtype)  # [B, T, D], cast once to the products' dtype
         return x + self.self_attn(normed, cos, sin, mask, cache) + self.mlp(normed)
 
 
@@ -202,7 +202,7 @@ class Phi(nn.Module):
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
-        cos, sin = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, x.dtype)
+        cos, sin = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, self.compute_dtype())
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)

@@ -73,10 +73,7 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     gradients = 4 * trained / ranks
     moments = (2.03 if settings.optimizer == "adamw8bit" else 8) * trained / ranks
 
-    normed = 4 if cuda and bf16 else s  # bytes of LN(x): CUDA's autocast computes it in fp32
-    block = tokens * ((s + normed) * D + c * (5 * D + 2 * inner))
-    if normed > c:  # q_proj, k_proj, v_proj and fc1 each keep their own bf16 copy of it
-        block += tokens * c * 4 * D
+    block = tokens * (s * D + c * (6 * D + 2 * inner))
     if not full and "fc2" not in (settings.lora_targets or "fc2"):
         block -= tokens * c * inner  # a frozen matrix without an adapter does not need its input
     if settings.lora_dropout:  # each adapted layer keeps its mask and its own input
