@@ -421,6 +421,25 @@ def epoch_order(examples: list[Example], batch_size: int, seed: int, epoch: int,
 
 
 @dataclass
+class Segments:
+    """A batch without padding, for attention to sequences of unequal length (`model.attend_by_segment`): all n tokens in one
+    row, and for each of S segments, a prompt or a completion, the tokens that it sees, those of its prompt and its own.
+
+        prompt, chosen, rejected    queries  p | c | r        keys  p | p c | p r        causal, aligned at the end
+    """
+
+    kept: Tensor  # [n] index into the flattened [B*T] of each token
+    source: Tensor  # [M] as in Batch, but an index into these n tokens
+    seen: Tensor  # [K] index into these n tokens: the keys of the first segment, of the second, ...
+    query_starts: Tensor  # [S + 1] int32: where the queries of each segment start; the last is n
+    key_starts: Tensor  # [S + 1] int32: where its keys start in `seen`; the last is K
+    longest: tuple[int, int]  # most queries, and most keys, of a segment
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
+        return replace(self, **{k: x.to(device, non_blocking=non_blocking) for k, x in vars(self).items() if k != "longest"})
+
+
+@dataclass
 class Batch:
     """The layout at the top of this file as tensors, all int64. Completions are numbered through the whole batch."""
 
@@ -431,6 +450,7 @@ class Batch:
     target: Tensor  # [M] ... this token id ...
     owner: Tensor  # [M] ... of this completion, 0 .. N-1
     lengths: Tensor  # [N] predicted tokens of each completion
+    segments: Segments  # the same without padding
 
     def __post_init__(self):
         # Where every row holds one completion, its tokens may attend to all tokens before them, and no mask is needed.
@@ -468,4 +488,26 @@ def collate(examples: list[Example]) -> Batch:
         segment += [-1] * padding
         position += [0] * padding
     grid = (torch.tensor(values).view(-1, width) for values in (tokens, segment, position))  # [B, T] each
-    return Batch(*grid, *map(torch.tensor, (source, target, owner, lengths)))
+    source = torch.tensor(source)
+    return Batch(*grid, source, *map(torch.tensor, (target, owner, lengths)), without_padding(examples, segment, source))
+
+
+def without_padding(examples: list[Example], segment: list[int], source: Tensor) -> Segments:
+    """The segments of a batch of which these are the flattened `Batch.segment` and `Batch.source`."""
+    real = torch.tensor(segment) >= 0  # [B*T]
+    index = real.cumsum(0) - 1  # of a token among the real ones
+    seen, queries, keys, first = [], [0], [0], 0
+    for example in examples:
+        prompt = range(first, first + len(example.prompt))
+        seen += prompt
+        queries.append(len(prompt))
+        keys.append(len(prompt))
+        first = prompt.stop
+        for completion in example.completions:
+            own = range(first, first + len(completion))
+            seen += [*prompt, *own]
+            queries.append(len(own))
+            keys.append(len(prompt) + len(own))
+            first = own.stop
+    starts = (torch.tensor(sizes).cumsum(0, dtype=torch.int32) for sizes in (queries, keys))
+    return Segments(real.nonzero()[:, 0], index[source], torch.tensor(seen), *starts, (max(queries), max(keys)))

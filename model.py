@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Batch, Example, by_length, collate
+from data import Batch, Example, Segments, by_length, collate
 from runtime import parallel
 from runtime.files import InputError, printable, read_json
 
@@ -108,6 +108,28 @@ def sibling_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype, device=seen.device).where(seen.tril(), float("-inf"))[:, None]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None) -> Tensor:
+    """softmax(q k^T / sqrt(h) + mask) v:  q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T, h]. Without a mask a token sees
+    itself and all tokens before it."""
+    grouped = q.shape[1] != k.shape[1]  # several query heads to a key-value head
+    if isinstance(mask, Segments):
+        return attend_by_segment(q, k, v, mask, grouped)
+    causal = mask is None and q.shape[2] > 1  # a single token sees all of the cache
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def attend_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, grouped: bool) -> Tensor:
+    """The same for a batch without padding, B = 1, by FlashAttention's kernel for sequences of unequal length (Dao 2023): no
+    mask, and no work for what a segment does not see. The last query of a segment sees all of its keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, h], [n, K, h], [n, K, h]
+    starts = segments.query_starts, segments.key_starts
+    causal = {"window_size": (-1, 0), "enable_gqa": grouped}
+    y = varlen_attn(q, k[segments.seen], v[segments.seen], *starts, *segments.longest, **causal)  # [n, H, h]
+    return y.transpose(0, 1)[None]
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(h) + mask) v  for each head, with rotated q and k."""
 
@@ -119,8 +141,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_size)
         self.dense = nn.Linear(config.num_attention_heads * config.head_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Callable | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. Without a mask a token sees itself and all tokens before it."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache: Callable | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D], under a mask of `attend`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # [B, H, T, h]
         k = self.k_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # [B, K, T, h]
@@ -128,9 +150,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache(k, v)  # of all tokens so far
-        causal = mask is None and T > 1  # a single token sees all of the cache
-        grouped = q.shape[1] != k.shape[1]  # several query heads to a key-value head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)  # [B, H, T, h]
+        y = attend(q, k, v, mask)  # [B, H, T, h]
         return self.dense(y.transpose(1, 2).flatten(2))  # [B, T, H h] -> [B, T, D]
 
 
@@ -151,8 +171,8 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Callable | None = None) -> Tensor:
-        normed = self.input_layernorm(x)  # [B, T, D]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache: Callable | None = None) -> Tensor:
+        normed = self.input_layernorm(x).to(cos.dtype)  # [B, T, D], cast once to the products' dtype
         return x + self.self_attn(normed, cos, sin, mask, cache) + self.mlp(normed)
 
 
@@ -174,7 +194,7 @@ class Phi(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:  # [B, T] -> logits [B, T, V]
         return self.lm_head(self.hidden(input_ids))
 
-    def hidden(self, tokens: Tensor, position: Tensor | None = None, mask: Tensor | None = None, cache=None) -> Tensor:
+    def hidden(self, tokens: Tensor, position: Tensor | None = None, mask=None, cache=None) -> Tensor:
         """Outputs [B, T, D] of the last LayerNorm for tokens [B, T] at `position` [B, T] (default 0 .. T-1), under a mask of
         `sibling_mask` or causal. `cache` (generate.KVCache) holds the keys and values of earlier tokens."""
         if cache is not None and self.gradient_checkpointing:
@@ -182,7 +202,7 @@ class Phi(nn.Module):
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
-        cos, sin = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, x.dtype)
+        cos, sin = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, self.compute_dtype())
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
@@ -192,6 +212,10 @@ class Phi(nn.Module):
 
     def predicting(self, batch: Batch) -> Tensor:
         """The outputs [M, D] of the last LayerNorm that predict the tokens of a batch's completions."""
+        if batch.tokens.is_cuda and self.compute_dtype() == torch.bfloat16:
+            kept = batch.segments.kept
+            tokens, position = (x.flatten()[None, kept] for x in (batch.tokens, batch.position))  # [1, n]
+            return self.hidden(tokens, position, batch.segments)[0, batch.segments.source]  # [n, D] -> [M, D]
         mask = sibling_mask(batch.segment, self.compute_dtype()) if batch.needs_mask else None
         return self.hidden(batch.tokens, batch.position, mask).flatten(0, 1)[batch.source]  # [B, T, D] -> [M, D]
 

@@ -9,20 +9,21 @@ quant.py says what is computed; each function here computes the same with fewer 
 
 Decoding a token at a time multiplies one x with every weight: each weight is read once and used for two operations, so
 memory bandwidth is the limit, and 4-bit codes can be four times as fast as 16-bit weights. With many x the arithmetic is
-the limit. So there are two Triton kernels for 4 bits:
+the limit, and cuBLAS does it best. So there are two Triton kernels for 4 bits:
 
-    matvec    a program holds ROWS output features and walks along I;  y_o = sum_i  (l[c_oi] s_oi) x_i,  fp32
-    matmul    a program holds a [M, N] tile of y and walks along I:  decode a [N, K] tile of W~, tl.dot with x's
+    matvec     few x: a program holds some output features and walks along I, a few blocks at a time:
+               y_o = sum_b s_ob sum_i l[c_oi] x_i  over the i of block b,  in fp32
+    decode     many x: the weights once, in x's dtype, for one dense product
 
-A byte holds two codes, for an even and an odd column. Instead of weaving them together, both kernels multiply twice, with
-the even and with the odd columns of x: sum_i w_i x_i = sum_j w_2j x_2j + sum_j w_2j+1 x_2j+1.
+A byte holds two codes, for an even and an odd column, so matvec splits x into its even and its odd columns.
 
-Without Triton, plain PyTorch computes the same, slower. Without a GPU, Triton's interpreter runs the kernels, slowly
-(TRITON_INTERPRET=1).
+Without Triton, or without the C compiler that it needs, plain PyTorch computes the same, slower. Without a GPU, Triton's
+interpreter runs the kernels, slowly (TRITON_INTERPRET=1).
 """
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -36,7 +37,7 @@ except ImportError:
     triton = None
 
 CHUNK = 2**20  # values worked on at a time: 4 MB of fp32, which stay in the cache
-FEW = 8  # up to this many x, one matvec each
+FEW = 8  # up to this many x, a matvec each
 
 
 def pack(codes: Tensor, bits: int, fill: int) -> Tensor:
@@ -113,7 +114,7 @@ def blockwise_product(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor,
     """y = x W~^T:  x [N, I], bytes of [O, I] codes, levels fp32 [2^bits], absmax fp32 [blocks] -> [N, O] in x's dtype."""
     I = x.shape[1]
     per_byte = 8 // (len(levels) - 1).bit_length()
-    if x.is_cuda and per_byte == 2 and block % 2 == 0 and I % 2 == 0 and triton is not None:
+    if x.is_cuda and per_byte == 2 and suits_triton(I, block) and triton_runs(x.device):
         return triton_4bit(x, packed, levels, absmax, block)
 
     def rows(start: int, stop: int) -> Tensor:
@@ -151,63 +152,84 @@ def padded_int32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)[:rows, :features]
 
 
+def suits_triton(I: int, block: int) -> bool:
+    """Whether rows are whole blocks of a size that Triton takes, as they are in Phi-2."""
+    return I % block == 0 and block >= 16 and block & (block - 1) == 0
+
+
+@functools.cache
+def triton_runs(device: torch.device) -> bool:
+    """Whether Triton can be used on a GPU. To compile a kernel it needs a C compiler and Python's header files; without them
+    a warning says so, once."""
+    if triton is None:
+        return False
+    try:
+        zeros = torch.zeros(32, dtype=torch.uint8, device=device)
+        triton_decode(zeros, torch.zeros(16, device=device), torch.zeros(1, device=device), 64, torch.float32)
+    except Exception as error:  # Triton, the compiler and the driver each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"Triton does not run here, so products of 4-bit weights are slower: {reason}", stacklevel=2)
+        return False
+    return True
+
+
 def triton_4bit(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, block: int) -> Tensor:
-    """`blockwise_product` for 4-bit codes, two a byte; I and block are even."""
-    x = x.contiguous()
+    """`blockwise_product` for 4-bit codes, two a byte, whose rows are whole blocks (`suits_triton`)."""
     rows, I = x.shape
+    if rows > FEW:
+        return F.linear(x, triton_decode(packed, levels, absmax, block, x.dtype).view(-1, I))
     O = packed.numel() * 2 // I
     y = x.new_empty(rows, O)
     with torch.cuda.device_of(x):
-        if rows <= FEW:
-            _matvec[triton.cdiv(O, 4), rows](x, packed, levels, absmax, y, O, I, block, ROWS=4, BYTES=256)
-        else:
-            m = 16 if rows <= 16 else 32 if rows <= 32 else 64  # rows of x in a tile; tensor cores take no fewer than 16
-            tiles = triton.cdiv(rows, m), triton.cdiv(O, 64)
-            _matmul[tiles](x, packed, levels, absmax, y, rows, O, I, block, M=m, N=64, BYTES=32)
+        grid = triton.cdiv(O, MATVEC["ROWS"]), rows
+        _matvec[grid](x.contiguous(), packed, levels, absmax, y, O, I, BLOCK=block, **MATVEC)
     return y
 
+
+def triton_decode(packed: Tensor, levels: Tensor, absmax: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """`decode` of all 4-bit codes, rounded to `dtype`: bytes uint8 [n / 2] -> [n]."""
+    out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
+    with torch.cuda.device_of(packed):
+        grid = (triton.cdiv(len(absmax), DECODE["BLOCKS"]),)
+        _decode[grid](packed, levels, absmax, out, len(absmax), BLOCK=block, **DECODE)
+    return out
+
+
+# Output features of a program; blocks that it works on at a time; warps.
+MATVEC = {"ROWS": 4, "BLOCKS": 4, "num_warps": 4}
+DECODE = {"BLOCKS": 32, "num_warps": 4}
 
 if triton is not None:
 
     @triton.jit
-    def _decode_pair(packed, levels, absmax, byte, mask, block):
-        """The two weights of each byte in `byte` (indices into packed), fp32; they share a block, whose size is even."""
-        codes = tl.load(packed + byte, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(absmax + 2 * byte // block, mask=mask, other=0.0)
-        even, odd = tl.load(levels + (codes >> 4)), tl.load(levels + (codes & 15))  # 16 values: they stay in the L1 cache
-        return scale * even, scale * odd
-
-    @triton.jit
-    def _matvec(x, packed, levels, absmax, y, O, I, block, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    def _matvec(x, packed, levels, absmax, y, O, I, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+        HALF: tl.constexpr = BLOCK // 2  # bytes of a block
         o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
         n = tl.program_id(1)
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, I // 2, BYTES):
-            j = start + tl.arange(0, BYTES)  # [BYTES] pairs of columns
-            inside = j < I // 2
-            x_even = tl.load(x + n * I + 2 * j, mask=inside, other=0.0).to(tl.float32)
-            x_odd = tl.load(x + n * I + 2 * j + 1, mask=inside, other=0.0).to(tl.float32)
-            byte = o[:, None].to(tl.int64) * (I // 2) + j[None, :]  # [ROWS, BYTES]
-            mask = (o[:, None] < O) & inside[None, :]
-            w_even, w_odd = _decode_pair(packed, levels, absmax, byte, mask, block)
-            total += tl.sum(tl.where(mask, w_even * x_even[None, :] + w_odd * x_odd[None, :], 0.0), axis=1)
-        tl.store(y + n * O + o, total.to(y.dtype.element_ty), mask=o < O)
+        blocks = I // BLOCK  # of a row
+        total = tl.zeros([ROWS, BLOCKS], tl.float32)
+        for first in range(0, blocks, BLOCKS):
+            b = first + tl.arange(0, BLOCKS)  # [BLOCKS]
+            mask = (o[:, None] < O) & (b[None, :] < blocks)  # [ROWS, BLOCKS]
+            block = o[:, None].to(tl.int64) * blocks + b[None, :]
+            scale = tl.load(absmax + block, mask=mask, other=0.0)
+            byte = block[:, :, None] * HALF + tl.arange(0, HALF)[None, None, :]  # [ROWS, BLOCKS, HALF]
+            codes = tl.load(packed + byte, mask=mask[:, :, None], other=0)
+            column = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
+            some_x = tl.load(x + n * I + column, mask=b[:, None] < blocks, other=0.0).to(tl.float32)
+            even, odd = tl.split(tl.reshape(some_x, [BLOCKS, HALF, 2]))  # [BLOCKS, HALF] each
+            products = tl.load(levels + (codes >> 4)) * even[None] + tl.load(levels + (codes & 15)) * odd[None]
+            total += tl.sum(products, axis=2) * scale
+        tl.store(y + n * O + o, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=o < O)
 
     @triton.jit
-    def _matmul(x, packed, levels, absmax, y, rows, O, I, block, M: tl.constexpr, N: tl.constexpr, BYTES: tl.constexpr):
-        m = tl.program_id(0) * M + tl.arange(0, M)  # [M] rows of x
-        o = tl.program_id(1) * N + tl.arange(0, N)  # [N] output features
-        total = tl.zeros([M, N], tl.float32)
-        for start in range(0, I // 2, BYTES):
-            j = start + tl.arange(0, BYTES)
-            inside = j < I // 2
-            at = m[:, None].to(tl.int64) * I + 2 * j[None, :]  # [M, BYTES]
-            x_mask = (m[:, None] < rows) & inside[None, :]
-            x_even, x_odd = tl.load(x + at, mask=x_mask, other=0.0), tl.load(x + at + 1, mask=x_mask, other=0.0)
-            byte = o[None, :].to(tl.int64) * (I // 2) + j[:, None]  # [BYTES, N], so that no transpose is needed
-            w_mask = (o[None, :] < O) & inside[:, None]
-            w_even, w_odd = _decode_pair(packed, levels, absmax, byte, w_mask, block)
-            total = tl.dot(x_even, w_even.to(x_even.dtype), total, input_precision="ieee")
-            total = tl.dot(x_odd, w_odd.to(x_odd.dtype), total, input_precision="ieee")
-        out = m[:, None].to(tl.int64) * O + o[None, :]
-        tl.store(y + out, total.to(y.dtype.element_ty), mask=(m[:, None] < rows) & (o[None, :] < O))
+    def _decode(packed, levels, absmax, out, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+        HALF: tl.constexpr = BLOCK // 2  # bytes of a block
+        b = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+        inside = (b < blocks)[:, None]
+        scale = tl.load(absmax + b[:, None], mask=inside, other=0.0)  # [BLOCKS, 1]
+        codes = tl.load(packed + b[:, None].to(tl.int64) * HALF + tl.arange(0, HALF)[None, :], mask=inside, other=0)
+        pairs = tl.join(tl.load(levels + (codes >> 4)) * scale, tl.load(levels + (codes & 15)) * scale)
+        w = tl.reshape(pairs, [BLOCKS, BLOCK])
+        column = b[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(out + column, w.to(out.dtype.element_ty), mask=inside)

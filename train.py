@@ -130,7 +130,7 @@ def step_gradients(
     parts = parallel.deal(by_length(examples), settings.micro_batch_size)  # of similar length: little padding
     units = {"sft": lengths_of(examples).sum().item(), "dpo": len(examples)}[settings.objective]
     sums: dict[str, Tensor] = {}
-    not_finite: list[str] = []
+    losses: list[Tensor] = []  # of the micro-batches; read at the end, for a GPU must not wait in between
     for part in parts:
         weight, indices = (1, part) if part else (0, [0])  # a rank with none left joins in with the first, weight 0
         expected = None if reference is None else reference[indices].to(settings.device)  # [pairs, 2]
@@ -138,8 +138,7 @@ def step_gradients(
         with autocast(settings.device, settings.dtype):
             logprobs = completion_logprobs(model, batch)  # [N]
         loss, metrics = objective(logprobs, batch.lengths, expected, settings)
-        if weight and not math.isfinite(loss.item()):
-            not_finite += [examples[k].where for k in indices]
+        losses.append(loss.detach())
         (weight * loss / units).backward()
         sums = {name: weight * value + sums.get(name, 0) for name, value in metrics.items()}
     model.eval()
@@ -148,7 +147,8 @@ def step_gradients(
         parallel.sum_gradients(model.parameters())
         totals = parallel.sum_over_ranks(totals)
     numbers = {name: (total / count).item() for name, (total, count) in zip(sums, totals.cpu(), strict=True)}
-    check_finite("loss", numbers["loss"], not_finite)
+    not_finite = [part for part, loss in zip(parts, torch.stack(losses).tolist()) if not math.isfinite(loss)]
+    check_finite("loss", numbers["loss"], [examples[k].where for part in not_finite for k in part])
     return numbers
 
 
@@ -285,9 +285,9 @@ def run(settings: Tuning) -> int:
         results = measure_all(settings, run, parent, inputs, reference.get("held out")) | state
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
-            print(tables.summary(settings, run, inputs.held_out, results))
             tables.training_figure(run, settings.objective)
             write_json(run / "results.json", results)
+            print(tables.summary(settings, run, inputs.held_out, results))
     return 0
 
 

@@ -21,12 +21,13 @@ masks, grouped heads). On the CPU it was within 10% of 13 measured peaks (7M to 
 
 import contextlib
 import ctypes
-import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from data import Example
@@ -72,10 +73,7 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     gradients = 4 * trained / ranks
     moments = (2.03 if settings.optimizer == "adamw8bit" else 8) * trained / ranks
 
-    normed = 4 if cuda and bf16 else s  # bytes of LN(x): CUDA's autocast computes it in fp32
-    block = tokens * ((s + normed) * D + c * (5 * D + 2 * inner))
-    if normed > c:  # q_proj, k_proj, v_proj and fc1 each keep their own bf16 copy of it
-        block += tokens * c * 4 * D
+    block = tokens * (s * D + c * (6 * D + 2 * inner))
     if not full and "fc2" not in (settings.lora_targets or "fc2"):
         block -= tokens * c * inner  # a frozen matrix without an adapter does not need its input
     if settings.lora_dropout:  # each adapted layer keeps its mask and its own input
@@ -97,20 +95,16 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     return {name: int(size) for name, size in {"weights": weights, "AdamW's moments": moments, **peak}.items() if size}
 
 
-def read_proc(file: str, name: str) -> int:
-    """Bytes in a line of /proc/FILE such as "VmRSS:  5120 kB"; 0 on a system without it."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc", file).read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-    return 0
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return psutil.Process().memory_info().rss
 
 
 def free_bytes(device: str) -> int:
     """The most that this process can hold, what it holds now included. The processes on one CPU share what is free."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = read_proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // parallel.size() + read_proc("self/status", "VmRSS")
+    return psutil.virtual_memory().available // parallel.size() + resident()
 
 
 def watch_peak(device: str) -> Callable[[], int | None]:
@@ -119,11 +113,12 @@ def watch_peak(device: str) -> Callable[[], int | None]:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return partial(torch.cuda.max_memory_allocated, device)
+    status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM, to the present size
-    except OSError:
+    except OSError:  # only Linux has it
         return lambda: None
-    return partial(read_proc, "self/status", "VmHWM")
+    return lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
 @dataclass
@@ -146,7 +141,7 @@ def find_need(directory: Path, settings: Tuning, examples: Sequence[Example]) ->
         settings = replace(settings, base=code or find_origin(directory).format)
     parts = estimate(phi, settings, largest_micro_batch(settings, examples))
     if not settings.device.startswith("cuda"):
-        parts["process"] = read_proc("self/status", "VmRSS") + LIBRARIES
+        parts["process"] = resident() + LIBRARIES
     return Need(parts, sum(parts.values()), free_bytes(settings.device))
 
 
@@ -157,7 +152,7 @@ def check_fits(directory: Path, settings: Tuning, examples: Sequence[Example]) -
         raise InputError(f"{need} on {settings.device}.\n{way_out(directory, settings, examples)}")
     if not settings.device.startswith("cuda") and need.total > 10**9:
         # glibc keeps freed blocks of up to 32 MB for later, and a step took twice its tensors. Now it returns those of 1 MB.
-        with contextlib.suppress(OSError, AttributeError):  # there may be another C library
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # there may be another C library
             ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
     return need
 

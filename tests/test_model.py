@@ -132,6 +132,41 @@ def test_padding_does_not_matter(completions):
     torch.testing.assert_close(together[:completions], alone, rtol=1e-6, atol=1e-6)
 
 
+def plain_varlen_attn(q, k, v, query_starts, key_starts, most_queries, most_keys, *, window_size, enable_gqa):
+    """What the kernel computes, segment by segment: query i of T sees the first S - T + i + 1 of S keys."""
+    assert window_size == (-1, 0) and most_queries == query_starts.diff().max() and most_keys == key_starts.diff().max()
+    outputs = []
+    for a, b, c, d in zip(query_starts, query_starts[1:], key_starts, key_starts[1:]):
+        visible = torch.ones(b - a, d - c).tril(d - c - (b - a)).bool()
+        heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))  # [1, H, ., h]
+        outputs.append(F.scaled_dot_product_attention(*heads, attn_mask=visible, enable_gqa=enable_gqa)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("completions", [1, 2, 4])
+@pytest.mark.parametrize("key_value_heads", [2, 1])
+def test_attention_by_segment_gives_the_mask_s_values_and_gradients(completions, key_value_heads, monkeypatch):
+    """The path of a GPU, with the rule of its kernel in plain PyTorch."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen_attn)
+    model, batch = make_phi(num_key_value_heads=key_value_heads), collate(make_examples(completions))
+    kept, source = batch.segments.kept, batch.segments.source
+    tokens, position = batch.tokens.flatten()[None, kept], batch.position.flatten()[None, kept]
+    logits = model.lm_head(model.hidden(tokens, position, batch.segments)[0, source])  # [M, V]
+    each = logits.log_softmax(dim=-1).gather(1, batch.target[:, None])[:, 0]
+    got, expected = torch.zeros(len(batch.lengths)).index_add(0, batch.owner, each), completion_logprobs(model, batch)
+    assert tokens.shape == (1, sum(map(len, make_examples(completions))))  # no padding
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model, got), gradients(model, expected), relative=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
+def test_on_cuda_in_bf16_attention_by_segment_is_the_normal_path():
+    model, batch = make_phi(hidden_size=64).to("cuda", torch.bfloat16), collate(make_examples(2)).to("cuda")
+    got = completion_logprobs(model, batch)
+    expected = completion_logprobs(model.float(), batch)
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.5)
+
+
 MASK = """
     1.....
     11....

@@ -1,13 +1,20 @@
-"""The Triton kernels beside plain PyTorch, on a GPU or, slowly, in Triton's interpreter."""
+"""The Triton kernels beside plain PyTorch, on a GPU or, slowly, in Triton's interpreter; and what a GPU would run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from quant import dequantize, levels, quantize_4bit, quantize_blockwise, quantize_layer, scales
-from quant_kernels import triton_4bit
+from quant_kernels import suits_triton, triton_4bit, triton_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter, which is NumPy, has no bf16 products.
+# The interpreter, which is NumPy, has no bf16 products, and cuts bf16 off instead of rounding it.
+ROOT = Path(__file__).resolve().parents[2]
 MATMUL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -34,6 +41,27 @@ def test_4bit_products(code, double, rows, shape):
     assert error(product(q, x), x @ dequantize(q).T) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
+def test_decoding_equals_dequantize_to_the_bit(dtype):
+    q = quantize_4bit(normal(37, 192, dtype=dtype))  # 111 blocks, not whole tiles
+    decoded = triton_decode(q.packed, levels("nf4", q.packed.device), q.absmax, q.block, dtype)
+    assert torch.equal(decoded.view(37, 192), dequantize(q))
+
+
+def test_which_matrices_have_a_kernel():
+    """Rows of whole blocks, blocks of a power of two; the others are multiplied by plain PyTorch."""
+    shapes = [(2560, 64), (10240, 256), (2560, 16), (2560, 96), (2560, 8), (100, 64)]
+    assert [suits_triton(*shape) for shape in shapes] == [True, True, True, False, False, False]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine on which Triton cannot run")
+def test_where_triton_cannot_run_a_warning_says_so_once(monkeypatch, recwarn):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    program = "import torch, quant_kernels as k; print([k.triton_runs(torch.device('cpu')) for _ in range(2)])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[False, False]\n" and done.stderr.count("Triton does not run here") == 1
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("dtype", MATMUL_DTYPES, ids=str)
 def test_products_in_the_dtype_of_their_input(rows, dtype):
@@ -52,3 +80,40 @@ def test_layers_on_cuda_equal_plain_products(to):
     torch.testing.assert_close(y, expected)
     weights = normal(2, 5, 48, seed=3)
     torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)))
+
+
+# Compiles the kernels for GPUs that need not be there, and prints what a program of each uses.
+COMPILE = """
+import subprocess, tempfile
+from pathlib import Path
+import triton, quant_kernels as ours
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+types = {"packed": "*u8", "levels": "*fp32", "absmax": "*fp32", "x": "*bf16", "y": "*bf16", "out": "*bf16"}
+for kernel, sizes in ((ours._matvec, ours.MATVEC), (ours._decode, ours.DECODE)):
+    known = {"BLOCK": 64, **sizes}
+    warps = known.pop("num_warps")
+    signature = {name: types.get(name, "constexpr" if name in known else "i32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in types or name == "I"}
+    for capability in (80, 90):
+        target = GPUTarget("cuda", capability, 32)
+        made = triton.compile(ASTSource(kernel, signature, known, aligned), target=target, options={"num_warps": warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(made.asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            subprocess.run([tool, "--dump-resource-usage", file.name], check=True)
+"""
+
+
+def test_kernels_compile_for_gpus_within_their_registers():
+    """An A100 or an H100 has 65,536 registers for up to 2,048 threads, 32 each; with 64, half of them fit, and that is
+    enough to keep the memory busy. No value is spilled to the stack."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "REG:" in line]
+    assert len(lines) == 4  # two kernels for two GPUs
+    for line in lines:
+        used = {what: int(size) for what, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+        assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0 and used["SHARED"] <= 16384, line
