@@ -37,7 +37,7 @@ def scores(stages: dict[str, list[dict]]) -> list[dict]:
             part = [row for row in rows if row["source"] in group]
             authors = sorted({f"{row['chosen_by']}, {row['rejected_by']}" for row in part})
             line = {"source": group[0] if len(group) == 1 else "all", "stage": stage, "pairs": len(part)}
-            found = {name: str(find(part) or "too few pairs") for name, find in giveaways.SCORES.items()}
+            found = {name: find(part) for name, find in giveaways.SCORES.items()}
             lines.append(line | {"chosen by, rejected by": "; ".join(authors)} | found)
     return lines
 

@@ -19,7 +19,7 @@ from runtime.files import InputError
 
 SHORTEST = 10  # characters of an answer
 PAIRS_A_QUESTION = 10
-BIN = 1.25  # the end of a bin of length differences, over its beginning
+BIN = 1.5  # the end of a bin of lengths, over its beginning
 BARE = 40  # characters; a shorter answer needs an explanation before it can be preferred
 TOPICS = ("Mathematics", "Physics", "Chemistry", "Biology", "Computer Science", EECS)
 
@@ -125,12 +125,12 @@ def gap(row: dict) -> int:
 
 
 def match_lengths(rows: list[dict], seed: int, counts: Counter) -> list[dict]:
-    """Within each source and each bin of |gap|, equally many pairs whose chosen answer is the longer one and pairs whose
-    rejected answer is. A bin ends at BIN times its beginning, so no size of the gap says which answer is the better."""
+    """Within each source, and each bin of |gap| and of the longer answer's length, equally many pairs whose chosen answer is
+    the longer one and pairs whose rejected answer is. A bin ends at BIN times its beginning."""
     bins = defaultdict(list)
     for row in ordered(rows, f"{seed}-lengths"):
-        size = math.floor(math.log(abs(gap(row)), BIN)) if gap(row) else None
-        bins[row["source"], size].append(row)
+        sizes = (abs(gap(row)), max(len(row["chosen"]), len(row["rejected"])))
+        bins[row["source"], *(math.floor(math.log(max(size, 1), BIN)) for size in sizes)].append(row)
     kept = []
     for part in bins.values():
         longer, shorter = [row for row in part if gap(row) > 0], [row for row in part if gap(row) < 0]

@@ -86,7 +86,7 @@ class Request:
 
 
 NUMBER = r"(?<![\w)\]}])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
-TERM = re.compile(rf"({NUMBER})|\w+|[^\w\s.,;:!?'\"\u2018-\u201d*$`()]")
+TERM = re.compile(rf"({NUMBER})|\w+|[^\w\s.,;:!?'\"\u2018-\u201d*$`]")
 
 
 def terms(text: str, case: bool = False) -> list[str]:

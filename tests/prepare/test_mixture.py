@@ -121,7 +121,9 @@ def test_a_conversation_stays_one_and_is_split_by_all_of_its_turns():
         {"role": "assistant", "content": "So."},
         {"role": "user", "content": "On."},
     ]
-    items = [Item("On.", "a", chosen=f"{i} is the right one.", rejected=f"{i} is not right.", messages=turns) for i in range(2)]
+    items = [
+        Item("On.", "a", chosen=f"{i} is the right one.", rejected=f"{i} is not right.", messages=turns) for i in range(2)
+    ]
     items[1].messages = [{"role": "user", "content": "Other."}, *turns[1:]]
     rows = clean(pairs(items), Counter())
     assert rows[0]["prompt"] == turns and row_key(rows[0]) != row_key(rows[1])
@@ -191,7 +193,7 @@ def test_match_lengths_balances_each_bin_of_each_source():
         chosen, rejected = answers if gap < 0 else answers[::-1]
         return [row(f"{source} {gap} {i}?", chosen, rejected, source) for i in range(count)]
 
-    rows = gaps(30, 40) + gaps(10, -41)  # one bin: 1.25^16 = 35.5 to 44.4
+    rows = gaps(30, 40) + gaps(10, -41)  # one bin: gaps from 1.5^9 = 38.4 to 57.7, lengths from 1.5^11 = 86.5 to 129.7
     rows += gaps(20, 400) + gaps(3, -5)  # alone in their bins
     rows += [row(f"E{i}?", "same size!", "size same!", "x") for i in range(5)]
     rows += gaps(7, -40, "y")  # another source has its own bins

@@ -380,6 +380,7 @@ CHARGES = ["0.005 C", "0.01 C", "0.1 C", "10 C"]
         ("The answer is aa.", "Aa", ["AA", "Aa", "aa"], False),
         ("The answer is 20.", "20", ["10", "20", "20", "30"], True),  # two options of one text
         ("The answer is -5.", "5", ["5", "-5"], False),
+        ("The answer is (5 + 1) * 2.", "(5 + 1) * 2", ["(5 + 1) * 2", "5 + (1 * 2)"], True),
         ("The answer is 11,760.", "11760", [], True),
         ("The answer is 1.0 m^2.", "1", [], True),
         ("The answer is 15.", "5", [], False),
@@ -403,7 +404,7 @@ def test_words_numbers_and_symbols():
     assert terms('It is "1,000.50" N, 7-5 = 2, or \u22123 \u00b5C.') == [
         *["it", "is", "1000.5", "n", "7", "-", "5", "=", "2", "or", "-3", "\u03bcc"]
     ]
-    assert terms("AaB", case=True) == ["AaB"] and terms("*(...)*") == []
+    assert terms("AaB", case=True) == ["AaB"] and terms("**...**") == []
 
 
 def test_the_budget_is_never_exceeded(serve, asker):
