@@ -7,7 +7,7 @@ from prepare import giveaways
 from runtime.files import printable
 
 HUB = {"MIT": "mit", "Apache-2.0": "apache-2.0", "CC BY-NC 3.0": "cc-by-nc-3.0", "none stated": "unknown"}  # licence names
-SIZES = {1000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+SIZES = {1000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 ABOUT_SCORES = (
     "A score says how often the chosen answer is found without its content: by taking the longer one, by the two lengths "
     "alone, by a bag of words; on questions that it was not fitted on, with its standard error. Guessing reaches 50%."
@@ -32,11 +32,11 @@ def scores(stages: dict[str, list[dict]]) -> list[dict]:
     what gives the chosen answers away. More than 20 sources are shown as one."""
     names = sorted({row["source"] for rows in stages.values() for row in rows})
     lines = []
-    for group in [[name] for name in names] if len(names) <= 20 else [names]:
+    for group in [{name} for name in names] if len(names) <= 20 else [set(names)]:
         for stage, rows in stages.items():
             part = [row for row in rows if row["source"] in group]
             authors = sorted({f"{row['chosen_by']}, {row['rejected_by']}" for row in part})
-            line = {"source": group[0] if len(group) == 1 else "all", "stage": stage, "pairs": len(part)}
+            line = {"source": "".join(group) if len(group) == 1 else "all", "stage": stage, "pairs": len(part)}
             found = {name: find(part) for name, find in giveaways.SCORES.items()}
             lines.append(line | {"chosen by, rejected by": "; ".join(authors)} | found)
     return lines
@@ -50,7 +50,7 @@ def metadata(ledger: dict) -> str:
     lists = {
         "license": sorted({HUB.get(licence, "other") for part in files.values() for licence in part["by licence"]}),
         "language": ["en"] if ours else [],
-        "size_categories": [next(name for limit, name in SIZES.items() if most < limit)],
+        "size_categories": [next((name for limit, name in SIZES.items() if most < limit), "n>1M")],
         "tags": ["dpo" if ledger["what"] == "pairs" else "sft", *(["multiple-choice"] if "mcq-train" in files else [])],
     }
     lines = [line for name, values in lists.items() if values for line in (f"{name}:", *(f"- {value}" for value in values))]
