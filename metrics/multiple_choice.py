@@ -31,9 +31,9 @@ LETTER = (
 SAYS = [
     # "Answer: C", "the correct option is option B"
     r"(?:boxed|(?i:\b(?:answer|option|choice|verdict)))(?:\s*[:=\u2013-]|\s+(?:is|was|must be)\b)"
-    rf"(?:[\s:=]|(?i:is|option|choice|answer|therefore|thus|clearly)\b)*{LETTER}",
+    rf"(?:[\s:=]|(?i:is|option|choice|answer|therefore|thus|clearly)\b){{0,9}}{LETTER}",
     # "C is correct", "A is clearly the better answer"; not "neither A nor B is better"
-    rf"(?<!\bor )(?<!\bnor )(?<!\band ){LETTER}[).]? is (?:\w+ly |much |far |more |the |an? )*"
+    rf"(?<!\bor )(?<!\bnor )(?<!\band ){LETTER}[).]? is (?:\w+ly |much |far |more |the |an? ){{0,9}}"
     r"(?:better|best|correct|right|answer)\b",
     # "I think it's B"
     rf"(?i:\b(?:it is|it['\u2019]s|prefer|choose|pick|go with|say)(?: option| answer| choice)?)\s+{LETTER}",

@@ -35,8 +35,8 @@ def is_bare(item: Item) -> bool:
 
 
 def wrong_option(item: Item, seed: int) -> str | None:
-    """A random wrong option; None if there are no options."""
-    wrong = [choice for choice in item.choices if choice != item.answer]
+    """A random wrong option; None if there are no options, or all are the same text."""
+    wrong = [choice for choice in item.choices if choice.strip() != item.answer.strip()]
     return random.Random(f"{seed}\n{item.question}").choice(wrong) if wrong else None
 
 
@@ -52,10 +52,10 @@ def jobs(items: list[Item], seed: int, what: str, topics: bool) -> dict[str, lis
     bare = [i for i in items if is_bare(i)]
     made = {"explanation": [(i, argument(i.question, i.choices, i.answer)) for i in bare], "rejected": [], "topic": []}
     for item in items if what == "pairs" else ():
-        if not item.chosen:
-            wrong, right = wrong_option(item, seed), item.answer if is_bare(item) else ""
-            argued = argument(item.question, item.choices, wrong) if wrong else attempt(item.question, right)
-            made["rejected"].append((item, argued))
+        if wrong := wrong_option(item, seed):
+            made["rejected"].append((item, argument(item.question, item.choices, wrong)))
+        elif not item.chosen and not item.choices:
+            made["rejected"].append((item, attempt(item.question, item.answer if is_bare(item) else "")))
     if topics:
         made["topic"] = [(i, topic(i.question, TOPICS)) for i in items if not i.topic]
     return made

@@ -76,7 +76,7 @@ PLATYPUS_TOPICS = _by_name(PLATYPUS | {"": "ARB airoboros scibench scienceqa"})
 
 # Texts that make sense only while the options keep their order: "option B", "the first choice"; in an option also "A and B
 # only", "all of the above".
-NAMES_A_PLACE = r"(?i:option|choice|answer)s?[\s:(]+[A-J]\b|(?i:first|second|third|fourth|last) (?i:option|choice|answer)"
+NAMES_A_POSITION = r"(?i:option|choice|answer)s?[\s:(]+[A-J]\b|(?i:first|second|third|fourth|last) (?i:option|choice|answer)"
 NAMES_OTHERS = r"\b[A-J]\W*(?:,|and|or|&)\W*[A-J]\b|(?i:\b(?:all|none|both|neither|two) of (?:the|these|those)|the above)"
 
 
@@ -115,7 +115,7 @@ def letter(record: dict, name: str, count: int) -> int:
 
 
 def without_letters(options: list[str]) -> list[str]:
-    """["A)5 km", " b ) 7 km"] -> ["5 km", "7 km"]; ValueError if a letter is not that of its place."""
+    """["A)5 km", " b ) 7 km"] -> ["5 km", "7 km"]; ValueError if a letter does not fit its position."""
     found = [re.match(r"\s*(?:([A-Ja-j])\s*\))?\s*(.*)", option, re.DOTALL) for option in options]
     if any(one[1] and one[1].upper() != LETTERS[i] for i, one in enumerate(found)):
         raise ValueError("the options are not lettered A, B, C, ... in their order")
@@ -174,7 +174,7 @@ def sciq(record: dict) -> Item:
     choices = [text(record, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
     support = "" if record["support"] is None else text(record, "support")
     order = [0, 1, 2, 3]
-    in_order = re.search(NAMES_A_PLACE, support) or re.search(f"{NAMES_A_PLACE}|{NAMES_OTHERS}", "\n".join(choices))
+    in_order = re.search(NAMES_A_POSITION, support) or re.search(f"{NAMES_A_POSITION}|{NAMES_OTHERS}", "\n".join(choices))
     if not in_order:
         order.sort(key=choices.__getitem__)  # by the alphabet, because the right one would always be the last
     return Item(text(record, "question"), choices[3], [choices[i] for i in order], order.index(3), support)

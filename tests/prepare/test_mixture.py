@@ -72,8 +72,10 @@ def test_what_is_asked_for_sft_and_without_topics():
     assert {field: len(job) for field, job in asked.items()} == {"explanation": 1, "rejected": 0, "topic": 0}
 
 
-def test_a_pair_with_an_empty_answer_is_not_completed():
-    assert jobs([Item("How?", "So.", chosen="So it goes.")], 0, "pairs", topics=False)["rejected"] == []
+def test_a_pair_with_an_empty_answer_is_not_completed_nor_a_question_without_a_wrong_option():
+    """Some questions of AQUA-RAT have lost the numbers of their options."""
+    items = [Item("How?", "So.", chosen="So it goes."), Item("How long is the train?", "m", ["m", "m", "m", "m", "m "], 2)]
+    assert jobs(items, 0, "pairs", topics=False)["rejected"] == []
 
 
 def test_the_attempt_at_a_question_with_a_bare_answer_may_not_be_right():

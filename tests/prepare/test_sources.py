@@ -242,10 +242,17 @@ def test_letters_before_the_options_have_to_run_in_order():
 
 
 def test_options_of_one_text_do_not_move_the_letter(tmp_path):
-    """A question of AQUA-RAT whose options B and D are the same, and D is said to be right."""
-    record = {"options": ["A)7/8", "B)1/2", "C)1/4", "D)1/2", "E)3/8"], "correct": "D"}
+    """Two cars cover a distance at 60 and 64 km/h, one in an hour more: a question of AQUA-RAT with two right options."""
+    record = {"options": ["A)960 km", "B)968 km", "C)960 km", "D)980 km", "E)964 km"], "correct": "C"}
     (item,) = read("aqua_rat", tmp_path, record)
-    assert item.right == 3 and item.answer == item.choices[1] == "1/2"
+    assert item.right == 2 and item.answer == item.choices[0] == "960 km"
+
+
+def test_options_of_mmlu_that_name_options_keep_their_order(tmp_path):
+    """Which is true of Titan? Its air is thick, and there is more: "A and D", as a question of MMLU has it."""
+    choices = ["It alone has a thick atmosphere", "It alone is active", "Its air is mostly hydrocarbons", "A and D"]
+    (item,) = read("mmlu_stem", tmp_path, {"choices": choices, "answer": 3})
+    assert item.choices == choices and item.choices[item.right] == "A and D"
 
 
 def test_options_that_name_options_keep_their_order(tmp_path):
@@ -262,7 +269,7 @@ def test_options_that_name_options_keep_their_order(tmp_path):
 
 
 def test_the_heading_of_the_options_is_no_part_of_the_question(tmp_path):
-    """Some questions of AQUA-RAT end with it."""
+    """A question of AQUA-RAT ends with it: how many dollars must Mr. Depak add to split $419,774 among six friends?"""
     for ending in ("?\nOptions:", "? Options", "?"):
         assert read("aqua_rat", tmp_path, {"question": "How many dollars must he add" + ending})[0].question[-4:] == "add?"
 
