@@ -41,12 +41,13 @@ class Item:
 
 @dataclass
 class Source:
-    """Where a data set is and how to read it. `read(record)` returns None for a record that the set's rule skips."""
+    """Where a data set is and how to read it. `read(record)` returns None for a record that the rule of the set skips; that of
+    your own pairs gets a checked row."""
 
     repo: str  # on the hub; empty if it is not there
     files: tuple[str, ...]  # patterns of file names on the hub; the first that matches any file counts
     licence: str
-    read: Callable[[dict], Item | list[Item] | None]
+    read: Callable[..., Item | list[Item] | None]
     skips: str = "left out by the source's rule"
 
 
