@@ -66,7 +66,8 @@ def readme(name: str, ledger: dict, teacher: str | None) -> str:
     """The README.md of a data set, from its ledger."""
     sources, left_out = [], []
     for label, read in ledger["read"].items():
-        origin = f"a local copy, {Path(read['from']).name}" if "=" in label else read["from"]
+        ours = "=" in label and not read["from"].startswith("hub:")
+        origin = f"a local copy, {Path(read['from']).name}" if ours else read["from"]
         sources.append(
             {"source": label.partition("=")[0], "from": origin, "licence": "; ".join(sorted(read["licences"])[:5])}
         )

@@ -41,8 +41,8 @@ class Item:
 
 @dataclass
 class Source:
-    """Where a data set is and how to read it. `read(record)` returns None for a record that the rule of the set skips; that of
-    your own pairs gets a checked row."""
+    """Where a data set is and how to read it. `read(record)` returns None for a record that the set's rule skips.
+    For your own pairs it is given a checked row."""
 
     repo: str  # on the hub; empty if it is not there
     files: tuple[str, ...]  # patterns of file names on the hub; the first that matches any file counts
