@@ -4,7 +4,7 @@
     summed      the likeliest of the options' own texts as the reply, argmax_i log pi(option_i | question)
     per char    argmax_i log pi(option_i | question) / characters of option_i: a long option is not punished for its length
                 (EleutherAI's harness calls the two acc and acc_norm)
-    generated   the letter that a greedy answer names; an answer that names none is invalid, and not right
+    generated   the letter that a greedy answer chooses; an answer that chooses none is invalid, and not right
 
 For the first three all replies of a question stand behind its prompt in one row, so the prompt is run once for all of them.
 A reply ends with `<|im_end|>`, whose log-probability counts. Chance is the mean of 1/options. *Position bias* is half of
@@ -22,12 +22,24 @@ from metrics.intervals import Estimate, share
 from model import Phi, all_logprobs
 
 SCORED = ("letter", "summed", "per char")
-# "Answer: C", "the answer is (C)", "Option C is right"; not "Answer: A force acts".
-NAMED = re.compile(
-    r"(?i:\b(?:answer|option|choice)\b)[\s*]*(?:(?i:is|option|choice)\b[\s*]*|[:=][\s*]*)*"
-    r"[(\[*]*([A-J])\b(?!['\u2019]|\s+(?!is\b)[a-z])"
+# A letter that is a name. A and I are words, too: "A force acts" names nothing. Nor do "B or C" and "F = m a".
+LETTER = (
+    r"\b([B-HJ]|[AI](?!\s+(?!(?:is|because|since|as|for)\b)[a-z]))\b"
+    r"(?!['\u2019]|\s*[+=^]|\)?\s*(?:,|/|and|or)\s*[A-J]\b)"
 )
-ALONE = re.compile(r"[\s(\[*]*([A-J])(?:[).:\]*]|\s*$)")  # "C", "(C)", "C) 12 m"
+# How a reply says which one it means, from the plainest way to the vaguest. Where one way names several, the last counts.
+SAYS = [
+    # "Answer: C", "the correct option is option B"
+    r"(?:boxed|(?i:\b(?:answer|option|choice|verdict)))(?:\s*[:=\u2013-]|\s+(?:is|was|must be)\b)"
+    rf"(?:[\s:=]|(?i:is|option|choice|answer|therefore|thus|clearly)\b){{0,9}}{LETTER}",
+    # "C is correct", "A is clearly the better answer"; not "neither A nor B is better"
+    rf"(?<!\bor )(?<!\bnor )(?<!\band ){LETTER}[).]? is (?:\w+ly |much |far |more |the |an? ){{0,9}}"
+    r"(?:better|best|correct|right|answer)\b",
+    # "I think it's B"
+    rf"(?i:\b(?:it is|it['\u2019]s|prefer|choose|pick|go with|say)(?: option| answer| choice)?)\s+{LETTER}",
+]
+MENTIONED = rf"(?i:\b(?:answer|option|choice))\s+{LETTER}"  # counts if no other is mentioned
+ALONE = re.compile(r"\s*([A-J])(?:[).:\]]|\s*$)")  # "C", "C) 12 m"
 
 
 @dataclass
@@ -47,14 +59,29 @@ def unanswered(examples: Sequence[Example], methods: Sequence[str]) -> Choices:
     return Choices([e.answer for e in examples], [len(e.choices) for e in examples], topics, picks)
 
 
+def parse_choice(reply: str, names: Sequence[str]) -> int | None:
+    """The index of the one of `names` (letters, or words such as "tie") that a reply of any form chooses: by how it says so
+    (`SAYS`), by the only one that it mentions, or by the letter that its last line or its first begins with. None if there
+    is none, or if that letter is not among `names`."""
+    said = re.sub(r"\\boxed\s*\{", "boxed: ", reply)
+    said = re.sub(r"\\[a-z]+\s*\{|[*$\"`{}(\[]", "", said)  # \text{C}, **C**, (C
+    bare = said.strip(" \t\n.:)]'").casefold()
+    found = [name for name in names if name.casefold() == bare]
+    if "A" in names:
+        found = found or next(filter(None, (re.findall(way, said)[-1:] for way in SAYS)), [])
+    if not found:
+        words = [name for name in names if len(name) > 1 and re.search(rf"(?i)\b{re.escape(name)}\b", said)]
+        found = [word for word in words if not any(word in other and word != other for other in words)]
+    if not found and "A" in names:
+        lines = [line for line in said.splitlines() if line.strip()]
+        alone = [start[1] for line in (lines[-1:] + lines[:1]) if (start := ALONE.match(line))]
+        found = sorted(set(re.findall(MENTIONED, said))) or alone[:1]
+    return list(names).index(found[0]) if len(found) == 1 and found[0] in names else None
+
+
 def parse_letter(reply: str, count: int) -> int | None:
-    """The option that a reply chooses: the last one it names, or the letter that its last line or its first begins with.
-    None if there is none among `count` options."""
-    named = NAMED.findall(reply)
-    lines = [line for line in reply.splitlines() if line.strip()]
-    alone = [found[1] for line in (lines[-1:] + lines[:1]) if (found := ALONE.match(line))]
-    letter = (named[-1:] or alone[:1] or [""])[0]
-    return LETTERS.index(letter) if letter and letter in LETTERS[:count] else None
+    """The index of the option, of `count`, whose letter a reply chooses; None if there is none."""
+    return parse_choice(reply, LETTERS[:count])
 
 
 def score_options(

@@ -2,8 +2,9 @@
 
     --sources theoremqa            from the Hugging Face hub, downloaded once, then read from the cache
     --sources theoremqa=PATH       a local copy: a parquet, JSON, JSON lines or CSV file, or a directory of them
+    --sources pairs=FILE           your own pairs, in any form that --train takes (prepare/rows.py)
 
-A missing column is an error that lists the columns that were found.
+A missing column is an error that lists the columns that were found. Every field is checked where it is read.
 """
 
 import json
@@ -13,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import LETTERS
-from prepare.rows import bad_rows, parsed, records
-from runtime.files import InputError, first_line
+from data import LETTERS, Ledger, Row
+from prepare.rows import bad_rows, parsed, read_rows, records
+from runtime.files import InputError
 from runtime.weights import hub_snapshot
 
 
@@ -26,6 +27,7 @@ class Item:
     question: str
     answer: str  # the right answer as text: an option, a number, an essay
     choices: list[str] = field(default_factory=list)
+    right: int | None = None  # index of the right option; two options may have the same text
     explanation: str = ""
     topic: str = ""
     source: str = ""
@@ -33,16 +35,19 @@ class Item:
     licence: str = ""
     chosen: str = ""  # of a source that has pairs already, like the next
     rejected: str = ""
+    messages: list[dict] = field(default_factory=list)  # the prompt, if it is more than one message of the user
+    taught: set[str] = field(default_factory=set)  # the fields that the teacher wrote
 
 
 @dataclass
 class Source:
-    """Where a data set is and how to read it. `read(record, file)` returns None for a record that the set's rule skips."""
+    """Where a data set is and how to read it. `read(record)` returns None for a record that the set's rule skips.
+    For your own pairs it is given a checked row."""
 
     repo: str  # on the hub; empty if it is not there
     files: tuple[str, ...]  # patterns of file names on the hub; the first that matches any file counts
     licence: str
-    read: Callable[[dict, Path], Item | list[Item] | None]
+    read: Callable[..., Item | list[Item] | None]
     skips: str = "left out by the source's rule"
 
 
@@ -70,108 +75,148 @@ PLATYPUS = {"Mathematics": "MATH/PRM-800K", "Computer Science": "leetcode_ne tig
 PLATYPUS_TOPICS = _by_name(PLATYPUS | {"": "ARB airoboros scibench scienceqa"})
 
 
-def _right(choices: list[str], letter: str) -> str:
-    """The option that a letter names."""
-    named = dict(zip(LETTERS, choices)).get(letter.strip().upper())
-    if named is None:
-        raise ValueError(f"the right option is {letter!r}, but there are {len(choices)}")
-    return named
+# Texts that make sense only while the options keep their order: "option B", "the first choice"; in an option also "A and B
+# only", "all of the above".
+NAMES_A_POSITION = r"(?i:option|choice|answer)s?[\s:(]+[A-J]\b|(?i:first|second|third|fourth|last) (?i:option|choice|answer)"
+NAMES_OTHERS = r"\b[A-J]\W*(?:,|and|or|&)\W*[A-J]\b|(?i:\b(?:all|none|both|neither|two) of (?:the|these|those)|the above)"
 
 
-def _options(value: object) -> list:
-    if not isinstance(value, list):
-        raise ValueError(f"the options are {type(value).__name__}, not a list")
-    return value
-
-
-def check_text(value: object, name: str) -> str:
-    """`value`; ValueError if it is not text."""
+def text(record: dict, name: str) -> str:
+    """A field that has to be text; ValueError says what it is instead."""
+    value = record[name]
     if not isinstance(value, str):
-        raise ValueError(f'"{name}" is {"missing" if value is None else type(value).__name__}, not text')
+        raise ValueError(f'"{name}" is {"null" if value is None else type(value).__name__}, not text')
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
     return value
 
 
-def mmlu_stem(record: dict, file: Path) -> Item:
+def texts(record: dict, name: str) -> list[str]:
+    """A field that has to be a list of 2 to 10 texts, the options of a question."""
+    values = record[name]
+    if not isinstance(values, list) or not 2 <= len(values) <= len(LETTERS):
+        raise ValueError(f'"{name}" is not a list of 2 to {len(LETTERS)} texts')
+    return [text({name: value}, name) for value in values]
+
+
+def label(record: dict, name: str) -> str:
+    """A number or text by which something is called, as text; empty if it is null or absent."""
+    value = record.get(name)
+    if isinstance(value, str | None) or type(value) in (int, float):
+        return text({name: "" if value is None else str(value)}, name)
+    raise ValueError(f'"{name}" is {type(value).__name__}, neither text nor a number')
+
+
+def letter(record: dict, name: str, count: int) -> int:
+    """The index of the option that a letter names."""
+    named = text(record, name).strip().upper()
+    if count < 2 or named not in tuple(LETTERS[:count]):
+        raise ValueError(f"the right option is {named[:20]!r}, but there are {count}")
+    return LETTERS.index(named)
+
+
+def without_letters(options: list[str]) -> list[str]:
+    """["A)5 km", " b ) 7 km"] -> ["5 km", "7 km"]; ValueError if a letter does not fit its position."""
+    found = [re.match(r"\s*(?:([A-Ja-j])\s*\))?\s*(.*)", option, re.DOTALL) for option in options]
+    if any(one[1] and one[1].upper() != LETTERS[i] for i, one in enumerate(found)):
+        raise ValueError("the options are not lettered A, B, C, ... in their order")
+    return [one[2].strip() for one in found]
+
+
+def mmlu_stem(record: dict) -> Item:
     """question, choices (list), answer (0-3), subject."""
-    choices, subject = _options(record["choices"]), record["subject"]
+    choices, subject, right = texts(record, "choices"), text(record, "subject"), label(record, "answer")
+    if not right.isdecimal() or int(right) >= len(choices):
+        raise ValueError(f"the right option is {right[:20]!r}, but there are {len(choices)}, counted from 0")
     topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
-    right = int(record["answer"])
-    if not 0 <= right < len(choices):
-        raise ValueError(f"the right option is {right}, but there are {len(choices)}")
-    return Item(record["question"], choices[right], choices, topic=topic)
+    return Item(text(record, "question"), choices[int(right)], choices, int(right), topic=topic)
 
 
-def theoremqa(record: dict, file: Path) -> Item | None:
+def theoremqa(record: dict) -> Item | None:
     """Question, Answer (text on the hub, a JSON value on GitHub), Picture, field. Questions with a picture are left out."""
-    if record["Picture"] is not None:
+    if record["Picture"] not in (None, ""):
         return None
     answer = record["Answer"]
+    if not isinstance(answer, str | int | float | list):
+        raise ValueError(f'"Answer" is {"null" if answer is None else type(answer).__name__}, not text, number or list')
     answer = json.dumps(answer) if isinstance(answer, list) else str(answer)
-    branch = record.get("field") or ""
+    branch = label(record, "field")
     topic = {"Math": "Mathematics", "EECS": EECS}.get(branch, branch)
-    return Item(record["Question"], answer, topic=topic, question_id=str(record.get("id", "")))
+    question, answer = text(record, "Question"), text({"Answer": answer}, "Answer")
+    return Item(question, answer, topic=topic, question_id=label(record, "id"))
 
 
-def math_qa(record: dict, file: Path) -> Item:
+def math_qa(record: dict) -> Item:
     """Problem, Rationale, options (one text: "a ) 24 , b ) 120 , ..."), correct (a letter), category."""
-    options = re.split(r"(?:^|,)\s*[a-e]\s*\)", record["options"].strip("[]'\" "))
-    choices = [option.strip(" ,") for option in options[1:]]
-    right = _right(choices, record["correct"])
-    return Item(record["Problem"], right, choices, record["Rationale"].strip("\"' "), topic="Mathematics")
+    options = re.split(r"(?:^|,)\s*(?=[a-e]\s*\))", text(record, "options").strip("[]'\" "))
+    choices = without_letters([option.strip(" ,") for option in options if option.strip()])
+    right = letter(record, "correct", len(choices))
+    rationale = text(record, "Rationale").strip("\"' ")
+    return Item(text(record, "Problem"), choices[right], choices, right, rationale, topic="Mathematics")
 
 
-def arxiv_physics(record: dict, file: Path) -> Item:
+def arxiv_physics(record: dict) -> Item:
     """question, answer."""
-    return Item(record["question"], record["answer"], topic="Physics")
+    return Item(text(record, "question"), text(record, "answer"), topic="Physics")
 
 
-def open_platypus(record: dict, file: Path) -> Item | None:
+def open_platypus(record: dict) -> Item | None:
     """instruction, input (often empty), output, data_source (the set it was taken from, on which the licence depends)."""
-    origin = record["data_source"]
+    origin = text(record, "data_source")
     if origin not in PLATYPUS_TOPICS:
         return None
-    question = "\n\n".join(text for text in (record["instruction"], record["input"]) if text.strip())
-    licence = f"mixed, as of {origin}"
-    return Item(question, record["output"], topic=PLATYPUS_TOPICS[origin], licence=licence)
+    parts = (text(record, "instruction"), text(record, "input"))
+    question = "\n\n".join(part for part in parts if part.strip())
+    return Item(question, text(record, "output"), topic=PLATYPUS_TOPICS[origin], licence=f"mixed, as of {origin}")
 
 
-def sciq(record: dict, file: Path) -> Item:
+def sciq(record: dict) -> Item:
     """question, distractor1 ... distractor3, correct_answer, support (may be empty)."""
-    right = record["correct_answer"]
-    # In the order of the alphabet, because the right one would always be the last.
-    choices = sorted([record["distractor1"], record["distractor2"], record["distractor3"], right])
-    return Item(record["question"], right, choices, record["support"] or "")
+    choices = [text(record, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    support = "" if record["support"] is None else text(record, "support")
+    order = [0, 1, 2, 3]
+    in_order = re.search(NAMES_A_POSITION, support) or re.search(f"{NAMES_A_POSITION}|{NAMES_OTHERS}", "\n".join(choices))
+    if not in_order:
+        order.sort(key=choices.__getitem__)  # by the alphabet, because the right one would always be the last
+    return Item(text(record, "question"), choices[3], [choices[i] for i in order], order.index(3), support)
 
 
-def aqua_rat(record: dict, file: Path) -> Item:
+def aqua_rat(record: dict) -> Item:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
-    choices = [re.sub(r"^\s*[A-E]\s*\)", "", option).strip() for option in _options(record["options"])]
-    return Item(record["question"], _right(choices, record["correct"]), choices, record["rationale"], topic="Mathematics")
+    choices = without_letters(texts(record, "options"))
+    right = letter(record, "correct", len(choices))
+    question = re.sub(r"\s*\bOptions\s*:?\s*$", "", text(record, "question"))  # some end with the heading of their options
+    return Item(question, choices[right], choices, right, text(record, "rationale"), topic="Mathematics")
 
 
-def epfl(record: dict, file: Path) -> list[Item]:
+def epfl(record: dict) -> list[Item]:
     """The course's preference file: question_id, question_complete, course_id, preference: [{A, B, overall: "A" or "B"}].
     Each vote is a pair."""
-    known = {"topic": COURSE_TOPICS.get(str(record["course_id"]), ""), "question_id": str(record["question_id"])}
+    question, votes = text(record, "question_complete"), record["preference"]
+    known = {"topic": COURSE_TOPICS.get(label(record, "course_id"), ""), "question_id": label(record, "question_id")}
+    if not isinstance(votes, list) or not all(isinstance(vote, dict) for vote in votes):
+        raise ValueError('"preference" is not a list of votes')
     items = []
-    for vote in record["preference"]:
-        if vote["overall"] not in ("A", "B"):
-            raise ValueError(f'"overall" is {vote["overall"]!r}, neither A nor B')
-        chosen, rejected = (vote["A"], vote["B"]) if vote["overall"] == "A" else (vote["B"], vote["A"])
-        items.append(Item(record["question_complete"], chosen, chosen=chosen, rejected=rejected, **known))
+    for vote in votes:
+        winner = text(vote, "overall")
+        if winner not in ("A", "B"):
+            raise ValueError(f'"overall" is {winner[:20]!r}, neither A nor B')
+        chosen, rejected = (text(vote, name) for name in (winner, "B" if winner == "A" else "A"))
+        items.append(Item(question, chosen, chosen=chosen, rejected=rejected, **known))
     return items
 
 
-def pairs(record: dict, file: Path) -> Item:
-    """Your own pairs: prompt, chosen, rejected; topic, source, question_id and licence if you have them."""
-    prompt, chosen, rejected = (check_text(record[name], name) for name in ("prompt", "chosen", "rejected"))
-    item = Item(prompt, chosen, chosen=chosen, rejected=rejected)
+def pair(row: Row, file: str) -> Item:
+    """One of your own pairs, with its topic, source, question_id and licence if it has them, whatever their types."""
+    chosen, rejected = row.completions
+    item = Item(row.messages[-1]["content"], chosen, chosen=chosen, rejected=rejected)
+    item.messages = row.messages if len(row.messages) > 1 else []
     for name in ("topic", "source", "question_id", "licence"):
-        setattr(item, name, "" if record.get(name) is None else str(record[name]))
+        value = row.raw.get(name)
+        said = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        setattr(item, name, said.encode("utf-8", "replace").decode())
     item.topic = "" if item.topic == "Unknown" else item.topic
-    item.source = item.source or file.stem
+    item.source = item.source or Path(file).name.partition(".")[0]
     return item
 
 
@@ -184,8 +229,8 @@ SOURCES = {
     "open_platypus": Source("garage-bAInd/Open-Platypus", ("data/*.parquet",), "mixed", open_platypus, "not a STEM source"),
     "sciq": Source("allenai/sciq", ("data/train-*.parquet",), "CC BY-NC 3.0", sciq),
     "aqua_rat": Source("deepmind/aqua_rat", ("raw/train-*.parquet",), "Apache-2.0", aqua_rat),
-    "epfl": Source("", (), "the course's; not public", epfl),
-    "pairs": Source("", (), "that of the file", pairs),
+    "epfl": Source("", (), "the course's; not public", epfl, "has no vote"),
+    "pairs": Source("", (), "that of the file", pair),
 }
 
 
@@ -195,7 +240,8 @@ class Reading:
 
     items: list[Item]
     origin: str  # a path, or repository@commit
-    counts: Counter  # the records, and those that were left out, by reason
+    counts: Counter  # the records: those used, and those left out, by reason
+    bad: list[str] = field(default_factory=list)  # "file:record: reason" of those that cannot be used
 
 
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:
@@ -207,48 +253,56 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
     if name not in SOURCES:
         raise InputError(f"no source {name!r}; there are {', '.join(SOURCES)}")
     source = SOURCES[name]
+    if not path and not source.repo:
+        raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
+    reading = own_pairs(path, on_bad_row) if name == "pairs" else published(name, path, revision)
+    if reading.bad and (on_bad_row == "stop" or not reading.items):
+        raise bad_rows(reading.bad, reading.counts["records"], reading.origin)
+    if not reading.items:
+        raise InputError(f"{reading.origin}: has no row of {name}")
+    for i, item in enumerate(reading.items):
+        item.source = item.source or name
+        item.licence = item.licence or source.licence
+        item.question_id = item.question_id or f"{name}-{i}"
+    return reading
+
+
+def own_pairs(path: str, on_bad_row: str) -> Reading:
+    """Pairs as --train takes them, in the same forms and with the same checks."""
+    ledger = Ledger()
+    rows = read_rows(path, "pairs", on_bad_row, ledger)
+    counts = Counter({"records": ledger.rows, "used": len(rows), "not usable": ledger.rows - len(rows)})
+    return Reading([pair(row, path) for row in rows], path, +counts, ledger.bad_rows)
+
+
+def published(name: str, path: str | None, revision: str | None) -> Reading:
+    """The records of one of the report's sets."""
+    source = SOURCES[name]
     if path:
         origin, wanted = path, ("*.parquet", "*.json", "*.jsonl", "*.csv")
         found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
         files = [file for file in found if f"*{file.suffix}" in wanted and file.exists()]
-    elif source.repo:
+    else:
         folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
         origin, wanted = f"{source.repo}@{folder.name}", source.files
         files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in wanted)), [])
-    else:
-        raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
     if not files:
         raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
 
-    reading, bad = Reading([], origin, Counter()), []
+    reading = Reading([], origin, Counter())
     for file, number, record in ((one, *numbered) for one in files for numbered in records(one)):
         reading.counts["records"] += 1
-        wrong = ""
+        became = "used"
         try:
             record = parsed(record)
-            made = source.read(record, file)
-            made = [made] if isinstance(made, Item) else made
-            for what, said in (one for item in made or () for one in vars(item).items()):
-                for text in said if what == "choices" else [said]:
-                    check_text(text, what)
+            made = source.read(record)
+            became = "used" if made else source.skips
+            reading.items += [made] if isinstance(made, Item) else made or []
         except KeyError as error:
-            wrong = f"{name} has no column {error}; found: {', '.join(map(str, record))}"
-        except (ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
-            wrong = f"not a record of {name} ({first_line(error)})"
-        if wrong:
-            reading.counts["not usable"] += 1
-            bad.append(f"{file}:{number}: {wrong}")
-            continue
-        if made is None:
-            reading.counts[source.skips] += 1
-            continue
-        for item in made:
-            item.source = item.source or name
-            item.licence = item.licence or source.licence
-            item.question_id = item.question_id or f"{name}-{len(reading.items)}"
-            reading.items.append(item)
-    if bad and (on_bad_row == "stop" or not reading.items):
-        raise bad_rows(bad, reading.counts["records"], origin)
-    if not reading.items:
-        raise InputError(f"{origin}: has no row of {name}")
+            became, wrong = "not usable", f"{name} has no column {error}; found: {', '.join(map(str, record))}"
+        except ValueError as error:
+            became, wrong = "not usable", f"not a record of {name} ({error})"
+        reading.counts[became] += 1
+        if became == "not usable":
+            reading.bad.append(f"{file}:{number}: {wrong}")
     return reading

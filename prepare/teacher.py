@@ -1,9 +1,11 @@
 """The teacher: a model behind any server that speaks OpenAI's protocol. It writes what the sources lack, and it judges.
 
-    explanation   why a known answer is right
-    rejected      a worse answer: a reply to the bare question, or an argument for a wrong option
+    argument      an explanation that ends in a given answer: the right one, or a wrong option
+    attempt       a reply to the bare question that does not end in the right answer
     topic         one of a list, or "Unknown"
     judgement     the better of two answers: "A", "B" or "tie"
+
+What an answer ends in is checked (`concludes`). One that cannot be used is asked for again, with a reminder.
 
 Every answer is appended to a journal, under the hash of its request, before it is used. A second run asks only what is
 missing, and a kill loses at most the calls in flight. One process at a time asks; the next one waits and reads what the
@@ -17,6 +19,7 @@ import math
 import os
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,42 +27,101 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from data import LETTERS
+from metrics.multiple_choice import parse_choice, parse_letter
 from runtime import runs
 from runtime.files import InputError, first_line, json_object, read_fields, redact
 from runtime.settings import Data, Eval
 
 RETRIES = 8  # by the client, of a call that fails on its way; the growing waits add up to some 40 seconds
-USELESS = 3  # unusable answers after which a request is given up for good
 TIMEOUT = 120.0  # seconds for one answer
 FAILURES = 20  # calls in a row without an answer after which nothing else is asked
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to the teacher, and how its answer is read."""
+    """One question to the teacher, and which answers to it can be used."""
 
     messages: tuple[tuple[str, str], ...]  # (role, text)
-    choices: tuple[str, ...] = ()  # the only valid answers; empty: any text is
+    names: tuple[str, ...] = ()  # the answer has to name one of these; empty: it is any text
     max_tokens: int = 1024
+    end: str = ""  # what the text has to end in ...
+    options: tuple[str, ...] = ()  # ... and in no other of these
+    not_end: str = ""  # what it may not end in
 
-    def body(self, model: str) -> dict:
+    def reminder(self) -> str:
+        """What the question is followed by when it is asked again."""
+        if self.names:
+            return f"\n\nAnswer with nothing but one of: {', '.join(self.names)}."
+        return f'\n\nEnd with the sentence "The answer is {self.end}."' if self.end else ""
+
+    def body(self, model: str, again: bool = False) -> dict:
         """The JSON to send."""
         messages = [{"role": role, "content": content} for role, content in self.messages]
+        if again:
+            messages[-1]["content"] += self.reminder()
         return {"model": model, "messages": messages, "max_tokens": self.max_tokens}
 
     def key(self, model: str) -> str:
         return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()[:32]
 
+    def tries(self) -> int:
+        """Unusable answers after which the request is given up for good."""
+        return 2 if self.names else 3
+
     def parse(self, answer: str) -> str | None:
-        """The text of an answer or, with choices, the one that it names. None if it is useless."""
-        if not self.choices:
-            return answer.strip() or None
-        said = answer.strip(' \n."').casefold()
-        return next((choice for choice in self.choices if choice.casefold() == said), None)
+        """The text of an answer or, with names, the one that it chooses. None if it cannot be used."""
+        if self.names:
+            found = parse_choice(answer, self.names)
+            return None if found is None else self.names[found]
+        if self.end and not concludes(answer, self.end, self.options):
+            return None
+        if self.not_end and starts(terms(self.not_end), terms(conclusion(answer))):
+            return None
+        return answer.strip() or None
 
     def at_most(self) -> list[int]:
         """Upper bounds of the tokens in (about one for 3 bytes of text) and out."""
-        return [sum(len(text.encode()) // 3 + 8 for _, text in self.messages), self.max_tokens]
+        texts = [*(text for _, text in self.messages), self.reminder()]
+        return [sum(len(text.encode()) // 3 + 8 for text in texts), self.max_tokens]
+
+
+NUMBER = r"(?<![\w)\]}])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+TERM = re.compile(rf"({NUMBER})|\w+|[^\w\s.,;:!?'\"\u2018-\u201d*$`]")
+
+
+def terms(text: str, case: bool = False) -> list[str]:
+    """Words, numbers and symbols: "It is 1,000.50 N." -> ["it", "is", "1000.5", "n"]; with `case`, "It" and "N"."""
+    made = []
+    for found in TERM.finditer(text.replace("\u2212", "-")):
+        number = found[1] and found[1].replace(",", "")
+        made.append(f"{float(number):.15g}" if number else found[0])
+    return made if case else [term.casefold() for term in made]
+
+
+def conclusion(text: str) -> str:
+    """What a text ends in: all that follows its last "answer is" or "answer:"; without one, its last line."""
+    parts = re.split(r"(?i)\banswer\b[^.:\n]{0,40}?(?:\bis\b|:)", text)
+    return parts[-1] if len(parts) > 1 else text.strip().rpartition("\n")[2]
+
+
+def starts(part: list[str], whole: list[str]) -> list[int]:
+    """Where a list of terms occurs in another."""
+    return [i for i in range(len(whole)) if part and whole[i : i + len(part)] == part]
+
+
+def concludes(text: str, answer: str, options: Sequence[str] = ()) -> bool:
+    """Whether a text ends in `answer`, by its words or its letter, and in no other option. An answer without options may be
+    followed by its unit, but not by another number."""
+    case = len({option.casefold() for option in options}) < len(set(options))  # AA, Aa, aa
+    said, wanted = terms(conclusion(text), case), {option: terms(option, case) for option in (answer, *options)}
+    found = [(range(i, i + len(its)), option) for option, its in wanted.items() for i in starts(its, said)]
+    # "blue" is not named where it is a part of "light blue".
+    named = {option for its, option in found if not any(set(its) < set(longer) for longer, _ in found)}
+    letter = parse_letter(f"Answer: {conclusion(text).strip()}", len(options)) if options else None
+    if letter is not None and said[: len(wanted[answer])] != wanted[answer]:
+        return options[letter] == answer and named <= {answer}
+    numbers = {term for before, term in zip(["", *said], said) if re.fullmatch(NUMBER, term) and before not in ("^", "_")}
+    return named == {answer} and (bool(options) or numbers <= set(wanted[answer]))
 
 
 def lettered(choices: list[str]) -> str:
@@ -67,24 +129,29 @@ def lettered(choices: list[str]) -> str:
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
-def explanation(question: str, choices: list[str], answer: str) -> Request:
-    """Why `answer` is right, step by step."""
+END = 'End with a sentence of its own: "The answer is", and the answer word for word. Do not name options by their letters.'
+
+
+def argument(question: str, choices: list[str], answer: str) -> Request:
+    """Why `answer` is right, step by step. A wrong option is argued for on the same instructions as the right one, so that
+    style does not give the rejected answer away."""
     options = f"\n\nOptions:\n{lettered(choices)}" if choices else ""
-    task = "Explain step by step how to arrive at the given answer, then state it. "
-    task += "Do not say that it was given, and do not name options by their letters."
-    return Request((("system", task), ("user", f"{question}{options}\n\nAnswer: {answer}")))
+    task = f"Explain step by step how to arrive at the given answer. Do not say that it was given. {END}"
+    others = tuple(choices) or (("True", "False") if answer in ("True", "False") else ())
+    return Request((("system", task), ("user", f"{question}{options}\n\nAnswer: {answer}")), end=answer, options=others)
 
 
-def rejected(question: str, choices: list[str], wrong: str | None) -> Request:
-    """An answer worse than the right one. With options, the teacher argues for a wrong one, on the same instructions as for
-    `explanation`, so that style does not give the rejected answer away. Without, it replies to the bare question."""
-    return Request((("user", question),)) if wrong is None else explanation(question, choices, wrong)
+def attempt(question: str, answer: str = "") -> Request:
+    """A reply to the bare question, to be rejected. With the right `answer`, which the teacher has explained, it has the
+    style of the explanation and may not end in that answer."""
+    task = (("system", f"Explain step by step how to arrive at the answer. {END}"),) if answer else ()
+    return Request((*task, ("user", question)), not_end=answer)
 
 
 def topic(question: str, topics: tuple[str, ...]) -> Request:
-    choices = (*topics, "Unknown")
-    task = f"To which topic does the question belong? Answer with one of: {', '.join(choices)}."
-    return Request((("system", task), ("user", question)), choices, max_tokens=30)
+    names = (*topics, "Unknown")
+    task = f"To which topic does the question belong? Answer with one of: {', '.join(names)}."
+    return Request((("system", task), ("user", question)), names, max_tokens=30)
 
 
 def judgement(question: str, a: str, b: str) -> Request:
@@ -251,7 +318,7 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
     import openai
 
     journal, body, useless = teacher.journal, request.body(teacher.model), 0
-    while useless < USELESS:
+    while useless < request.tries():
         bound = teacher.cost(request.at_most())
         while (spent := teacher.cost(journal.tokens)) + sum(teacher.open_calls) + bound > teacher.budget:
             if not teacher.open_calls:
@@ -283,7 +350,8 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
         teacher.failures = 0
         usable = text is not None and request.parse(text) is not None
         useless += not usable
-        final = usable or refused or useless == USELESS
+        final = usable or refused or useless == request.tries()
+        body["messages"] = request.body(teacher.model, again=True)["messages"]
         journal.add(key=key if final else "", answer=text if usable else None, tokens=tokens or request.at_most())
         if final:
             return

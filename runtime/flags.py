@@ -361,5 +361,6 @@ def _without_effect(s: Any, stage: str) -> list[tuple[bool, str, str]]:
         (evaluates and s.precisions, "dtype", "has no effect beside --precisions, whose products are fp32; leave it out"),
         (evaluates and not s.data, "letter_only on_bad_row", "is for --data; held-out rows are read as their run read them"),
         (evaluates and s.samples == 0, "bert teacher max_new_tokens temperature", "needs answers; leave out --samples 0"),
+        (getattr(s, "what", "") == "sft", "match_lengths", "is for --what pairs; leave it out"),
         (stage in ("data", "eval") and not s.teacher, "price budget concurrency", "needs a teacher; add --teacher MODEL"),
     ]

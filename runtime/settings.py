@@ -181,10 +181,11 @@ class Data(BadRows, Asking, Run):
 
     stage: ClassVar[str] = "data"
     sources: str | None = setting(None, "data sets, such as theoremqa,mmlu_stem=DIR (NAME from the hub, NAME=PATH a copy)")
+    what: str = setting("pairs", "the rows to make: preference pairs, or questions with answers for SFT", ("pairs", "sft"))
     sizes: str = setting("", "training rows of each mixture, such as 20000,30000 (default: one with all rows)")
     shares: str = setting("", "shares of the mixture, such as epfl=2,mmlu_stem=1 (default: equal)")
     shares_by: str = setting("source", "what --shares names", ("source", "topic"))
-    match_lengths: bool = setting(False, "in each source, choose the longer answer as often as the shorter")
+    match_lengths: bool = setting(False, "drop pairs until their lengths say nothing about which answer is chosen")
     eval_share: float = setting(0.2, "share of the questions to test on", limit=BETWEEN)
     seed: int = setting(0, "seed of the split and the mixtures", limit=SEED)
     dry_run: bool = setting(False, "show what the teacher would be asked and what that would cost")

@@ -6,6 +6,7 @@ import torch
 from data import ChatML, Example, load_tokenizer
 from metrics.multiple_choice import (
     Choices,
+    parse_choice,
     parse_letter,
     position_bias,
     score_options,
@@ -19,7 +20,7 @@ from model import Phi
     ("reply", "letter"),
     [
         ("C", 2),
-        (" c", None),
+        (" c", 2),
         ("C.", 2),
         ("(C)", 2),
         ("C) 12 m", 2),
@@ -30,6 +31,24 @@ from model import Phi
         ("The answer is D.", 3),
         ("So the correct option is option B", 1),
         ("Option B is right because of A.", 1),
+        ("Answer: D because A is too small", 3),
+        ("Answer: A because it acts", 0),
+        ("Correct answer - A", 0),
+        ("So x = 3: \\boxed{C}", 2),
+        (r"The answer is $\boxed{\text{(B)}}$.", 1),
+        ("C is correct", 2),
+        ("A is the correct answer", 0),
+        ("(D) is clearly the right answer, not B", 3),
+        ("I think it's B", 1),
+        ("I would go with option C.", 2),
+        ("Option A is wrong. Option C is right. Option B is wrong.", 2),
+        ("Of these, option B fits.", 1),
+        ("Option B fits, option C does not.", None),  # which of them?
+        ("The answer is B or C.", None),
+        ("Neither A nor B is correct", None),
+        ("The answer is not A", None),
+        ("Answer: F = m a", None),
+        ("D. A and B only", 3),
         ("Because 2 + 2 = 4.\n\nAnswer: D", 3),
         ("Answer: A\nNo, wait.\nAnswer: B", 1),
         ("B. it is so\nbecause I say so", 1),
@@ -45,6 +64,42 @@ from model import Phi
 )
 def test_the_letter_of_a_reply(reply, letter):
     assert parse_letter(reply, 4) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        ("A", "A"),
+        (' "Tie". ', "tie"),
+        ("a", "A"),
+        ("A is better.", "A"),
+        ("Answer A is better than answer B.", "A"),
+        ("Verdict: B", "B"),
+        ("It is a tie: both are right.", "tie"),
+        ("Neither A nor B is better: a tie.", "tie"),
+        ("A or B", None),
+        ("Answer A: right. Answer B: wrong.", None),
+        ("C", None),
+    ],
+)
+def test_the_verdict_of_a_judge(reply, name):
+    found = parse_choice(reply, ("A", "B", "tie"))
+    assert name == (None if found is None else ("A", "B", "tie")[found])
+
+
+@pytest.mark.parametrize(
+    ("reply", "index"),
+    [
+        ("Physics.", 0),
+        ("The topic is **computer science**.", 1),
+        ("Electrical Engineering and Computer Science", 2),  # in which another name is hidden
+        ("Physics or Computer Science", None),
+        ("A physical question", None),
+        ("", None),
+    ],
+)
+def test_the_topic_that_a_reply_names(reply, index):
+    assert parse_choice(reply, ("Physics", "Computer Science", "Electrical Engineering and Computer Science")) == index
 
 
 def logprob(model, prompt, reply):

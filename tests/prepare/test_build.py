@@ -12,7 +12,7 @@ from hub_server import SHA, hub, hub_environment
 from openai_server import Server
 
 from prepare import build
-from prepare.build import check_output, multiple_choice, sizes_and_shares
+from prepare.build import account, check_output, multiple_choice, sizes_and_shares
 from prepare.mixture import mixtures
 from prepare.sources import Item
 from prepare.teacher import open_teacher
@@ -46,10 +46,12 @@ def physics(count):
 
 
 def answer(body):
-    question = body["messages"][-1]["content"]
+    """A teacher that argues for what it is told to."""
+    asked = body["messages"][-1]["content"]
     if body["max_tokens"] == 30:
-        return "Unknown" if "3 + 1" in question else "Mathematics"
-    return f"Step by step one arrives at it: {question.split()[-1]}"
+        return "Unknown" if "3 + 1" in asked else "Mathematics"
+    given = asked.partition("Answer: ")[2].partition("\n")[0]
+    return f"Step by step one arrives at it, from {asked.split()[2]}. The answer is {given or 'not known'}."
 
 
 @pytest.fixture
@@ -93,11 +95,15 @@ def test_from_sources_to_mixtures(files, serve, tmp_path, capsys):
     assert not {r["prompt"] for r in large} & {r["prompt"] for r in test}
     assert {r["licence"] for r in large} == {"MIT", "none stated"}
     ledger = read_json(data / "ledger.json")
-    assert ledger["items"] == 100 == ledger["pairs"] + sum(ledger["left out"].values())
-    assert ledger["read"][files.split(",")[0]] == {"from": f"{tmp_path}/mmlu.json", "records": 60}
+    assert ledger["rows"] == {"items": 100, "kept": 100, "left out": {}}
+    assert ledger["multiple choice"] == {"items": 60, "kept": 60, "left out": {}}
+    read = {"from": f"{tmp_path}/mmlu.json", "records": 60, "used": 60, "items": 60, "licences": {"MIT": 60}, "bad rows": []}
+    assert ledger["read"][files.split(",")[0]] == read
     assert ledger["files"]["train-60"]["rows"] == 60
     for kind in ("source", "topic", "licence"):
         assert ledger["files"]["train-60"][f"by {kind}"] == Counter(row[kind] for row in large)
+    by = {line["source"]: line["chosen by, rejected by"] for line in ledger["scores"]}
+    assert by == {"arxiv_physics": "source, teacher", "mmlu_stem": "teacher, teacher"}
     assert max(serve.answered.values()) == 1
 
     # Multiple choice: the right option under its letter.
@@ -173,8 +179,14 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path):
     with pytest.raises(InputError, match="no pairs are left: 40 no rejected answer"):
         run("--sources", physics_only, "--out", tmp_path)
     assert not (tmp_path / "data").exists()
+    assert run("--sources", physics_only, "--out", tmp_path, "--what", "sft", "--name", "sft") == 0
+    row = lines(tmp_path / "sft" / "train.jsonl")[0]
+    assert row["completion"].startswith("Because masses") and row["topic"] == "Physics"
+    assert "- sft\n" in (tmp_path / "sft" / "README.md").read_text()
     assert run("--sources", files, "--out", tmp_path, "--name", "choices") == 0  # multiple choice needs no teacher
     assert not (tmp_path / "choices" / "test.jsonl").exists() and lines(tmp_path / "choices" / "mcq-test.jsonl")
+    left_out = read_json(tmp_path / "choices" / "ledger.json")["rows"]["left out"]
+    assert left_out == {"multiple choice alone": 60, "no rejected answer": 40}
     pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
     write_jsonl(tmp_path / "own.jsonl", pairs)
     assert run("--sources", f"pairs={tmp_path}/own.jsonl", "--out", tmp_path) == 0
@@ -196,6 +208,8 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path):
         (("--sources", "OWN", "--teacher", "m", "--budget", 1), "--budget needs --price"),
         (("--sources", "OWN,OWN"), "twice"),
         (("--sources", "OWN", "--lr", 1), "--lr belongs to --stage"),
+        (("--sources", "OWN", "--what", "sft", "--match-lengths"), "--match-lengths is for --what pairs"),
+        (("--sources", "OWN", "--eval-share", 0.001), "--eval-share 0.001 leaves none of 30 rows to test on"),
     ],
 )
 def test_flags_that_make_no_sense_are_errors(words, message, tmp_path):
@@ -267,10 +281,101 @@ def test_shares_and_sizes():
 
 
 def test_multiple_choice_keeps_the_explanation_and_each_question_once():
-    items = [Item(f"{i % 20}?", "b", ["a", "b", "c"], "It is so.", source="s", question_id=f"s-{i}") for i in range(30)]
-    made = multiple_choice([*items, Item("An essay?", "Long.")], Data(eval_share=0.25, seed=0))
+    known = dict(choices=["a", "b", "c"], right=1, explanation="It is so.", source="s")
+    items = [Item(f"{i % 20}?", "b", question_id=f"s-{i}", **known) for i in range(30)]
+    ledger, settings = {}, Data(eval_share=0.25, seed=0)
+    made = multiple_choice([*items, Item("An essay?", "Long.")], settings, ledger, read=31)
     rows = made["mcq-train"] + made["mcq-test"]
     assert sorted(row["question"] for row in rows) == sorted(f"{i}?" for i in range(20))
     assert all(row["answer"] == "B" and row["explanation"] == "It is so." and row["topic"] == "Unknown" for row in rows)
     assert 0 < len(made["mcq-test"]) < 10 and "prompt" not in rows[0]
-    assert multiple_choice([Item("An essay?", "Long.")], Data(eval_share=0.25, seed=0)) == {}
+    left_out = {"empty question, answer or option": 1, "the same question with the same options": 10}
+    assert ledger == {"multiple choice": {"items": 31, "kept": 20, "left out": left_out}}
+    assert multiple_choice([Item("An essay?", "Long.")], settings, ledger, read=0) == {}
+
+
+def test_a_question_with_two_options_of_one_text_is_left_out():
+    """Its letter would be right and another letter, too."""
+    ledger, items = (
+        {},
+        [Item("Red?", "1/2", ["7/8", "1/2", "1/4", "1/2 "], 3), Item("Red?", "1/2", ["7/8", "1/2", "1/4"], 1)],
+    )
+    made = multiple_choice(items, Data(eval_share=0.25, seed=0), ledger, read=2)
+    assert [row["answer"] for part in made.values() for row in part] == ["B"]
+    assert ledger["multiple choice"]["left out"] == {"two options of one text": 1}
+
+
+def test_a_ledger_that_does_not_add_up_is_a_bug():
+    assert account(5, Counter({"a": 2, "b": 0}), 3) == {"items": 5, "kept": 3, "left out": {"a": 2}}
+    with pytest.raises(AssertionError, match="does not add up"):
+        account(5, Counter({"a": 2}), 2)
+
+
+def test_what_the_teacher_cannot_explain_is_left_out_and_counted(files, serve, tmp_path):
+    """It explains option A of question 5 instead of the right one, argues for the right one when asked for a wrong one of
+    question 6, and says nothing of question 7: those pairs are missing, the questions themselves are not."""
+
+    def confused(body):
+        asked = body["messages"][-1]["content"]
+        wrong = "is 5 + 1" in asked and "Answer: 6" in asked or "is 6 + 1" in asked and "Answer: 7" not in asked
+        if body["max_tokens"] == 30 or not wrong and "is 7 + 1" not in asked:
+            return answer(body)
+        return "The answer is A." if "is 5 + 1" in asked else "The answer is 7." if "is 6 + 1" in asked else "Hm."
+
+    serve.answer = confused
+    assert run("--sources", files.partition(",")[0], "--out", tmp_path, "--teacher", "m") == 0
+    ledger = read_json(tmp_path / "data" / "ledger.json")
+    left_out = {"no usable explanation of a bare answer": 2, "no rejected answer": 1}
+    assert ledger["rows"] == {"items": 60, "kept": 57, "left out": left_out}
+    assert ledger["multiple choice"]["kept"] == 60
+    pairs = lines(tmp_path / "data" / "train.jsonl") + lines(tmp_path / "data" / "test.jsonl")
+    assert not {row["question"] for row in pairs} & {f"What is {i} + 1?" for i in (5, 6, 7)}
+
+
+def test_bad_rows_of_every_source_are_in_the_ledger(tmp_path):
+    (tmp_path / "mmlu.json").write_text(
+        json.dumps([*mmlu(30), mmlu(1)[0] | {"choices": None}, mmlu(1)[0] | {"question": " "}])
+    )
+    sources = ("--sources", f"mmlu_stem={tmp_path}/mmlu.json", "--out", tmp_path)
+    with pytest.raises(InputError, match="1 of 32 rows of .*mmlu.json cannot be used"):
+        run(*sources)
+    assert run(*sources, "--on-bad-row", "skip") == 0
+    ledger = read_json(tmp_path / "data" / "ledger.json")
+    (read,) = ledger["read"].values()
+    assert (read["records"], read["used"], read["not usable"]) == (32, 31, 1)
+    assert read["bad rows"] == [
+        f'{tmp_path}/mmlu.json:31: not a record of mmlu_stem ("choices" is not a list of 2 to 10 texts)'
+    ]
+    assert ledger["multiple choice"]["left out"] == {"empty question, answer or option": 1}
+    assert ledger["rows"]["left out"] == {"empty question or answer": 1, "multiple choice alone": 30}
+
+
+def test_matched_lengths_are_printed_before_and_after(tmp_path, capsys):
+    """Every other chosen answer is longer by 30 characters, the others are shorter by 5: the lengths alone say which."""
+    texts = [("x" * 80, "y" * 50) if i % 2 else ("x" * 50, "y" * 55) for i in range(80)]
+    texts += [("x" * 60, "y" * 40) if i % 2 else ("x" * 40, "y" * 60) for i in range(80)]
+    pairs = [{"prompt": f"{i}?", "chosen": f"{i} {a}", "rejected": f"{i} {b}"} for i, (a, b) in enumerate(texts)]
+    write_jsonl(tmp_path / "own.jsonl", pairs)
+    assert run("--sources", f"pairs={tmp_path}/own.jsonl", "--out", tmp_path, "--match-lengths") == 0
+    before, after = read_json(tmp_path / "data" / "ledger.json")["scores"]
+    assert before["longer answer wins"] == after["longer answer wins"].replace("5.6%", "4.0%") == "50.0% ± 4.0%"
+    assert before["pairs"] == 160 and after["pairs"] == 80
+    assert float(before["lengths alone"][:4]) > 60 > float(after["lengths alone"][:4])
+    assert "| own    | matched | 80 " in capsys.readouterr().out
+
+
+def test_the_card_says_what_the_hub_asks_and_no_text_of_the_data_gets_into_its_metadata(tmp_path):
+    odd = {"licence": "CC0\n---\nlicense: mit", "source": "my | <b>[own]\x1b[2J"}
+    pairs = [{"prompt": f"Why {i}?", "chosen": f"Because of {i} things.", "rejected": "I do not know."} for i in range(30)]
+    write_jsonl(tmp_path / "own.jsonl", [pairs[0] | odd, *pairs[1:]])
+    (tmp_path / "mmlu.json").write_text(json.dumps(mmlu(20)))
+    sources = f"pairs={tmp_path}/own.jsonl,mmlu_stem={tmp_path}/mmlu.json"
+    assert run("--sources", sources, "--out", tmp_path, "--name", "mine") == 0
+    head, text = (tmp_path / "mine" / "README.md").read_text().split("---\n")[1:]
+    assert head.startswith("license:\n- mit\n- other\nsize_categories:\n- n<1K\ntags:\n- dpo\n- multiple-choice\nconfigs:\n")
+    assert "- config_name: train\n  data_files:\n  - split: train\n    path: train.jsonl\n" in head
+    assert "    path: mcq-test.jsonl\n" in head and "CC0" not in head
+    assert "a local copy, own.jsonl" in text and str(tmp_path) not in text
+    assert "| CC0 --- license: mit; that of the file |" in text and "| my    b  own  x1b 2J |" in text and "\x1b" not in text
+    assert "source, source" in text and "too few pairs" in text
+    assert "| 50 | 20       | multiple choice alone |" in text

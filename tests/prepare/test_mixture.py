@@ -7,7 +7,7 @@ import pytest
 from prepare.mixture import (
     clean,
     jobs,
-    make_pairs,
+    make_rows,
     match_lengths,
     mix,
     mixtures,
@@ -18,6 +18,10 @@ from prepare.mixture import (
 )
 from prepare.sources import Item
 from runtime.files import InputError
+
+
+def pairs(items):
+    return make_rows(items, "pairs", taught=True)
 
 
 def row(prompt, chosen="A right answer.", rejected="A wrong one, no.", source="s", topic="Physics"):
@@ -34,10 +38,10 @@ def many(count, source="s", topic="Physics"):
 
 def test_what_is_asked_of_the_teacher():
     """An option needs an explanation, and a wrong option argued for; an essay only a rejected answer; a pair nothing."""
-    option = Item("Which?", "blue", ["red", "blue"], topic="Physics")
+    option = Item("Which?", "blue", ["red", "blue"], 1, topic="Physics")
     essay = Item("Why?", "Because of a long chain of reasons, one after the other.")
     pair = Item("How?", "So.", chosen="So it goes.", rejected="Otherwise.", topic="Physics")
-    asking = jobs([option, essay, pair], seed=0)
+    asking = jobs([option, essay, pair], 0, "pairs", topics=True)
     asked = [request.messages for job in asking.values() for _, request in job]
     assert [m[-1][1] for m in asked] == [
         "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue",
@@ -51,35 +55,82 @@ def test_what_is_asked_of_the_teacher():
     for field, job in asking.items():
         for (item, _), answer in zip(job, answers[field], strict=True):
             setattr(item, field, answer)
+            item.taught.add(field)
     assert (option.topic, essay.topic, pair.topic) == ("Physics", "Biology", "Physics")
-    rows = make_pairs([option, essay, pair])
-    assert [(r["chosen"], r["rejected"]) for r in rows] == [
-        ("It is blue.", "It is red."),
-        (essay.answer, "For no reason."),
-        ("So it goes.", "Otherwise."),
+    rows = pairs([option, essay, pair])
+    assert [(r["chosen"], r["rejected"], r["chosen_by"], r["rejected_by"]) for r in rows] == [
+        ("It is blue.", "It is red.", "teacher", "teacher"),
+        (essay.answer, "For no reason.", "source", "teacher"),
+        ("So it goes.", "Otherwise.", "source", "source"),
     ]
     assert rows[0]["prompt"] == "Which?\n\nA. red\nB. blue" == prompt_text(option)
 
 
-def test_answers_that_the_teacher_refused_leave_the_pair_incomplete_and_counted():
-    item = Item("Which?", "blue", ["red", "blue"])
-    assert make_pairs([item])[0]["topic"] == "Unknown"
+def test_what_is_asked_for_sft_and_without_topics():
+    items = [Item("Which?", "blue", ["red", "blue"], 1), Item("Why?", "Because of a long chain of reasons, link by link.")]
+    asked = jobs(items, 0, "sft", topics=False)
+    assert {field: len(job) for field, job in asked.items()} == {"explanation": 1, "rejected": 0, "topic": 0}
+
+
+def test_a_pair_with_an_empty_answer_is_not_completed_nor_a_question_without_a_wrong_option():
+    """Some questions of AQUA-RAT have lost the numbers of their options."""
+    items = [Item("How?", "So.", chosen="So it goes."), Item("How long is the train?", "m", ["m", "m", "m", "m", "m "], 2)]
+    assert jobs(items, 0, "pairs", topics=False)["rejected"] == []
+
+
+def test_the_attempt_at_a_question_with_a_bare_answer_may_not_be_right():
+    ((_, request),) = jobs([Item("1 + 1?", "2")], 0, "pairs", topics=False)["rejected"]
+    assert request.parse("The answer is 2.") is None and request.parse("The answer is 3.")
+
+
+def test_a_bare_option_is_never_chosen_against_an_argued_one():
+    """The teacher's explanation could not be used, its argument for a wrong option could."""
+    item = Item("Which?", "a blue colour", ["red", "a blue colour"], 1, rejected="It is red, as one sees at once.")
     counts = Counter()
-    assert clean(make_pairs([item]), counts) == [] and counts == {"no rejected answer": 1}
+    assert clean(pairs([item]), counts) == [] and counts == {"no usable explanation of a bare answer": 1}
+    item.explanation, item.rejected = "Because it is blue.", ""
+    counts = Counter()
+    assert clean(pairs([item]), counts) == [] and counts == {"no rejected answer": 1}
 
 
 def test_bare_answers_are_those_under_40_characters_and_options():
     def bare(*items):
-        return [item.question for item, _ in jobs(list(items), seed=0)["explanation"]]
+        return [item.question for item, _ in jobs(list(items), 0, "pairs", topics=False)["explanation"]]
 
     assert bare(Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])) == ["a?", "c?"]
     assert bare(Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")) == []
 
 
-def test_what_is_preferred_is_the_pairs_own_answer_then_the_explanation_then_the_bare_answer():
-    items = [Item("?", "c", chosen=" a ", explanation="b"), Item("?", "c", explanation="b"), Item("?", "c")]
-    assert [r["chosen"] for r in make_pairs(items)] == ["a", "b", "c"]
-    assert [r["topic"] for r in make_pairs([Item("?", ""), Item("?", "", topic="Physics")])] == ["Unknown", "Physics"]
+def test_what_is_preferred_is_the_pairs_own_answer_then_the_explanation_then_an_answer_that_is_not_bare():
+    items = [Item("?", "c", chosen=" a ", explanation="b"), Item("?", "c", explanation="b"), Item("?", "c" * 40)]
+    assert [r["chosen"] for r in pairs(items)] == ["a", "b", "c" * 40]
+    assert [r["topic"] for r in pairs([Item("?", ""), Item("?", "", topic="Physics")])] == ["Unknown", "Physics"]
+
+
+def test_rows_for_sft_take_bare_answers_unless_a_teacher_failed_to_explain_them():
+    items = [Item("Why?", "So.", explanation="So it is."), Item("1 + 1?", "2"), Item("?", "", chosen="a", rejected="b")]
+    assert [r["completion"] for r in make_rows(items, "sft", taught=False)] == ["So it is.", "2", "a"]
+    rows = make_rows(items, "sft", taught=True)
+    counts = Counter()
+    assert [r["completion"] for r in clean([*rows, rows[0]], counts)] == ["So it is.", "a"]
+    assert counts == {"no usable explanation of a bare answer": 1, "exact duplicate": 1}
+    assert "chosen" not in rows[0] and "rejected" not in rows[0]
+
+
+def test_a_conversation_stays_one_and_is_split_by_all_of_its_turns():
+    turns = [
+        {"role": "user", "content": "Go on."},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "On."},
+    ]
+    items = [
+        Item("On.", "a", chosen=f"{i} is the right one.", rejected=f"{i} is not right.", messages=turns) for i in range(2)
+    ]
+    items[1].messages = [{"role": "user", "content": "Other."}, *turns[1:]]
+    rows = clean(pairs(items), Counter())
+    assert rows[0]["prompt"] == turns and row_key(rows[0]) != row_key(rows[1])
+    train, test = split(rows * 2, 0.5, seed=0)
+    assert {row_key(r) for r in train}.isdisjoint({row_key(r) for r in test}) and len(train) + len(test) == 4
 
 
 def test_wrong_options_and_orders_follow_from_the_seed():
@@ -101,7 +152,6 @@ def test_every_reason_is_counted():
         row("Q2?", chosen="short"),
         row("Q3?", rejected="A right answer."),
         row("Q4?", rejected=""),
-        row(" "),
         *[row("Many?", chosen=f"Right answer {i}.") for i in range(12)],
     ]
     counts = Counter()
@@ -111,8 +161,7 @@ def test_every_reason_is_counted():
         "an answer under 10 characters": 1,
         "chosen and rejected are the same": 1,
         "no rejected answer": 1,
-        "empty question or answer": 1,
-        "over 10 pairs of one question": 2,
+        "over 10 rows of one question": 2,
     }
     assert len(kept) == 11 and len(kept) + sum(counts.values()) == len(rows)
 
@@ -139,17 +188,22 @@ def test_near_duplicates_of_a_question_stay_on_one_side():
     assert row_key(row("What is 7 + 8?")) != row_key(row("What is 7 - 8?")) != row_key(row("What is 7 + 9?"))
 
 
-def test_match_lengths_balances_each_source():
-    rows = [row(f"L{i}?", chosen="long " * 9, source="x") for i in range(30)]
-    rows += [row(f"S{i}?", rejected="long " * 9, source="x") for i in range(10)]
-    rows += [row(f"E{i}?", chosen="same size!", rejected="size same!", source="x") for i in range(5)]
-    rows += [row(f"Y{i}?", rejected="long " * 9, source="y") for i in range(7)]
+def test_match_lengths_balances_each_bin_of_each_source():
+    def gaps(count, gap, source="x"):
+        """Pairs whose chosen answer is `gap` characters longer."""
+        answers = ["y" * 50, "y" * (50 + abs(gap))]
+        chosen, rejected = answers if gap < 0 else answers[::-1]
+        return [row(f"{source} {gap} {i}?", chosen, rejected, source) for i in range(count)]
+
+    rows = gaps(30, 40) + gaps(10, -41)  # one bin: gaps from 1.5^9 = 38.4 to 57.7, lengths from 1.5^11 = 86.5 to 129.7
+    rows += gaps(20, 400) + gaps(3, -5)  # alone in their bins
+    rows += [row(f"E{i}?", "same size!", "size same!", "x") for i in range(5)]
+    rows += gaps(7, -40, "y")  # another source has its own bins
     counts = Counter()
     kept = match_lengths(rows, 0, counts)
-    assert len(kept) == 25 and counts.total() == 27
-    for source, each in (("x", 10), ("y", 0)):
-        gaps = [len(r["chosen"]) - len(r["rejected"]) for r in kept if r["source"] == source]
-        assert sum(gap > 0 for gap in gaps) == sum(gap < 0 for gap in gaps) == each
+    left = Counter((r["source"], len(r["chosen"]) - len(r["rejected"])) for r in kept)
+    assert left == {("x", 40): 10, ("x", -41): 10, ("x", 0): 5} and counts.total() == 20 + 20 + 3 + 7
+    assert match_lengths(rows[::-1], 0, Counter()) == kept
 
 
 # ----------------------------------------------------------------------------------------------------------------- mixing

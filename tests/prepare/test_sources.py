@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from hub_server import SHA, hub, hub_environment
 
-from prepare.sources import SOURCES, _right, read_source
+from prepare.sources import SOURCES, letter, read_source, without_letters
 from runtime.files import InputError
 
 RECORDS = {
@@ -105,7 +105,8 @@ def test_every_source_from_every_form(name, form, tmp_path):
     item = source.items[0]
     assert (item.question, item.answer, item.choices, item.explanation, item.topic) == EXPECTED[name]
     assert item.licence and item.question_id and item.source == ("x" if name == "pairs" else name)
-    assert source.counts == {"records": 1} and source.origin.endswith(form)
+    assert item.right == (item.choices.index(item.answer) if item.choices else None)
+    assert source.counts == {"records": 1, "used": 1} and source.origin.endswith(form)
 
 
 def test_a_vote_becomes_a_pair_with_the_winner_chosen(tmp_path):
@@ -123,7 +124,7 @@ def test_theoremqa_keeps_every_type_of_answer_and_leaves_out_pictures(tmp_path):
     source = read_source("theoremqa", write(tmp_path / "t.json", records))
     assert [i.answer for i in source.items] == ["11760", "0.5", "True", "[1, 2]", "(b)"]
     assert source.items[0].topic == "Mathematics"
-    assert source.counts == {"records": 6, "needs its picture": 1}
+    assert source.counts == {"records": 6, "used": 5, "needs its picture": 1}
 
 
 def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
@@ -175,21 +176,22 @@ def test_unusable_fields_are_named_or_counted_in_every_source(name, tmp_path):
     write(path, [good, *records])
     path.write_bytes(path.read_bytes() + b'{"half": \n\xff\n' + b"[" * 100_000 + b"\n")
     reading = read_source(name, str(path), on_bad_row="skip")
-    assert reading.counts == {"records": len(records) + 4, "not usable": len(records) + 3}
+    assert reading.counts == {"records": len(records) + 4, "used": 1, "not usable": len(records) + 3}
+    assert len(reading.bad) == len(records) + 3 and all(line.startswith(f"{path}:") for line in reading.bad)
     assert len(reading.items) == len(good.get("preference", "1"))
-    with pytest.raises(InputError, match=r"(?s)1 of 1 rows of .*x\.json:1: not a record"):
+    with pytest.raises(InputError, match=r"(?s)1 of 1 rows of .*x\.json:1: "):
         read_source(name, write(tmp_path / "x.json", records[:1]), on_bad_row="skip")
 
 
 def test_own_pairs_may_have_odd_fields_of_their_own(tmp_path):
     (item,) = read("pairs", tmp_path, {"licence": ["MIT"], "topic": 7, "source": None, "question_id": None})
-    assert (item.licence, item.topic, item.source, item.question_id) == ("['MIT']", "7", "x", "pairs-0")
+    assert (item.licence, item.topic, item.source, item.question_id) == ('["MIT"]', "7", "x", "pairs-0")
 
 
 def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
     records = [RECORDS["aqua_rat"], RECORDS["aqua_rat"] | {"correct": "F"}]
     source = read_source("aqua_rat", write(tmp_path / "x.json", records), on_bad_row="skip")
-    assert len(source.items) == 1 and source.counts == {"records": 2, "not usable": 1}
+    assert len(source.items) == 1 and source.counts == {"records": 2, "used": 1, "not usable": 1}
 
 
 @pytest.mark.parametrize(
@@ -210,11 +212,66 @@ def test_broken_files_are_named(file, content, message, tmp_path):
         read_source("sciq", str(tmp_path / file))
 
 
+JUNK = [None, True, -1, 3.5, 10**400, float("nan"), "", " ", "\x1b[2J", "\ud800", "\u2028", [], {}, [None], [[]], {"a": 1}]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_whatever_stands_in_a_field_the_record_is_used_or_bad(name, tmp_path):
+    """Each field in turn holds each kind of junk; what is read is text that can be written."""
+    good = RECORDS[name]
+    records = [good | {field: junk} for field in good for junk in JUNK]
+    records += [good | {"preference": [vote | {f: j}]} for vote in good.get("preference", []) for f in vote for j in JUNK]
+    reading = read_source(name, write(tmp_path / "x.json", [good, *records]), on_bad_row="skip")
+    assert reading.counts.total() == 2 * (1 + len(records)) and reading.counts["not usable"] == len(reading.bad) > 10
+    for item in reading.items:
+        texts = [item.question, item.answer, item.explanation, item.topic, item.licence, item.question_id, item.rejected]
+        "".join([*texts, *item.choices]).encode()
+
+
 def test_the_right_option_by_its_letter():
-    assert [_right(["x", "y"], letter) for letter in ("A", " b ", "B")] == ["x", "y", "y"]
-    for letter in ("C", "", "AB", "1"):
+    assert [letter({"x": given}, "x", 2) for given in ("A", " b ", "B")] == [0, 1, 1]
+    for given in ("C", "", "AB", "1"):
         with pytest.raises(ValueError, match="there are 2"):
-            _right(["x", "y"], letter)
+            letter({"x": given}, "x", 2)
+
+
+def test_letters_before_the_options_have_to_run_in_order():
+    assert without_letters(["A)5 km", " b ) 7 km", "C)d) 9", "10"]) == ["5 km", "7 km", "d) 9", "10"]
+    with pytest.raises(ValueError, match="not lettered A, B, C"):
+        without_letters(["A)5", "C)6"])
+
+
+def test_options_of_one_text_do_not_move_the_letter(tmp_path):
+    """Two cars cover a distance at 60 and 64 km/h, one in an hour more: a question of AQUA-RAT with two right options."""
+    record = {"options": ["A)960 km", "B)968 km", "C)960 km", "D)980 km", "E)964 km"], "correct": "C"}
+    (item,) = read("aqua_rat", tmp_path, record)
+    assert item.right == 2 and item.answer == item.choices[0] == "960 km"
+
+
+def test_options_of_mmlu_that_name_options_keep_their_order(tmp_path):
+    """Which is true of Titan? Its air is thick, and there is more: "A and D", as a question of MMLU has it."""
+    choices = ["It alone has a thick atmosphere", "It alone is active", "Its air is mostly hydrocarbons", "A and D"]
+    (item,) = read("mmlu_stem", tmp_path, {"choices": choices, "answer": 3})
+    assert item.choices == choices and item.choices[item.right] == "A and D"
+
+
+def test_options_that_name_options_keep_their_order(tmp_path):
+    def order(*options, support=""):
+        names = ("distractor1", "distractor2", "distractor3", "correct_answer")
+        (item,) = read("sciq", tmp_path, dict(zip(names, options, strict=True)) | {"support": support})
+        assert item.choices[item.right] == options[3]
+        return item.choices
+
+    assert order("red", "blue", "green", "all of the above") == ["red", "blue", "green", "all of the above"]
+    assert order("its mass", "its charge", "neither of these", "A and B only")[3] == "A and B only"
+    assert order("z", "y", "x", "w", support="As said, option D is right.") == ["z", "y", "x", "w"]
+    assert order("z", "y", "x", "w", support="Waves above it answer a question.") == ["w", "x", "y", "z"]
+
+
+def test_the_heading_of_the_options_is_no_part_of_the_question(tmp_path):
+    """A question of AQUA-RAT ends with it: how many dollars must Mr. Depak add to split $419,774 among six friends?"""
+    for ending in ("?\nOptions:", "? Options", "?"):
+        assert read("aqua_rat", tmp_path, {"question": "How many dollars must he add" + ending})[0].question[-4:] == "add?"
 
 
 def read(name, tmp_path, *changes):
@@ -242,12 +299,19 @@ def test_a_task_with_an_input_is_asked_with_it(tmp_path):
     assert read("open_platypus", tmp_path, {"input": "3 and 4"})[0].question == "Add 3 and 4.\n\n3 and 4"
 
 
-def test_own_pairs_may_bring_their_source_id_and_licence(tmp_path):
+def test_own_pairs_are_read_as_training_reads_them(tmp_path):
     (item,) = read("pairs", tmp_path, {"source": "mine", "question_id": 0, "licence": "CC0"})
     assert (item.source, item.question_id, item.licence) == ("mine", "0", "CC0")
     first, second = read("pairs", tmp_path, {}, {})
     assert (first.source, first.licence) == ("x", "that of the file")
     assert (first.question_id, second.question_id) == ("pairs-0", "pairs-1")
+    prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    (item,) = read("pairs", tmp_path, {"prompt": prompt, "chosen": [{"role": "assistant", "content": "So."}]})
+    assert (item.question, item.messages, item.chosen) == ("Why?", prompt, "So.")
+    with pytest.raises(InputError, match=r'x\.json:1: "chosen" and "rejected" are the same text'):
+        read("pairs", tmp_path, {"rejected": "Because of this."})
+    with pytest.raises(InputError, match="nowhere.jsonl: "):
+        read_source("pairs", "nowhere.jsonl")
 
 
 def test_a_directory_is_read_in_order_and_json_lines_may_be_called_json(tmp_path):

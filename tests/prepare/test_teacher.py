@@ -15,7 +15,7 @@ import pytest
 from openai_server import FAULTS, Handler, Server
 
 from prepare import teacher
-from prepare.teacher import Journal, Teacher, ask_all, estimate, explanation, judgement, rejected, topic
+from prepare.teacher import Journal, Teacher, argument, ask_all, attempt, concludes, estimate, judgement, terms, topic
 from runtime.files import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def asker(tmp_path):
 
 
 def questions(count):
-    return [rejected(f"What is {i} + {i}?", [], None) for i in range(count)]
+    return [attempt(f"What is {i} + {i}?") for i in range(count)]
 
 
 def test_answers_come_in_order_and_are_asked_once(serve, asker):
@@ -313,10 +313,31 @@ def test_calls_at_a_time(serve, asker, monkeypatch, budget, at_once):
 
 
 def test_answers_of_no_use_are_given_up_after_three_attempts(serve, asker):
-    server = serve(answer=lambda body: "perhaps")
-    asked = [judgement("Q?", "a", "b")]
-    assert ask_all(asked, asker(), "x") == ask_all(asked, asker(), "x") == [None]
-    assert set(server.attempts.values()) == {3}
+    """Three for a text; for a name the question and, once, the question with the forms that an answer may have."""
+    server = serve(answer=lambda body: "It is fast." if "1 + 1" in str(body) else "perhaps")
+    asked = [judgement("Q?", "a", "b"), argument("What is 1 + 1?", [], "2")]
+    assert ask_all(asked, asker(), "x") == ask_all(asked, asker(), "x") == [None, None]
+    assert sorted(server.attempts.values()) == [1, 1, 1, 2]  # the last one is a reminder, given twice
+
+
+def test_an_unreadable_answer_is_asked_for_once_more_in_its_bare_form(serve, asker):
+    """As is an explanation that ends in something else, with the sentence that it has to end in."""
+
+    def answer(body):
+        asked = body["messages"][-1]["content"]
+        if "Answer B" in asked:
+            return "tie" if asked.endswith("\n\nAnswer with nothing but one of: A, B, tie.") else "Hard to say."
+        if "fall" in asked:
+            return "The topic is Physics." if "nothing but one of: Physics, Biology, Unknown." in asked else "Falling."
+        reminded = asked.endswith('\n\nEnd with the sentence "The answer is 2."')
+        return f"Two. The answer is {2 if reminded else 3}."
+
+    server = serve(answer)
+    asked = [judgement("Q?", "a", "b"), topic("Why do things fall?", ("Physics", "Biology")), argument("1 + 1?", [], "2")]
+    assert ask_all(asked, asker(), "x") == ["tie", "Physics", "Two. The answer is 2."]
+    assert sum(server.attempts.values()) == 6
+    assert ask_all(asked, asker(), "x") == ["tie", "Physics", "Two. The answer is 2."]  # from the journal
+    assert sum(server.attempts.values()) == 6
 
 
 def test_topics_and_judgements(serve, asker):
@@ -326,11 +347,64 @@ def test_topics_and_judgements(serve, asker):
 
 
 def test_prompts():
-    request = explanation("Which?", ["red", "blue"], "blue")
-    assert request.messages[1] == ("user", "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue")
-    wrong = rejected("Which?", ["red", "blue"], "red")
-    assert wrong.messages[0] == request.messages[0]  # the same task, so the same style
-    assert rejected("Which?", [], None).messages == (("user", "Which?"),)
+    """A wrong option is argued for as the right one is, and the attempt at an explained question is made in that style."""
+    right = argument("Which?", ["red", "blue"], "blue")
+    assert right.messages[1] == ("user", "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue")
+    assert argument("Which?", ["red", "blue"], "red").messages[0] == right.messages[0]
+    assert attempt("Which?").messages == (("user", "Which?"),)
+    asked = attempt("Which?", "blue").messages
+    assert asked[1] == ("user", "Which?") and asked[0][1].endswith(right.messages[0][1].partition("given. ")[2])
+
+
+CHARGES = ["0.005 C", "0.01 C", "0.1 C", "10 C"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "options", "holds"),
+    [
+        ("So it is 0.01 C. The answer is 0.01 C.", "0.01 C", CHARGES, True),
+        ("**Answer:** 0.010 C", "0.01 C", CHARGES, True),
+        ("Therefore the charge is\n0.01 C.", "0.01 C", CHARGES, True),  # no "answer": the last line counts
+        ("The answer is (B).", "0.01 C", CHARGES, True),
+        ("The answer is B. 0.01 C", "0.01 C", CHARGES, True),
+        ("The answer is 0.005 C.", "0.01 C", CHARGES, False),
+        ("B. 0.005 C", "0.01 C", CHARGES, False),
+        ("The answer is A.", "0.01 C", CHARGES, False),
+        ("The answer is A. 0.01 C", "0.01 C", CHARGES, False),  # letter and text are not of one option
+        ("The answer is 0.01 C, not 0.1 C.", "0.01 C", CHARGES, False),
+        ("The answer is 0.01 C.\n\nBut is it not 10 C?", "0.01 C", CHARGES, False),
+        ("It is 0.01 C.\n\nThat is all.", "0.01 C", CHARGES, False),  # which ends in nothing
+        ("The answer is light blue.", "light blue", ["blue", "light blue"], True),
+        ("The answer is light blue.", "blue", ["blue", "light blue"], False),
+        ("The answer is Aa.", "Aa", ["AA", "Aa", "aa"], True),
+        ("The answer is aa.", "Aa", ["AA", "Aa", "aa"], False),
+        ("The answer is 20.", "20", ["10", "20", "20", "30"], True),  # two options of one text
+        ("The answer is -5.", "5", ["5", "-5"], False),
+        ("The answer is (5 + 1) * 2.", "(5 + 1) * 2", ["(5 + 1) * 2", "5 + (1 * 2)"], True),
+        ("The answer is 11,760.", "11760", [], True),
+        ("The answer is 1.0 m^2.", "1", [], True),
+        ("The answer is 15.", "5", [], False),
+        ("The answer is 5 or 7.", "5", [], False),
+        ("The answer is [1, 2].", "[1, 2]", [], True),
+        ("The answer is True.", "True", ["True", "False"], True),
+        ("", "5", [], False),
+    ],
+)
+def test_what_an_explanation_ends_in(text, answer, options, holds):
+    assert concludes(text, answer, options) == holds
+
+
+def test_an_attempt_may_not_end_in_the_right_answer():
+    assert attempt("1 + 1?", "2").parse("The answer is 2 of course.") is None
+    assert attempt("1 + 1?", "2").parse("Not 2. The answer is 3.") == "Not 2. The answer is 3."
+    assert attempt("Why?").parse("  any text ") == "any text" and attempt("Why?").parse(" ") is None
+
+
+def test_words_numbers_and_symbols():
+    assert terms('It is "1,000.50" N, 7-5 = 2, or \u22123 \u00b5C.') == [
+        *["it", "is", "1000.5", "n", "7", "-", "5", "=", "2", "or", "-3", "\u03bcc"]
+    ]
+    assert terms("AaB", case=True) == ["AaB"] and terms("**...**") == []
 
 
 def test_the_budget_is_never_exceeded(serve, asker):
@@ -355,7 +429,7 @@ def test_the_estimate_bounds_what_is_paid(serve, asker):
 def test_prices_and_bounds_by_hand(asker):
     """Tokens in and out have prices of their own, and 3 bytes of text are at most a token: 猫 is 3 bytes."""
     assert asker(price=(0.5, 1.5)).cost([2_000_000, 1_000_000]) == 2.5
-    assert rejected("猫" * 90, [], None).at_most() == [90 + 8, 1024]
+    assert attempt("猫" * 90).at_most() == [90 + 8 + 8, 1024]
     for request in (topic("Q?", ("Physics",)), judgement("Q?", "a", "b")):
         assert request.at_most()[1] == 30
         assert request.at_most()[0] >= 2 * 8 + sum(len(text) // 3 for _, text in request.messages)
@@ -368,17 +442,6 @@ def test_an_estimate_counts_each_missing_answer_once(asker):
     assert shown.startswith("5 requests, 2 answered in the journal or asked twice; 3 calls of m:")
     assert shown.endswith(f"and {3 * 1024:,} out, {3 * 1024:,.2f}")
     assert estimate(asked, asker("another model")).startswith("4 requests, 0 answered")
-
-
-def test_a_choice_is_read_in_any_case():
-    request = judgement("Q?", "a", "b")
-    for answer in ("tie", "TIE", ' "Tie". ', '"tie"\n'):
-        assert request.parse(answer) == "tie"
-    assert request.parse("a") == "A"
-    for answer in ("", " ", "A or B", "C"):
-        assert request.parse(answer) is None
-    assert rejected("Q?", [], None).parse("  any text ") == "any text"
-    assert rejected("Q?", [], None).parse(" ") is None
 
 
 def test_a_torn_last_line_is_removed_and_other_damage_is_named(tmp_path):
@@ -411,7 +474,7 @@ def test_rows_with_faults_on_a_third_and_a_kill_in_the_middle(serve, asker, tmp_
         "from pathlib import Path; from prepare.teacher import *; import openai; "
         "openai._base_client.INITIAL_RETRY_DELAY = 0.001; "
         f"one = Teacher('m', Journal(Path({str(tmp_path / 'j.jsonl')!r})), concurrency=16); "
-        "ask_all([rejected(f'What is {i} + {i}?', [], None) for i in range(300)], one, 'x')"
+        "ask_all([attempt(f'What is {i} + {i}?') for i in range(300)], one, 'x')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ, stderr=subprocess.DEVNULL)
     while process.poll() is None and sum(server.answered.values()) < 120:
