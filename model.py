@@ -277,8 +277,9 @@ class Phi(nn.Module):
         from lora import lora_layers, save_lora
         from runtime.weights import save_weights
 
+        config = self.config.to_dict()
         if not lora_layers(self):
-            save_weights(self, Path(directory), self.config.to_dict())
+            save_weights(self, Path(directory), config)
         elif parallel.is_main():
             save_lora(self, Path(directory), self.origin)
 

@@ -50,7 +50,6 @@ from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics import tables
 from metrics.preferences import flips, training_summary
-from metrics.text import answer_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
 from prepare.rows import Inputs, describe_ledgers, load_inputs
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
@@ -261,12 +260,12 @@ def run(settings: Tuning) -> int:
     peak = memory.watch_peak(settings.device)
     need = memory.check_fits(parent, settings, inputs.train)
     model = load_to_tune(parent, settings)
+    starting = weights.fingerprint(model) if settings.objective == "dpo" else ""
     with runs.open_run(asked, inputs, parent) as start:
         reference = {}
         if settings.objective == "dpo":  # the starting model never changes, so it runs over all pairs once, not at each step
-            with_adapters = " with its adapters, not the model under them" if lora_layers(model) else ""
+            with_adapters = " with its adapters, not the model under them" if find_origin(parent).adapters else ""
             print(printable(f"Reference: {settings.model}{with_adapters}, run once before training"))
-            starting = weights.fingerprint(model)
             for side, examples in (("train", inputs.train), ("held out", inputs.held_out)):
                 reference[side] = reference_table(settings, model, starting, examples, side)
         model, optimizer, state = prepare(settings, run, model, parent, start)
@@ -285,9 +284,10 @@ def run(settings: Tuning) -> int:
         results = measure_all(settings, run, parent, inputs, reference.get("held out")) | state
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
+            told = tables.summary(settings, run, inputs.held_out, results)
             tables.training_figure(run, settings.objective)
             write_json(run / "results.json", results)
-            print(tables.summary(settings, run, inputs.held_out, results))
+            print(told)
     return 0
 
 
@@ -303,12 +303,15 @@ def load_to_tune(directory: Path, settings: Tuning) -> Phi:
         refuse_adapters(directory)
         return Phi.sharded(directory, settings.device)
     model = load_model(directory, settings)
-    adapters = lora_layers(model)
-    if settings.lora is None and adapters:
+    if not origin.adapters:
+        if not Path(settings.model).is_dir():  # adapters name the hub's model, not its copy on this machine
+            model.origin = replace(model.origin, name=settings.model, revision=settings.revision)
+    elif settings.lora is None:
         merge_lora(model)
         told = "merged, and all weights are tuned (add --lora to tune the adapters instead)"
         print(printable(f"{directory} holds adapters: {told}"))
-    elif adapters:
+    else:
+        adapters = lora_layers(model)
         one = next(iter(adapters.values()))
         targets = ",".join(sorted({name.rpartition(".")[2] for name in adapters}))
         trained = {"lora": one.rank, "lora_alpha": one.alpha, "lora_targets": targets}
@@ -319,8 +322,6 @@ def load_to_tune(directory: Path, settings: Tuning) -> Phi:
             if asked not in (None, has):
                 way_out = f"Give that, or merge them first: python train.py --stage merge --model {directory}"
                 raise InputError(f"{directory} holds adapters with {flag} {has}, not {asked}. {way_out}")
-    elif not Path(settings.model).is_dir():  # adapters name the hub's model, not its copy on this machine
-        model.origin = replace(model.origin, name=settings.model, revision=settings.revision)
     return model
 
 
@@ -341,10 +342,11 @@ def prepare(settings: Tuning, run: Path, model: Phi, parent: Path, start: int) -
             for block in model.model.layers:
                 block.compile(dynamic=True)
 
-    if settings.lora and not lora_layers(model):
-        add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets or "all-linear", seed=settings.seed)
-    for layer in lora_layers(model).values():
-        layer.dropout = settings.lora_dropout
+    if settings.lora:
+        if not lora_layers(model):
+            add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets or "all-linear", seed=settings.seed)
+        for layer in lora_layers(model).values():
+            layer.dropout = settings.lora_dropout
     if parallel.size() > 1 and not settings.lora and (settings.compile or settings.stage == "qat"):
         model = Phi.sharded(parent, settings.device, change_layers)  # layers must change before they are split
     else:
@@ -424,7 +426,7 @@ def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | No
     room = min(settings.max_length - settings.max_prompt_length, 256)
     answers, ended = sample_answers(model, inputs.chat, [e.prompt for e in asked], room, 1.0, settings.seed)
     graded = {f"sampled: {name}": sum(right) / len(right) for name, right in grades(answers, asked).items()}
-    return {"metrics": metrics | answer_summary(answers, ended, asked, inputs.chat) | graded, "answers": answers}
+    return {"metrics": metrics | tables.answer_summary(answers, ended, asked, inputs.chat) | graded, "answers": answers}
 
 
 # -------------------------------------------------------------------------------------------------------------- a dry run

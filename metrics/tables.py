@@ -7,8 +7,9 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from data import Example, Row
+from data import ChatML, Example, Row
 from metrics.intervals import Estimate
+from metrics.multiple_choice import parse_letter
 from runtime.files import picture, printable, write_json, write_jsonl, write_text
 from runtime.runs import read_metrics
 from runtime.settings import METRICS
@@ -149,6 +150,16 @@ def _number(name: str, value: float) -> str:
     if "logp" in name or "loss" in name:
         return f"{value:.3f}"
     return f"{value:.1f}" if "tokens" in name else f"{100 * value:.1f}%"
+
+
+def answer_summary(answers: list[str], ended: list[bool], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
+    """The few numbers about sampled answers that the table at the end of a training run shows."""
+    tokens = sum(len(chat.encode_text(answer)) for answer in answers)
+    summary = {"tokens per answer": tokens / len(answers), "answers that end": sum(ended) / len(answers)}
+    if all(e.choices for e in examples):
+        right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
+        summary["sampled: right letter"] = sum(right) / len(right)
+    return summary
 
 
 def summary(settings: Any, run: Path, examples: list[Example], results: dict) -> str:

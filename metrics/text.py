@@ -12,14 +12,11 @@ All but the first compare one sampled answer with one reference; they reward its
 
 import json
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from data import ChatML, Example
 from metrics.intervals import Estimate, mean, ratio
-from metrics.multiple_choice import parse_letter
 
 
 def likelihood(logprobs: Tensor, lengths: Tensor) -> dict[str, Estimate]:
@@ -49,13 +46,3 @@ def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Est
     for kind in "12L":
         made[f"ROUGE-{kind}"] = mean(torch.tensor([score[f"rouge{kind}"].fmeasure for score in scores]))
     return made, signature
-
-
-def answer_summary(answers: list[str], ended: list[bool], examples: Sequence[Example], chat: ChatML) -> dict[str, float]:
-    """The few numbers about sampled answers that the table at the end of a training run shows."""
-    tokens = sum(len(chat.encode_text(answer)) for answer in answers)
-    summary = {"tokens per answer": tokens / len(answers), "answers that end": sum(ended) / len(answers)}
-    if all(e.choices for e in examples):
-        right = [parse_letter(answer, len(e.choices)) == e.answer for answer, e in zip(answers, examples, strict=True)]
-        summary["sampled: right letter"] = sum(right) / len(right)
-    return summary

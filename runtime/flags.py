@@ -16,7 +16,7 @@ import typing
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from runtime.files import InputError, printable
+from runtime.files import UNPRINTABLE, InputError, printable
 from runtime.settings import (
     DEFAULTS,
     DEMO,
@@ -263,7 +263,8 @@ def check(command: Command) -> None:
     name = getattr(settings, "name", None) or "run"
     if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise InputError(f"--name {name!r}: give a plain name, without / and not beginning with a dot")
-    if (out := getattr(settings, "out", "")) != printable(out):
+    out = getattr(settings, "out", "")
+    if UNPRINTABLE.search(out):
         raise InputError(f"--out {out!r}: give a directory whose name is plain text in this locale")
     for holds, names, reason in _without_effect(settings, stage):
         for name in names.split():

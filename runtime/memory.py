@@ -100,6 +100,11 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+def most_resident() -> int:
+    """The most that it has held (Linux)."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def free_bytes(device: str) -> int:
     """The most that this process can hold, what it holds now included. The processes on one CPU share what is free."""
     if device.startswith("cuda"):
@@ -113,12 +118,11 @@ def watch_peak(device: str) -> Callable[[], int | None]:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return partial(torch.cuda.max_memory_allocated, device)
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM, to the present size
-    except OSError:  # only Linux has it
-        return lambda: None
-    return lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    with contextlib.suppress(OSError):  # only Linux has these files
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
+        most_resident()
+        return most_resident
+    return lambda: None
 
 
 @dataclass

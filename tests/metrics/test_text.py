@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data import ChatML, Example, Truth, grades, load_tokenizer
-from metrics.text import answer_summary, likelihood, similarity
+from metrics.tables import answer_summary
+from metrics.text import likelihood, similarity
 
 
 def bleu(answers, references):
