@@ -36,6 +36,7 @@ from runtime.weights import hub_names, hub_snapshot
 SHOWN = 20  # reasons that an error message lists
 shown = functools.cache(printable)  # of a file's name, which stands in front of every record's number
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # of data files; of a folder, those with the first that is there
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of Hugging Face, beside the rows
 HUB = re.compile(r"hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
 
 
@@ -49,16 +50,23 @@ def files_of(source: str | Path) -> dict[str, Path]:
     if not Path(source).is_dir():
         return {str(source): Path(source)}
     names = file_names(Path(source))
-    found = choose_files(names, "train") or choose_files(names)
+    split = "train" if choose_files(names, "train") else ""
+    found = choose_files(names, split)
     if not found:
         raise InputError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}, or in one of these and .gz")
+    others = choose_files([name for name in names if name not in found and Path(name).name not in ABOUT], split)
+    if others:
+        raise InputError(
+            f"{source}: holds rows in two formats, {found[0]} and {others[0]}; give a folder with those to read"
+        )
     return {f"{source}/{name}": Path(source, name) for name in found}
 
 
 def file_names(folder: Path) -> list[str]:
-    """The files in a folder and in those below it, but no hidden ones."""
+    """The files in a folder and in those below it, but no hidden ones and no truth files."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return [str(path) for path in paths if not any(part.startswith(".") for part in path.parts)]
+    seen = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    return [path.as_posix() for path in seen if not path.name.endswith(".truth.jsonl")]
 
 
 def choose_files(names: list[str], split: str = "") -> list[str]:

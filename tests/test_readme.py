@@ -116,7 +116,8 @@ def test_the_functions_that_the_readme_names_exist():
     named = set(re.findall(r"`([A-Za-z_][\w.]*)`", section))
     assert len(named) > 10
     defined = set()
-    for path in [*ROOT.glob("*.py"), ROOT / "prepare" / "rows.py", ROOT / "runtime" / "settings.py"]:
+    files = ("prepare/rows.py", "prepare/forms.py", "runtime/settings.py")
+    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in files)]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign):
                 defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}

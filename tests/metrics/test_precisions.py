@@ -47,7 +47,7 @@ def test_formats_of_a_run_on_the_rows_that_it_held_out(card, tiny, tmp_path):
 
 
 def test_every_kind_of_rows_can_be_compared_on(card, tiny, tmp_path):
-    questions = [{"question": f"{i} + 1?", "choices": [str(i), str(i + 1), "0"], "answer": "B"} for i in range(9)]
+    questions = [{"question": f"{i} + 1?", "choices": [str(i), str(i + 1), "-1"], "answer": "B"} for i in range(9)]
     write_jsonl(tmp_path / "mcq.jsonl", questions)
     made = card(tiny, "choices", "int8", "--data", tmp_path / "mcq.jsonl")["int8"]
     assert 0 <= made["choices"]["letter"]["value"] <= 1 and 0 < made["format"]["KL, nats"] < 0.1

@@ -146,12 +146,23 @@ def test_a_gzipped_file_that_was_cut_is_named(tmp_path):
         read_rows(tmp_path / "a.csv.gz", "pairs", "stop", Ledger())
 
 
+def test_a_folder_holds_rows_in_one_format(tmp_path):
+    """Beside them may be what the hub keeps about a set, what is known about the questions, and other splits."""
+    row = json.dumps(PAIR) + "\n"
+    for name in ("train-0.jsonl", "train-0.truth.jsonl", "dataset_info.json", "test.json"):
+        (tmp_path / name).write_text(row)
+    assert list(files_of(tmp_path)) == [f"{tmp_path}/train-0.jsonl"]
+    (tmp_path / "train-1.json.gz").write_bytes(gzip.compress(row.encode()))
+    with pytest.raises(InputError, match="rows in two formats, train-0.jsonl and train-1.json.gz; give a folder"):
+        files_of(tmp_path)
+
+
 def test_a_folder_is_read_shard_by_shard_and_its_records_are_named(tmp_path):
     (tmp_path / "set" / "more").mkdir(parents=True)
     shards = {"b.jsonl": [PAIR], "a.jsonl": [PAIR, {"prompt": "?"}], "more/c.jsonl": [PAIR], ".hidden.jsonl": [PAIR]}
     for name, rows in shards.items():
         write_jsonl(tmp_path / "set" / name, rows)
-    (tmp_path / "set" / "notes.csv").write_text("of another format")
+    (tmp_path / "set" / "notes.txt").write_text("no rows")
     ledger = Ledger()
     rows = read_rows(tmp_path / "set", "pairs", "skip", ledger)
     folder = tmp_path / "set"

@@ -377,7 +377,7 @@ def test_a_resumed_run_needs_the_rows_and_the_weights_that_it_began_with(tiny, t
                 pass
         file.write_bytes(content)
     edit_run_json(tmp_path, lambda stored: stored | {"read": [1]})
-    with pytest.raises(InputError, match='run.json: "read" is list, not dict'), open_run(again, None, model):
+    with pytest.raises(InputError, match='run.json: "read" is list, not dict'), open_run(again, inputs, model):
         pass
 
 
