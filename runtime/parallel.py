@@ -151,6 +151,7 @@ def own_device(name: str) -> str:
         raise InputError(f"--device {name}: PyTorch sees {gpus} GPUs here, fewer than this job needs")
     if several:
         torch.cuda.set_device(index)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention would make a new plan for every length
     return f"cuda:{index}" if several else name
 
 

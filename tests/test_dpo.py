@@ -288,7 +288,7 @@ def test_start_with_policy_equal_to_reference_is_accepted_and_any_other_refused(
     def start(policy):
         _, metrics = objective(policy, REFERENCE, LENGTHS, loss, 0.1, eps_of(loss), nll_weight=0.0)
         flags = {"loss": loss, "beta": 0.1, "eps": eps_of(loss), "dtype": "fp32"}
-        check_start(means(metrics) | {"grad_norm": 1.0}, settle("dpo", flags).settings)
+        check_start(means(metrics) | {"grad_norm": 1.0}, 10, settle("dpo", flags).settings)
 
     start(REFERENCE)
     start(REFERENCE + 1e-4)
@@ -307,13 +307,23 @@ def test_start_with_policy_equal_to_reference_is_accepted_and_any_other_refused(
     "loss, beta, eps", [("sigmoid", 20, None), ("robust", 1, 0.45), ("ipo", 0.01, None), ("hinge", 9, None)]
 )
 def test_where_the_loss_is_steep_rounding_is_no_drift(loss, beta, eps):
-    """Each answer is 9e-4 nats from its reference, as fp32 may be; a hundred times that is not."""
+    """Each answer of 100 tokens is 9e-4 nats from its reference, as in fp32 it may be; a hundred times as far it may not."""
     settings = settle("dpo", {"loss": loss, "beta": beta, "eps": eps, "dtype": "fp32"}).settings
     sway = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     for size, accepted in ((9e-4, True), (9e-2, False)):
         _, metrics = objective(REFERENCE + size * sway, REFERENCE, LENGTHS, loss, beta, eps, nll_weight=0.0)
         with contextlib.nullcontext() if accepted else pytest.raises(InputError):
-            check_start(means(metrics) | {"grad_norm": 1.0}, settings)
+            check_start(means(metrics) | {"grad_norm": 1.0}, 100, settings)
+
+
+@pytest.mark.parametrize("dtype, most", [("fp32", 1e-3), ("bf16", 0.6)])
+def test_longer_answers_may_round_further_from_the_reference(dtype, most):
+    """By the square root of their tokens: what 100 tokens may drift, 25 may not."""
+    settings = settle("dpo", {"dtype": dtype}).settings
+    numbers = {"grad_norm": 1.0, "drift/absolute": 0.99 * most, "preference_loss": math.log(2)}
+    check_start(numbers, 100, settings)
+    with pytest.raises(InputError, match="drifted"):
+        check_start(numbers, 25, settings)
 
 
 # --------------------------------------------------------------------------------------------------- a two-answer world
