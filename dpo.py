@@ -164,7 +164,7 @@ def objective(
             "drift/rejected": drift[:, 1],
             "drift/absolute": drift.abs().mean(dim=1),
         }
-        count = torch.tensor(float(len(z)), device=z.device)
+        count = torch.full((), float(len(z)), device=z.device)
         return total, {name: torch.stack((values.sum(), count)) for name, values in metrics.items()}
 
 

@@ -14,6 +14,7 @@ Letters: B rows, T tokens, D width, H heads, K key-value heads, h head size, r r
 M predicted tokens, N completions, E examples.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -118,6 +119,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
+@functools.cache
+def has_varlen(device: torch.device, head_size: int) -> bool:
+    """Whether FlashAttention's kernel runs there: Ampere or newer, heads of a multiple of 8 up to 256."""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ampere and head_size % 8 == 0 and head_size <= 256
+
+
 def attend_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, grouped: bool) -> Tensor:
     """The same for a batch without padding, B = 1, by FlashAttention's kernel for sequences of unequal length (Dao 2023): no
     mask, and no work for what a segment does not see. The last query of a segment sees all of its keys."""
@@ -212,7 +220,7 @@ class Phi(nn.Module):
 
     def predicting(self, batch: Batch) -> Tensor:
         """The outputs [M, D] of the last LayerNorm that predict the tokens of a batch's completions."""
-        if batch.tokens.is_cuda and self.compute_dtype() == torch.bfloat16:
+        if self.compute_dtype() == torch.bfloat16 and has_varlen(batch.tokens.device, self.config.head_size):
             kept = batch.segments.kept
             tokens, position = (x.flatten()[None, kept] for x in (batch.tokens, batch.position))  # [1, n]
             return self.hidden(tokens, position, batch.segments)[0, batch.segments.source]  # [n, D] -> [M, D]

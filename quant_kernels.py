@@ -182,7 +182,8 @@ def triton_4bit(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, block
     y = x.new_empty(rows, O)
     with torch.cuda.device_of(x):
         grid = triton.cdiv(O, MATVEC["ROWS"]), rows
-        _matvec[grid](x.contiguous(), packed, levels, absmax, y, O, I, BLOCK=block, **MATVEC)
+        sizes = MATVEC | {"BLOCKS": max(1, min(MATVEC["BLOCKS"], 256 // block))}
+        _matvec[grid](x.contiguous(), packed, levels, absmax, y, O, I, BLOCK=block, **sizes)
     return y
 
 
@@ -190,12 +191,13 @@ def triton_decode(packed: Tensor, levels: Tensor, absmax: Tensor, block: int, dt
     """`decode` of all 4-bit codes, rounded to `dtype`: bytes uint8 [n / 2] -> [n]."""
     out = torch.empty(2 * packed.numel(), dtype=dtype, device=packed.device)
     with torch.cuda.device_of(packed):
-        grid = (triton.cdiv(len(absmax), DECODE["BLOCKS"]),)
-        _decode[grid](packed, levels, absmax, out, len(absmax), BLOCK=block, **DECODE)
+        sizes = DECODE | {"BLOCKS": max(1, min(DECODE["BLOCKS"], 2048 // block))}
+        grid = (triton.cdiv(len(absmax), sizes["BLOCKS"]),)
+        _decode[grid](packed, levels, absmax, out, len(absmax), BLOCK=block, **sizes)
     return out
 
 
-# Output features of a program; blocks that it works on at a time; warps.
+# Output features of a program; blocks of up to 64 that it works on at a time; warps.
 MATVEC = {"ROWS": 4, "BLOCKS": 4, "num_warps": 4}
 DECODE = {"BLOCKS": 32, "num_warps": 4}
 

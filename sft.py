@@ -16,5 +16,5 @@ def objective(logprobs: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tens
     as {name: [sum, count]}."""
     total = -logprobs.sum()
     tokens = lengths.sum().to(total.dtype)
-    answers = torch.tensor(float(len(lengths)), device=total.device)
+    answers = torch.full((), float(len(lengths)), device=total.device)
     return total, {"loss": torch.stack((total.detach(), tokens)), "logps": torch.stack((-total.detach(), answers))}

@@ -135,7 +135,7 @@ def step_gradients(
     losses: list[Tensor] = []  # of the micro-batches; read at the end, for a GPU must not wait in between
     for part in parts:
         weight, indices = (1, part) if part else (0, [0])  # a rank with none left joins in with the first, weight 0
-        expected = None if reference is None else reference[indices].to(settings.device)  # [pairs, 2]
+        expected = None if reference is None else reference[indices].to(settings.device, non_blocking=True)  # [pairs, 2]
         batch = collate([examples[k] for k in indices]).to(settings.device)
         with autocast(settings.device, settings.dtype):
             logprobs = completion_logprobs(model, batch)  # [N]

@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -50,23 +51,30 @@ def files_of(source: str | Path) -> dict[str, Path]:
     if not Path(source).is_dir():
         return {str(source): Path(source)}
     names = file_names(Path(source))
+    tests = [name for name in names if re.search(r"(^|[/_.-])(test|valid|validation|eval|dev)([/_.-]|$)", name)]
     split = "train" if choose_files(names, "train") else ""
     found = choose_files(names, split)
     if not found:
         raise InputError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}, or in one of these and .gz")
+    if 0 < len(mixed := set(tests).intersection(found)) < len(found):
+        raise InputError(f"{source}: holds several splits, such as {min(mixed)}; give a file, or a folder with one of them")
     others = choose_files([name for name in names if name not in found and Path(name).name not in ABOUT], split)
     if others:
         raise InputError(
-            f"{source}: holds rows in two formats, {found[0]} and {others[0]}; give a folder with those to read"
+            f"{source}: holds files in two formats, {found[0]} and {others[0]}; give a folder with those to read"
         )
     return {f"{source}/{name}": Path(source, name) for name in found}
 
 
 def file_names(folder: Path) -> list[str]:
     """The files in a folder and in those below it, but no hidden ones and no truth files."""
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    seen = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    return [path.as_posix() for path in seen if not path.name.endswith(".truth.jsonl")]
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}")
+
+    paths = [Path(at, name) for at, _, names in os.walk(folder, onerror=unreadable, followlinks=True) for name in names]
+    names = [path.relative_to(folder) for path in paths if not path.name.endswith(".truth.jsonl")]
+    return [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def choose_files(names: list[str], split: str = "") -> list[str]:
@@ -109,6 +117,7 @@ def records(path: Path) -> Iterator[tuple[int, object]]:
     """The records of a file with their numbers: the rows of parquet, the elements of a JSON array, or the lines. A line of
     JSON is still bytes (see `parsed`), so that a broken one is an error of its own."""
     zipped, suffix = path.suffix == ".gz", Path(path.name.removesuffix(".gz")).suffix
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
     try:
         with gzip.open(path) if zipped else open(path, "rb") as file:
             start = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
@@ -116,16 +125,22 @@ def records(path: Path) -> Iterator[tuple[int, object]]:
             if suffix == ".parquet":
                 yield from parquet_records(io.BytesIO(file.read()) if zipped else path)
             elif suffix == ".csv":
-                lines = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+                # Strict, or a quote that is never closed would swallow the rows after it.
+                lines, first = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True), 2
                 for line in lines:  # an empty cell is an absent field
-                    yield lines.line_num, {name: None if value == "" else value for name, value in line.items()}
+                    yield first, {name: None if value == "" else value for name, value in line.items()}
+                    first = lines.line_num + 1
             elif start == b"[" and suffix != ".jsonl":
                 yield from enumerate(json.loads(file.read().decode("utf-8-sig")), start=1)
             else:
                 yield from numbered_lines(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, NotImplementedError, RecursionError, EOFError, csv.Error, zlib.error) as error:  # some are pyarrow's
+    except csv.Error as error:
+        raise InputError(
+            f"{path}:{first}: a row that begins here cannot be read as csv ({error}); look at its quotes"
+        ) from None
+    except (ValueError, NotImplementedError, RecursionError, EOFError, zlib.error) as error:  # some are pyarrow's
         raise InputError(f"{path}: cannot be read as {suffix[1:]} ({first_line(error)})") from None
 
 
@@ -167,7 +182,8 @@ def reasons(bad: list[str]) -> list[str]:
 def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
     """The error for rows that cannot be used."""
     lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:", *reasons(bad)]
-    return InputError("\n  ".join(lines) + "\nCorrect them, or leave them out with --on-bad-row skip.")
+    skip = ", or leave them out with --on-bad-row skip" if len(bad) < total else ""
+    return InputError("\n  ".join(lines) + f"\nCorrect them{skip}.")
 
 
 def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:

@@ -73,12 +73,12 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     gradients = 4 * trained / ranks
     moments = (2.03 if settings.optimizer == "adamw8bit" else 8) * trained / ranks
 
-    block = tokens * (s * D + c * (6 * D + 2 * inner))
+    block = tokens * ((4 if cuda and bf16 else s) * D + c * (6 * D + 2 * inner))  # on CUDA LN keeps x in fp32
     if not full and "fc2" not in (settings.lora_targets or "fc2"):
         block -= tokens * c * inner  # a frozen matrix without an adapter does not need its input
     if settings.lora_dropout:  # each adapted layer keeps its mask and its own input
         block += tokens * c * (7 * D + inner)
-    copies = c * matrices if settings.stage == "qat" or (full and bf16) else 0  # of a block's weights: rounded, or in bf16
+    copies = c * matrices if settings.stage == "qat" or (bf16 and s == 4) else 0  # of a block's weights: rounded, or in bf16
     checkpointing = settings.gradient_checkpointing
     kept = (L + 2) * tokens * s * D if checkpointing else L * block
 
@@ -87,7 +87,8 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     output += 8 * V * min(tokens, max(1, LOGIT_CHUNK // V))  # logits of some tokens, and their exponentials
     work = tokens * (3 * c * inner + 16 * D) + 8 * D * inner * (settings.base in BITS or (full and bf16))
     several = settings.batch_size > settings.micro_batch_size * parallel.size()
-    output_layer = (gradients * several, kept, L * copies, output)
+    live = copies * (L if full or not checkpointing else 0)  # frozen weights' are made anew in the backward pass
+    output_layer = (gradients * several, kept, live, output)
     last_block = (gradients if several else head, kept + checkpointing * block, copies * (1 if checkpointing else L), work)
     first_block = (gradients, block, copies, max(work, head))
     names = ("gradients", "activations", "copies of weights", "temporary buffers")
