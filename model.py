@@ -114,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None) -> T
     itself and all tokens before it."""
     grouped = q.shape[1] != k.shape[1]  # several query heads to a key-value head
     if isinstance(mask, Segments):
-        return attend_by_segment(q, k, v, mask, grouped)
+        return attend_by_segment(q, k, v, mask)
     causal = mask is None and q.shape[2] > 1  # a single token sees all of the cache
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
@@ -126,15 +126,15 @@ def has_varlen(device: torch.device, head_size: int) -> bool:
     return ampere and head_size % 8 == 0 and head_size <= 256
 
 
-def attend_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, grouped: bool) -> Tensor:
+def attend_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The same for a batch without padding, B = 1, by FlashAttention's kernel for sequences of unequal length (Dao 2023): no
     mask, and no work for what a segment does not see. The last query of a segment sees all of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [n, H, h], [n, K, h], [n, K, h]
+    k, v = (x[segments.seen].repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [K, H, h] each
     starts = segments.query_starts, segments.key_starts
-    causal = {"window_size": (-1, 0), "enable_gqa": grouped}
-    y = varlen_attn(q, k[segments.seen], v[segments.seen], *starts, *segments.longest, **causal)  # [n, H, h]
+    y = varlen_attn(q, k, v, *starts, *segments.longest, window_size=(-1, 0))  # [n, H, h]
     return y.transpose(0, 1)[None]
 
 
