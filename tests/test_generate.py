@@ -125,7 +125,7 @@ WAITING = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would show composite operations, but not what they are made of
 def test_every_recorded_step_launches_the_same_and_waits_for_nothing(dtype):
     model, rows = Phi(SMALL).init_weights(0).to(dtype), torch.arange(3)
     cache = KVCache(2 * BUCKET)
