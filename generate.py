@@ -97,7 +97,7 @@ class RecordedStep:
         self.position[:, 0] = position
         end = whole_buckets(used)
         if end != self.cache.used:
-            self.cache.slot, self.cache.used = (self.rows, self.position[:, 0]), end  # views, which follow the position
+            self.cache.slot, self.cache.used = (self.rows, self.position[:, 0]), end  # a view: it follows the position
             return self.record() if token.is_cuda else self.compute()
         if self.graph is None:
             return self.compute()
@@ -106,9 +106,8 @@ class RecordedStep:
 
     def compute(self) -> Tensor:  # [B, D]
         later = torch.arange(self.cache.used, device=self.token.device) > self.position  # [B, used]
-        mask = torch.zeros(later.shape, dtype=self.model.compute_dtype(), device=later.device).masked_fill(
-            later, float("-inf")
-        )
+        zeros = torch.zeros(later.shape, dtype=self.model.compute_dtype(), device=later.device)
+        mask = zeros.masked_fill_(later, float("-inf"))
         return self.model.hidden(self.token, self.position, mask[:, None, None], self.cache)[:, 0]
 
     def record(self) -> Tensor:
@@ -142,18 +141,11 @@ def can_record(model: Phi) -> bool:
 
 @torch.inference_mode()  # holds while a step is computed; the consumer, between two of them, keeps its own mode
 def stream(
-    model: Phi,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature=0.0,
-    top_p=1.0,
-    seed=0,
-    stop_tokens=(),
-    record=None,
+    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=(), graph=None
 ) -> Iterator[Tensor]:
     """Continues each prompt and yields every step's token ids [B], the next step being computed when it is asked for. Ends
-    when every row has had a stop token, with `record` up to 15 steps later; what a row gets after its own has no meaning.
-    `record`: whether steps are recorded (`RecordedStep`); default: if `can_record`.
+    when every row has had a stop token, with `graph` up to 15 steps later; what a row gets after its own has no meaning.
+    `graph`: whether a step is a `RecordedStep`; default: if `can_record`.
 
     Prompts of different lengths run as one batch, padded on the right. Row b's cache has no gaps: its next token is
     written at its own length, over the padding, so positions need no correction and each row sees just its own tokens.
@@ -168,9 +160,9 @@ def stream(
     T = max(map(len, prompts))
     ragged = min(map(len, prompts)) < T
 
-    record = can_record(model) if record is None else record
-    cache = KVCache(whole_buckets(T + max_new_tokens) if record else T + max_new_tokens)
-    recorded = RecordedStep(model, cache, rows) if record else None
+    graph = can_record(model) if graph is None else graph
+    cache = KVCache(whole_buckets(T + max_new_tokens) if graph else T + max_new_tokens)
+    recorded = RecordedStep(model, cache, rows) if graph else None
     cache.slot, cache.used = slice(0, T), T
     padded = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # [B, T]
     hidden = model.hidden(padded, cache=cache)  # causal: a token never sees the padding to its right
@@ -180,12 +172,12 @@ def stream(
         token = sample(model.lm_head(hidden), temperature, top_p, generator)  # [B]
         yield token
         done |= torch.isin(token, stops)
-        look = not record or step % 16 == 0  # the CPU waits for the GPU to know whether all are done
+        look = not graph or step % 16 == 0  # the CPU waits for the GPU to know whether all are done
         if step == max_new_tokens - 1 or (look and done.all()):
             return
         position = length + step  # [B]
         used = T + step + 1
-        if record:
+        if graph:
             hidden = recorded(token, position, used)  # [B, D]
             continue
         mask = None
@@ -198,17 +190,10 @@ def stream(
 
 
 def generate(
-    model: Phi,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature=0.0,
-    top_p=1.0,
-    seed=0,
-    stop_tokens=(),
-    record=None,
+    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=(), graph=None
 ) -> list[list[int]]:
     """`stream` in one go; returns only the new tokens of each prompt, up to and without the first stop token."""
-    steps = list(stream(model, prompts, max_new_tokens, temperature, top_p, seed, stop_tokens, record))
+    steps = list(stream(model, prompts, max_new_tokens, temperature, top_p, seed, stop_tokens, graph))
     answers = torch.stack(steps, dim=1).tolist()  # [B, new]
     return [ids[: next((i for i, t in enumerate(ids) if t in stop_tokens), len(ids))] for ids in answers]
 

@@ -68,9 +68,9 @@ def test_a_recorded_step_gives_the_plain_tokens(model, monkeypatch, settings, bu
     monkeypatch.setattr(generate_file, "BUCKET", bucket)
     for asked in (prompts(), prompts(1) * 3, [[5] * (bucket - 1)], [[5] * bucket, [7]]):
         plain = generate(model, asked, 20, **settings)
-        assert generate(model, asked, 20, **settings, record=True) == plain
+        assert generate(model, asked, 20, **settings, graph=True) == plain
         stops = (plain[0][4], plain[-1][2])
-        assert generate(model, asked, 20, **settings, stop_tokens=stops, record=True) == generate(
+        assert generate(model, asked, 20, **settings, stop_tokens=stops, graph=True) == generate(
             model, asked, 20, **settings, stop_tokens=stops
         )
 
@@ -78,21 +78,21 @@ def test_a_recorded_step_gives_the_plain_tokens(model, monkeypatch, settings, bu
 @pytest.mark.parametrize("to", ["int8", "nf4", "nf4-double"])
 def test_a_recorded_step_runs_quantized_layers(tiny, to):
     model = quantize_model(Phi.from_pretrained(tiny), to)
-    assert generate(model, prompts(), 12, record=True) == generate(model, prompts(), 12)
+    assert generate(model, prompts(), 12, graph=True) == generate(model, prompts(), 12)
 
 
 def test_a_recorded_answer_may_fill_the_window(tiny):
     model = Phi.from_pretrained(tiny)
     room = model.config.max_position_embeddings
     prompt = [5] * (room - 3)
-    assert generate(model, [prompt], 3, record=True) == generate(model, [prompt], 3)
+    assert generate(model, [prompt], 3, graph=True) == generate(model, [prompt], 3)
 
 
 def test_stop_tokens_are_looked_for_every_16_steps(model):
     (ids,) = generate(model, prompts(1), 40)
     for stop, steps in ((ids[0], 1), (ids[1], 17)):
         assert ids.index(stop) < steps
-        assert len(list(stream(model, prompts(1), 40, stop_tokens=(stop,), record=True))) == steps
+        assert len(list(stream(model, prompts(1), 40, stop_tokens=(stop,), graph=True))) == steps
 
 
 SMALL = PhiConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
