@@ -205,7 +205,8 @@ def rows_that_fit(model: Phi, size: int) -> int:
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * model.compute_dtype().itemsize
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
     fitting = (memory.free_bytes(str(device)) - held) // (2 * slot * whole_buckets(size))
-    fitting = -int(parallel.largest(-fitting))  # the smallest
+    if parallel.size() > 1:
+        fitting = -int(parallel.largest(-fitting))  # the smallest
     return 1 << max(fitting.bit_length() - 1, 0)
 
 
