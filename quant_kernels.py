@@ -17,7 +17,7 @@ the limit, and cuBLAS does it best. So there are two Triton kernels for 4 bits:
 
 A byte holds two codes, for an even and an odd column, so matvec splits x into its even and its odd columns.
 
-rotate_one belongs to model.py: generation spends much of its time on small launches, and half of them were rotations.
+rotate_one belongs to model.py: generation spends much of its time on short launches, of which rotations were half.
 
 Without Triton, or without the C compiler that it needs, plain PyTorch computes the same, slower. Without a GPU, Triton's
 interpreter runs the kernels, slowly (TRITON_INTERPRET=1).
