@@ -17,8 +17,6 @@ the limit, and cuBLAS does it best. So there are two Triton kernels for 4 bits:
 
 A byte holds two codes, for an even and an odd column, so matvec splits x into its even and its odd columns.
 
-rotate_one belongs to model.py: generation spends much of its time on short launches, of which rotations were half.
-
 Without Triton, or without the C compiler that it needs, plain PyTorch computes the same, slower. Without a GPU, Triton's
 interpreter runs the kernels, slowly (TRITON_INTERPRET=1).
 """
@@ -176,7 +174,8 @@ def triton_runs(device: torch.device) -> bool:
 
 
 def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """model.rotate for one token a row, x [B, H, 1, h], in one launch instead of seven. The sums are fp32, rounded once."""
+    """model.rotate for one token a row, x [B, H, 1, h], in one launch instead of seven: of 27 launches a block,
+    14 were rotations. The sums are fp32, rounded once."""
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     size = x.shape[1] * x.shape[3]  # of a row
     with torch.cuda.device_of(x):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import quant_kernels
 from model import rotary_angles, rotate
 from quant import dequantize, levels, quantize_4bit, quantize_blockwise, quantize_layer, scales
-from quant_kernels import rotate_one, suits_triton, triton_4bit, triton_decode
+from quant_kernels import suits_triton, triton_4bit, triton_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter, which is NumPy, has no bf16 products, and cuts bf16 off instead of rounding it.
@@ -54,6 +55,7 @@ def test_one_token_a_row_is_rotated_in_one_launch(heads, size, turning):
     x = normal(5, 1, heads, size).transpose(1, 2)  # [B, H, 1, h]
     position = torch.tensor([[0], [1], [7], [100], [2047]], device=DEVICE)
     cos, sin = rotary_angles(position, turning, 10000.0, torch.float32)
+    rotate_one = quant_kernels.rotate_one
     torch.testing.assert_close(rotate_one(x, cos, sin), rotate(x, cos, sin), rtol=0, atol=1e-6)
     assert torch.equal(rotate_one(x, cos, sin)[..., turning:], x[..., turning:])
     half = (t.bfloat16() for t in (x, cos, sin))
