@@ -57,6 +57,18 @@ def test_what_is_sampled_depends_on_temperature_seed_and_batch(model, chat):
     assert sampled(0.3, 0, 1) != first
 
 
+def test_the_race_draws_from_the_softmax():
+    """Pearson's chi-square of 20,000 draws from six probabilities has 5 degrees of freedom: above 20.5 once in 1,000. And
+    torch.multinomial draws the same tokens, since it runs the same race."""
+    p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    many = p.log().expand(20_000, 6)
+    tokens = sample(many, 1.0, 1.0, torch.Generator().manual_seed(0))
+    expected = 20_000 * p
+    assert ((tokens.bincount(minlength=6) - expected) ** 2 / expected).sum() < 20.5
+    drawn = torch.multinomial(many.softmax(dim=-1), 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, drawn[:, 0])
+
+
 # ------------------------------------------------------------------------------------------------------- a recorded step
 
 
