@@ -171,13 +171,16 @@ def measure_model(
         if reference is not None:
             result["rewards"] = measure_rewards(policy, reference, lengths, flipped, settings.eps, settings.beta)
         result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
+    if kind.startswith("mcq"):
+        scored = multiple_choice.score_options(model, examples, one.chat, *run_with)
     answers = []
     if asked:
+        if settings.dtype == "bf16":  # the last use of the model: autocast would keep its weights and a copy of them
+            model.bfloat16()
         drawn = [examples[i] for i in asked]
         prompts = [e.prompt for e in drawn]
         length = min(settings.max_new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
-        drawing = (settings.temperature, settings.seed, settings.micro_batch_size)
-        answers, ended = sample_answers(model, one.chat, prompts, length, *drawing)
+        answers, ended = sample_answers(model, one.chat, prompts, length, settings.temperature, settings.seed)
         references = [e.texts[0] for e in drawn]
         result["answers"], result["BLEU signature"] = text.similarity(answers, references)
         if encoder:
@@ -185,7 +188,6 @@ def measure_model(
         graded = {"ends": ended} | grades(answers, drawn)  # grades: if a truth file is there
         result["answers"] |= {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
     if kind.startswith("mcq"):
-        scored = multiple_choice.score_options(model, examples, one.chat, *run_with)
         answered = multiple_choice.generated(answers, [examples[i] for i in asked]) if asked else None
         result |= multiple_choice.summary(scored, answered)
     return result, answers

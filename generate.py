@@ -7,9 +7,13 @@ one pass over itself alone:
     step 1              a0         one pass, fills slot 3, sees slots 0 .. 3
     step 2                 a1      one pass, fills slot 4, sees slots 0 .. 4
 
+On a GPU a step is a thousand short operations, and the CPU takes longer to launch them than the GPU to compute them. There,
+a step is recorded once and then launched as a whole (`RecordedStep`, which you can skip).
+
 Letters: B rows, T tokens, K key-value heads, h head size, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,7 +22,9 @@ from tqdm import tqdm
 
 from data import ChatML
 from model import Phi
-from runtime import parallel
+from runtime import memory, parallel
+
+BUCKET = 256  # a recorded step sees a multiple of so many slots
 
 
 class KVCache:
@@ -65,15 +71,81 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         before[:, 0] = -1.0  # the likeliest token stays, whatever top_p is
         # The tolerance is for sums that reach top_p but for their rounding.
         p = torch.zeros_like(p).scatter(1, order, sorted_p.where(before < top_p - 1e-6, 0.0))
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # A race: e_i / p_i is exponential with rate p_i, so token i finishes first with probability p_i. torch.multinomial draws
+    # the same tokens, but makes the CPU wait while the GPU checks p.
+    e = torch.empty_like(p).exponential_(generator=generator)
+    return (p / e).argmax(dim=-1)
+
+
+class RecordedStep:
+    """One pass for one new token a row, recorded as a CUDA graph (on the CPU, for tests, computed anew each time).
+
+    A graph repeats the same operations on the same memory. So token and position are copied to where the graph reads them,
+    and the step always sees whole buckets of slots, the later ones masked. For the next bucket it is recorded again.
+    """
+
+    def __init__(self, model: Phi, cache: KVCache, rows: Tensor):
+        self.model, self.cache, self.rows = model, cache, rows
+        self.token = torch.zeros_like(rows)[:, None]  # [B, 1]
+        self.position = torch.zeros_like(rows)[:, None]  # [B, 1]
+        self.graph = None
+        self.hidden = None  # the graph's result
+
+    def __call__(self, token: Tensor, position: Tensor, used: int) -> Tensor:
+        """token, position [B], slots used with this token -> [B, D]. The next call overwrites it."""
+        self.token[:, 0] = token
+        self.position[:, 0] = position
+        end = whole_buckets(used)
+        if end != self.cache.used:
+            self.cache.slot, self.cache.used = (self.rows, self.position[:, 0]), end  # a view: it follows the position
+            return self.record() if token.is_cuda else self.compute()
+        if self.graph is None:
+            return self.compute()
+        self.graph.replay()
+        return self.hidden
+
+    def compute(self) -> Tensor:  # [B, D]
+        later = torch.arange(self.cache.used, device=self.token.device) > self.position  # [B, used]
+        zeros = torch.zeros(later.shape, dtype=self.model.compute_dtype(), device=later.device)
+        mask = zeros.masked_fill_(later, float("-inf"))
+        return self.model.hidden(self.token, self.position, mask[:, None, None], self.cache)[:, 0]
+
+    def record(self) -> Tensor:
+        """Computes the step once, which also compiles Triton's kernels, and then records it. Both on one stream other than
+        the present one, since cuBLAS keeps some memory for each."""
+        stream, present = recording_stream(self.token.device), torch.cuda.current_stream(self.token.device)
+        stream.wait_stream(present)
+        with torch.cuda.stream(stream):
+            hidden = self.compute()
+        present.wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.hidden = self.compute()
+        return hidden
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def whole_buckets(slots: int) -> int:
+    return -(-slots // BUCKET) * BUCKET
+
+
+def can_record(model: Phi) -> bool:
+    """LLM.int8() chooses columns by what is in them, which the CPU must know; autocast drops copies that a graph reads."""
+    on_cuda = model.lm_head.bias.is_cuda and not torch.is_autocast_enabled("cuda")
+    return on_cuda and all(getattr(layer, "threshold", None) is None for layer in model.modules())
 
 
 @torch.inference_mode()  # holds while a step is computed; the consumer, between two of them, keeps its own mode
 def stream(
-    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=()
+    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=(), graph=None
 ) -> Iterator[Tensor]:
     """Continues each prompt and yields every step's token ids [B], the next step being computed when it is asked for. Ends
-    when every row has had a stop token; what a row gets after its own has no meaning.
+    when every row has had a stop token, with `graph` up to 15 steps later; what a row gets after its own has no meaning.
+    `graph`: whether a step is a `RecordedStep`; default: if `can_record`.
 
     Prompts of different lengths run as one batch, padded on the right. Row b's cache has no gaps: its next token is
     written at its own length, over the padding, so positions need no correction and each row sees just its own tokens.
@@ -85,10 +157,12 @@ def stream(
     stops = torch.tensor(stop_tokens, dtype=torch.long, device=device)
     length = torch.tensor([len(p) for p in prompts], device=device)  # [B]
     rows = torch.arange(len(prompts), device=device)
-    T = int(length.max())
-    ragged = bool((length != T).any())
+    T = max(map(len, prompts))
+    ragged = min(map(len, prompts)) < T
 
-    cache = KVCache(T + max_new_tokens)
+    graph = can_record(model) if graph is None else graph
+    cache = KVCache(whole_buckets(T + max_new_tokens) if graph else T + max_new_tokens)
+    recorded = RecordedStep(model, cache, rows) if graph else None
     cache.slot, cache.used = slice(0, T), T
     padded = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # [B, T]
     hidden = model.hidden(padded, cache=cache)  # causal: a token never sees the padding to its right
@@ -98,34 +172,52 @@ def stream(
         token = sample(model.lm_head(hidden), temperature, top_p, generator)  # [B]
         yield token
         done |= torch.isin(token, stops)
-        if step == max_new_tokens - 1 or done.all():
+        look = not graph or step % 16 == 0  # the CPU waits for the GPU to know whether all are done
+        if step == max_new_tokens - 1 or (look and done.all()):
             return
         position = length + step  # [B]
+        used = T + step + 1
+        if graph:
+            hidden = recorded(token, position, used)  # [B, D]
+            continue
         mask = None
-        cache.used = T + step + 1
-        cache.slot = slice(T + step, T + step + 1)
+        cache.slot, cache.used = slice(used - 1, used), used
         if ragged:
             cache.slot = (rows, position)
-            visible = torch.arange(cache.used, device=device) <= position[:, None]  # [B, used]
+            visible = torch.arange(used, device=device) <= position[:, None]  # [B, used]
             mask = visible[:, None, None]  # [B, 1, 1, used]
         hidden = model.hidden(token[:, None], position[:, None], mask, cache)[:, 0]  # [B, D]
 
 
 def generate(
-    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=()
+    model: Phi, prompts: list[list[int]], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0, stop_tokens=(), graph=None
 ) -> list[list[int]]:
     """`stream` in one go; returns only the new tokens of each prompt, up to and without the first stop token."""
-    steps = list(stream(model, prompts, max_new_tokens, temperature, top_p, seed, stop_tokens))
+    steps = list(stream(model, prompts, max_new_tokens, temperature, top_p, seed, stop_tokens, graph))
     answers = torch.stack(steps, dim=1).tolist()  # [B, new]
     return [ids[: next((i for i, t in enumerate(ids) if t in stop_tokens), len(ids))] for ids in answers]
+
+
+def rows_that_fit(model: Phi, size: int) -> int:
+    """Rows of `size` slots whose keys and values take at most half of the free memory, rounded down to a power of two, so
+    that the batches, and what is sampled in them, seldom depend on it. At least 1; on all ranks the same."""
+    config, device = model.config, model.lm_head.bias.device
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * model.compute_dtype().itemsize
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
+    fitting = (memory.free_bytes(str(device)) - held) // (2 * slot * whole_buckets(size))
+    if parallel.size() > 1:
+        fitting = -int(parallel.largest(-fitting))  # the smallest
+    return 1 << max(fitting.bit_length() - 1, 0)
 
 
 def sample_answers(
     model: Phi, chat: ChatML, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int, batch_size=128
 ) -> tuple[list[str], list[bool]]:
-    """One sampled answer to each prompt, as text without the `<|im_end|>`, and whether it ended by itself."""
+    """One sampled answer to each prompt, as text without the `<|im_end|>`, and whether it ended by itself. Batches have
+    fewer than `batch_size` prompts if memory asks for it."""
     stops = tuple(chat.control_ids)
     made = []
+    batch_size = min(batch_size, rows_that_fit(model, max(map(len, prompts), default=0) + max_new_tokens))
     # Ranks share whole batches: what is drawn depends on the batch and its seed, not on who draws it.
     starts = range(0, len(prompts), batch_size)[parallel.rank() :: parallel.size()]
     for start in tqdm(starts, desc="sampling", unit="batch", leave=False, disable=None if parallel.is_main() else True):

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import quant_kernels
 from data import Batch, Example, Segments, by_length, collate
 from runtime import parallel
 from runtime.files import InputError, printable, read_json
@@ -92,6 +93,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [B, H, T, h], cos and sin [B, 1, T, r/2] -> [B, H, T, h]
     """
+    if x.is_cuda and x.shape[2] == 1 and not x.requires_grad and quant_kernels.triton_runs(x.device):
+        return quant_kernels.rotate_one(x, cos, sin)
     half = cos.shape[-1]
     left, right, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1)

@@ -428,6 +428,8 @@ def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | No
     if not asked:
         return {"metrics": metrics, "answers": []}
     room = min(settings.max_length - settings.max_prompt_length, 256)
+    if settings.dtype == "bf16":  # the last use of the model: autocast would keep its weights and a copy of them
+        model.bfloat16()
     answers, ended = sample_answers(model, inputs.chat, [e.prompt for e in asked], room, 1.0, settings.seed)
     graded = {f"sampled: {name}": sum(right) / len(right) for name, right in grades(answers, asked).items()}
     return {"metrics": metrics | tables.answer_summary(answers, ended, asked, inputs.chat) | graded, "answers": answers}

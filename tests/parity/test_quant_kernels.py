@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import quant_kernels
+from model import rotary_angles, rotate
 from quant import dequantize, levels, quantize_4bit, quantize_blockwise, quantize_layer, scales
 from quant_kernels import suits_triton, triton_4bit, triton_decode
 
@@ -46,6 +48,18 @@ def test_decoding_equals_dequantize_to_the_bit(dtype):
     q = quantize_4bit(normal(37, 192, dtype=dtype))  # 111 blocks, not whole tiles
     decoded = triton_decode(q.packed, levels("nf4", q.packed.device), q.absmax, q.block, dtype)
     assert torch.equal(decoded.view(37, 192), dequantize(q))
+
+
+@pytest.mark.parametrize("heads, size, turning", [(2, 20, 8), (32, 80, 32), (3, 8, 8)])
+def test_one_token_a_row_is_rotated_in_one_launch(heads, size, turning):
+    x = normal(5, 1, heads, size).transpose(1, 2)  # [B, H, 1, h]
+    position = torch.tensor([[0], [1], [7], [100], [2047]], device=DEVICE)
+    cos, sin = rotary_angles(position, turning, 10000.0, torch.float32)
+    rotate_one = quant_kernels.rotate_one
+    torch.testing.assert_close(rotate_one(x, cos, sin), rotate(x, cos, sin), rtol=0, atol=1e-6)
+    assert torch.equal(rotate_one(x, cos, sin)[..., turning:], x[..., turning:])
+    half = (t.bfloat16() for t in (x, cos, sin))
+    torch.testing.assert_close(rotate_one(*half).float(), rotate(x, cos, sin), rtol=0.01, atol=0.05)
 
 
 def test_which_matrices_have_a_kernel():
