@@ -46,20 +46,22 @@ def four_pairs(bench: Bench, tokens: int) -> list[Example]:
 
 
 def attention_calls(bench: Bench, tokens: int) -> dict[str, Callable]:
-    """{"by mask": run, on CUDA also "by segment": run}; run() -> output and gradients of q, k, v, each [1, H, n, h]."""
+    """{"by mask": run, on CUDA also "by segment": run}; run() -> output and gradients of q, k, v, each [1, n, H, h]."""
     config, batch = PhiConfig(**bench.full), collate(four_pairs(bench, tokens)).to(bench.device)
     H, h, (B, T) = config.num_attention_heads, config.head_size, batch.tokens.shape
     draw = torch.Generator(bench.device).manual_seed(0)
-    *inputs, grad = torch.randn(4, 1, H, B * T, h, device=bench.device, generator=draw).bfloat16()
+    *inputs, grad = torch.randn(4, 1, B * T, H, h, device=bench.device, generator=draw).bfloat16()
+    mask = sibling_mask(batch.segment, grad.dtype)
     for x in inputs:
         x.requires_grad_()
 
     def by_mask() -> torch.Tensor:
-        q, k, v = (x.view(H, B, T, h).transpose(0, 1) for x in inputs)  # [B, H, T, h]
-        return attend(q, k, v, sibling_mask(batch.segment, q.dtype)).transpose(0, 1).reshape(1, H, B * T, h)
+        q, k, v = (x.view(B, T, H, h).transpose(1, 2) for x in inputs)  # [B, H, T, h]
+        return attend(q, k, v, mask).transpose(1, 2).reshape(grad.shape)
 
     def by_segment() -> torch.Tensor:
-        return attend(*inputs, batch.segments)
+        q, k, v = (x.transpose(1, 2) for x in inputs)  # [1, H, n, h]
+        return attend(q, k, v, batch.segments).transpose(1, 2)
 
     def with_gradients(attended: Callable) -> list[torch.Tensor]:
         y = attended()
@@ -85,10 +87,12 @@ def products(bench: Bench) -> list[dict]:
         x = torch.randn(size, columns, device=device, dtype=dtype)
         for name, layer in [*layers.items(), ("nf4 decoded first", layers["nf4"])]:
             product = decoded_first if "decoded" in name else nn.Module.__call__
-            peer, note = (theirs, missing) if name == "nf4" else (None, "")
+            note = missing if name == "nf4" else ""
             count = min(16, math.ceil(CACHE / stored(layer)))
             runs = {"ours": round_of(product, layer, x, count)}
-            runs["peer"] = peer and round_of(nn.Module.__call__, peer, x, count)
+            runs["peer"] = None
+            if name == "nf4" and theirs:
+                runs["peer"], note = attempt(round_of, nn.Module.__call__, theirs, x, count)
             seconds = [s and s / count for s in medians(runs, bench.repeats, device).values()]
             weight = layer.weight if layer is dense else layer.dense()
             exact = F.linear(x.float(), weight.float(), layer.bias.float())
