@@ -98,17 +98,16 @@ def decode_contender(contender: str, base: str | None, directory: str, bench: Be
     load_phi, device = Phi.from_pretrained if contender == "ours" else peers.load_phi, bench.device
     model = load_phi(directory, dtype=torch.bfloat16, device=device, base=base).eval()
     tokens, new_tokens = bench.answer
-    recorded = contender == "ours" and "record" in inspect.signature(generate).parameters
-    ways = {"": {"record": False}, ", as a CUDA graph": {"record": True}} if recorded else {"": {}}
+    ways = {"": {}}
+    if contender == "ours" and "graph" in inspect.signature(generate).parameters:
+        ways = {"": {"graph": False}, ", as a CUDA graph": {"graph": True}}
     speeds = {}
     for size in (1, 16):
         ids = prompts(size, tokens, model.config.vocab_size)
         runs = {f"batch {size}{way}": greedy(model, ids, new_tokens, **how) for way, how in ways.items()}
         speeds |= {case: size * new_tokens / s for case, s in medians(runs, bench.repeats, device).items()}
-    read = read_bytes(model) * max(
-        speed for case, speed in speeds.items() if case.startswith("batch 1,") or case == "batch 1"
-    )
-    return {"tokens/s": speeds, "read": read / 1e9, "copy": copy_speed(device)}
+    best = max(speeds[f"batch 1{way}"] for way in ways)
+    return {"tokens/s": speeds, "read": read_bytes(model) * best / 1e9, "copy": copy_speed(device)}
 
 
 def bench_gpu_decode(bench: Bench) -> Iterator[dict]:
