@@ -449,13 +449,26 @@ def dry_run(settings: Tuning, parent: Path) -> None:
     size = f"{settings.batch_size} examples a step, in micro-batches of {settings.micro_batch_size}"
     print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {size}")
     print(f"\nMemory\n  {memory.check_fits(parent, settings, inputs.train)}")
-    model, _, _ = prepare(settings, Path(), load_to_tune(parent, settings), parent, start=0)
-    examples = [inputs.train[i] for i in batches[0]]
+    model, optimizer, _ = prepare(settings, Path(), load_to_tune(parent, settings), parent, start=0)
+    examples, dpo_run = [inputs.train[i] for i in batches[0]], settings.objective == "dpo"
     for _ in range(2):  # the first time also warms up
         began = time.perf_counter()
-        step_gradients(model, examples, torch.zeros(len(examples), 2) if settings.objective == "dpo" else None, settings)
-    seconds = time.perf_counter() - began
-    print(f"\nTime\n  {seconds:.2f} s for a step's gradients, about {seconds * steps / 60:,.1f} minutes for {steps:,} steps")
+        optimizer.step()  # with the gradients of the time before
+        optimizer.zero_grad(set_to_none=True)
+        step_gradients(model, examples, torch.zeros(len(examples), 2) if dpo_run else None, settings)
+        clip_gradients(model, settings.clip)
+        stepped = time.perf_counter()
+        all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "timing")
+    step, forward = stepped - began, time.perf_counter() - stepped
+
+    # Time grows with the tokens. Forward passes: the reference of all pairs, or "before"; at each evaluation; and "after".
+    trained, held_out, timed = (sum(map(len, some)) for some in (inputs.train, inputs.held_out, examples))
+    evaluations = math.ceil(steps / settings.eval_every) + 2
+    stepping = step * trained / timed * steps / len(batches)
+    measuring = forward * (trained * dpo_run + held_out * evaluations) / timed
+    stepping, total = (f"{s / 60:,.1f} minutes ({s / 3600:,.2f} hours)" for s in (stepping, stepping + measuring))
+    print(f"\nTime\n  {step:.2f} s for the first step, about {stepping} for {steps:,} steps")
+    print(f"  {total} with {evaluations} evaluations{' and the reference' * dpo_run}, without the answers that are sampled")
     print("Nothing was trained.")
 
 

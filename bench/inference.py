@@ -1,4 +1,4 @@
-"""Inference, ours beside transformers' and bitsandbytes'.
+"""Inference, ours beside transformers'.
 
 To decode one row, each weight is read once and used once, so decoding can be no faster than the weights are read. `decode`
 shows bytes of weights x tokens a second beside the speed of reading a buffer of the same size, by torch.sum or torch.dot,
@@ -6,19 +6,18 @@ whichever is faster, in turn in the same process; keys, values and one row of th
 GPU the limit is a copy in its memory, which reads and writes.
 """
 
-import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench import peers
-from bench.timing import attempt, in_workers, medians, rates, row
+from bench.timing import alone, attempt, both_alone, copy_speed, medians, rates, row
 from bench.workloads import Bench, full_size_phi, prompts
 from generate import generate
 from model import Phi, PhiConfig
-from quant import quantize_4bit, quantize_layer
 from runtime.files import InputError
 
 
@@ -28,10 +27,10 @@ def load_both(directory: Path, device: str) -> tuple[Phi, torch.nn.Module | None
     return Phi.from_pretrained(directory, device=device), theirs and theirs.eval(), missing
 
 
-def greedy(model, ids: torch.Tensor, new_tokens: int) -> Callable:
+def greedy(model, ids: torch.Tensor, new_tokens: int, **how) -> Callable:
     """run() -> the new tokens of each row, as lists: our `generate` or, for any other model, transformers'."""
     if isinstance(model, Phi):
-        return lambda: generate(model, ids.tolist(), max_new_tokens=new_tokens)
+        return lambda: generate(model, ids.tolist(), max_new_tokens=new_tokens, **how)
     padded, mask = ids.to(model.device), torch.ones_like(ids).to(model.device)
     settings = dict(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
     return lambda: model.generate(padded, attention_mask=mask, **settings)[:, ids.shape[1] :].tolist()
@@ -94,60 +93,29 @@ def bench_decode(bench: Bench) -> list[dict]:
     ]
 
 
-def decode_contender(contender: str, base: str | None, directory: str, device: str, repeats: int, answer: list[int]) -> dict:
-    """Tokens a second at batch 1, and GB a second of weights and of a copy in memory: for a process of its own."""
-    load_phi = Phi.from_pretrained if contender == "ours" else peers.load_phi
+def decode_contender(contender: str, base: str | None, directory: str, bench: Bench) -> dict:
+    """Tokens a second by batch, and GB a second of weights at batch 1 and of a copy: for a process of its own."""
+    load_phi, device = Phi.from_pretrained if contender == "ours" else peers.load_phi, bench.device
     model = load_phi(directory, dtype=torch.bfloat16, device=device, base=base).eval()
-    tokens, new_tokens = answer
-    size = read_bytes(model)
-    source = torch.ones(min(size, 2**31), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    run = greedy(model, prompts(1, tokens, model.config.vocab_size), new_tokens)
-    seconds = medians({"run": run, "copy": lambda: target.copy_(source)}, repeats, device)
-    read, copied = size * new_tokens / seconds["run"], 2 * source.nbytes / seconds["copy"]
-    return {"tokens/s": new_tokens / seconds["run"], "read": read / 1e9, "copy": copied / 1e9}
+    tokens, new_tokens = bench.answer
+    ways = {"": {}}
+    if contender == "ours" and "graph" in inspect.signature(generate).parameters:
+        ways = {"": {"graph": False}, ", as a CUDA graph": {"graph": True}}
+    speeds = {}
+    for size in (1, 16):
+        ids = prompts(size, tokens, model.config.vocab_size)
+        runs = {f"batch {size}{way}": greedy(model, ids, new_tokens, **how) for way, how in ways.items()}
+        speeds |= {case: size * new_tokens / s for case, s in medians(runs, bench.repeats, device).items()}
+    best = max(speeds[f"batch 1{way}"] for way in ways)
+    return {"tokens/s": speeds, "read": read_bytes(model) * best / 1e9, "copy": copy_speed(device)}
 
 
-def bench_gpu_decode(bench: Bench) -> list[dict]:
-    rows, how = [], dict(device=bench.device, repeats=max(bench.repeats, 5), answer=bench.answer)
-    how["directory"] = str(full_size_phi(bench))
-    for base in (None, "int8", "nf4"):
-        (ours, theirs), failed = in_workers(decode_contender, "transformers", base=base, **how)
-        speeds = [done and done["tokens/s"] for done in (ours, theirs)]
-        rows.append(row(f"decode {base or 'bf16'}, batch 1 / transformers", "tokens/s", *speeds, note=failed))
-        if ours:
-            target = "" if base else ">= 0.7"
-            rows.append(row("  weights read / copy in memory", "GB/s", ours["read"], ours["copy"], target))
-    return rows
-
-
-@torch.no_grad()
-def bench_quant(bench: Bench) -> list[dict]:
-    device, (columns, features) = bench.device, bench.layer
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    plain = torch.nn.Linear(columns, features, device=device)
-    plain.weight.normal_(0, 0.02)
-    ours = {to: quantize_layer(plain.weight, plain.bias, to) for to in ("nf4", "int8", "llm.int8")}
-    weight, dense = plain.weight.data, copy.deepcopy(plain).to(dtype)
-    theirs, missing = attempt(peers.layers, plain)
-    theirs = theirs or {}
-    if theirs:
-        packed, state = theirs["quantize"](weight)
-        if not torch.equal(packed, ours["nf4"].weight) or not torch.equal(state.absmax, ours["nf4"].absmax):
-            raise InputError("the codes of the two differ; their times cannot be compared")
-    x = {size: torch.randn(size, columns, device=device, dtype=dtype) for size in (1, 16, 256)}
-    rows = []
-
-    def compare(case: str, own: Callable, peer: Callable | None, given: torch.Tensor, note: str = "") -> None:
-        runs = {"ours": partial(own, given), "peer": peer and partial(peer, given)}
-        seconds = medians(runs, max(bench.repeats, 9), device)
-        rows.append(row(case, "ms", *(s and 1e3 * s for s in seconds.values()), note=note))
-
-    compare("quantize to NF4, plain PyTorch / bitsandbytes", quantize_4bit, theirs.get("quantize"), weight, missing)
-    compare("int8 layer, batch 1, plain PyTorch / unquantized layer", ours["int8"], dense, x[1])
-    compare("LLM.int8() layer, batch 1 / bitsandbytes", ours["llm.int8"], theirs.get("int8"), x[1], missing)
-    which = "plain PyTorch" if device == "cpu" else "our kernel"
-    for label in ["bitsandbytes", *(name for name in theirs if name.startswith("bitsandbytes "))]:
-        for size, given in x.items():
-            compare(f"NF4 layer, batch {size}, {which} / {label}", ours["nf4"], theirs.get(label), given, missing)
-    return rows
+def bench_gpu_decode(bench: Bench) -> Iterator[dict]:
+    directory = str(alone(full_size_phi, bench.device, bench=bench))
+    for base, target in ((None, ">= 0.7"), ("int8", ""), ("nf4", ">= 0.6")):
+        how = dict(device=bench.device, base=base, directory=directory, bench=bench)
+        (ours, theirs), note = both_alone(decode_contender, "transformers", bench.no_peer("transformers"), **how)
+        for case, speed in ours["tokens/s"].items():
+            other = theirs and theirs["tokens/s"][case.partition(",")[0]]
+            yield row(f"decode {base or 'bf16'}, {case} / transformers", "tokens/s", speed, other, note=note)
+        yield row("  weights read at batch 1 / copy in memory", "GB/s", ours["read"], ours["copy"], target)

@@ -3,10 +3,7 @@
 TRL's trainers ask for a tokenizer and a data set. Neither is used: the batch is ours, laid out as their collators do it.
 """
 
-import copy
 import logging
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,21 +29,14 @@ def load_phi(directory: str | Path, dtype: torch.dtype = torch.float32, device: 
     return transformers.PhiForCausalLM.from_pretrained(directory, **options)
 
 
-def layers(plain: torch.nn.Linear) -> dict[str, Callable]:
-    """bitsandbytes' NF4 quantizer, and its layers for the weights of `plain`."""
+def nf4_layer(plain: torch.nn.Linear) -> torch.nn.Module:
+    """bitsandbytes' layer for the weights of `plain`, as it is for evaluation."""
     import bitsandbytes as bnb
 
     nf4 = bnb.nn.Linear4bit(plain.in_features, plain.out_features, quant_type="nf4", compress_statistics=False)
-    int8 = bnb.nn.Linear8bitLt(plain.in_features, plain.out_features, has_fp16_weights=False, threshold=0.0)
-    for layer in (nf4, int8):
-        layer.load_state_dict(plain.state_dict())
-        layer.to(plain.weight.device)
-    # For evaluation bitsandbytes has a kernel for CPUs with AVX512-BF16. In training mode it runs what other CPUs run.
-    quantize = partial(bnb.functional.quantize_4bit, quant_type="nf4")
-    made = {"quantize": quantize, "int8": int8.eval(), "bitsandbytes": copy.deepcopy(nf4).train()}
-    if plain.weight.device.type == "cpu" and bnb.functional.has_avx512bf16():
-        made["bitsandbytes AVX512-BF16"] = nf4.eval()
-    return made
+    nf4.load_state_dict(plain.state_dict())
+    nf4.to(plain.weight.device)
+    return nf4.eval()
 
 
 def trl_trainer(model, reference, setup):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from runtime.files import InputError, first_line
 from runtime.memory import watch_peak
@@ -28,16 +29,27 @@ ROOT = Path(__file__).resolve().parents[1]
 def medians(contenders: dict[Any, Callable | None], repeats: int, device: str = "cpu") -> dict[Any, float | None]:
     """Median seconds of each contender. They take turns, after one round that is not counted. None stays None."""
     seconds = {name: [] for name, run in contenders.items() if run}
-    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
-    for number in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name in seconds:
-            wait()
-            began = time.perf_counter()
-            contenders[name]()
-            wait()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds[name]) if run else None for name, run in contenders.items()}
+            seconds[name].append(timed(contenders[name], device))
+    return {name: statistics.median(seconds[name][1:]) if run else None for name, run in contenders.items()}
+
+
+def timed(run: Callable, device: str) -> float:
+    """Seconds of `run()`."""
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def copy_speed(device: str) -> float:
+    """GB a second, read and written, of a copy in the device's memory."""
+    source = torch.ones(2**31 if device.startswith("cuda") else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, 5, device)["copy"] / 1e9
 
 
 def rates(amount: float, *seconds: float | None) -> list[float | None]:
@@ -60,8 +72,26 @@ def held_and_peak(run: Callable, device: str) -> tuple[int, int, Any]:
     return held, peak(), result
 
 
-def attempt(make: Callable, *args, **kwargs) -> tuple[Any, str]:
-    """(what `make` returns, "") or (None, why it failed, in one line): a missing peer costs its own numbers, no others."""
+def costliest(run: Callable, seconds: float, device: str) -> dict:
+    """The five kernels (on a CPU: operations) with the largest shares of a run's time. "busy": all of theirs / `seconds`."""
+    on_cuda = device.startswith("cuda")
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
+        timed(run, device)
+    cost = {}
+    for event in profiled.key_averages():
+        microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        if microseconds and not event.is_user_annotation:
+            cost[event.key[:100]] = microseconds
+    total = sum(cost.values())
+    five = sorted(cost, key=cost.get, reverse=True)[:5]
+    return {"busy": total / 1e6 / seconds, "kernels": {name: round(cost[name] / total, 4) for name in five}}
+
+
+def attempt(make: Callable, *args, unless: str = "", **kwargs) -> tuple[Any, str]:
+    """(what `make` returns, "") or (None, why it failed, in one line): a missing peer costs its own numbers, no others.
+    `unless`: a reason not to try."""
+    if unless:
+        return None, unless
     try:
         return make(*args, **kwargs), ""
     except ModuleNotFoundError as error:
@@ -85,8 +115,10 @@ def first_step(flags: list[str], run: Path) -> float:
     return seconds
 
 
-def in_worker(function: Callable, **arguments) -> tuple[Any, str]:
+def in_worker(function: Callable, unless: str = "", **arguments) -> tuple[Any, str]:
     """`attempt` in a new process, which may be killed for want of memory."""
+    if unless:
+        return None, unless
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(attempt, function, **arguments).result()
@@ -94,11 +126,22 @@ def in_worker(function: Callable, **arguments) -> tuple[Any, str]:
         return None, "its process was killed; out of memory?"
 
 
-def in_workers(function: Callable, peer: str, **arguments) -> tuple[list, str]:
-    """([result of ours, of the peer], why one of them is missing), from a process each; `function` takes a contender."""
-    made = {name: in_worker(function, contender=name, **arguments) for name in ("ours", peer)}
-    failed = "; ".join(f"{name} failed: {why}" for name, (_, why) in made.items() if why)
-    return [result for result, _ in made.values()], failed
+def both_alone(function: Callable, peer: str, no_peer: str, device: str, **arguments) -> tuple[list, str]:
+    """([result of ours, of the peer], why the peer's is missing), each `alone`; `function` takes a contender. `no_peer`: why
+    not to ask for it. InputError if ours failed."""
+    ours = alone(function, device, contender="ours", **arguments)
+    theirs, why = in_worker(function, contender=peer, unless=no_peer, **arguments)
+    return [ours, theirs], why and f"{peer}: {why}"
+
+
+def alone(function: Callable, device: str, **arguments) -> Any:
+    """What a function returns; on CUDA in a new process, whose end frees the card's memory. InputError if it fails there."""
+    if not device.startswith("cuda"):
+        return function(**arguments)
+    result, why = in_worker(function, **arguments)
+    if why:
+        raise InputError(why)
+    return result
 
 
 def row(case: str, unit: str, ours: float | None, peer: float | None = None, target: str = "", note: str = "") -> dict:

@@ -8,7 +8,7 @@ default). Adapters (LoRA) have rank 16, on every linear layer but the output lay
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 
 import demo
 import train
-from bench import peers
-from bench.timing import ROOT, attempt, exponent, first_step, held_and_peak, in_worker, in_workers, medians, rates, row
+from bench import peers, timing
+from bench.timing import ROOT, attempt, exponent, first_step, held_and_peak, in_worker, medians, rates, row
 from bench.workloads import Bench, Lengths, forward_parts, full_size_phi, pairs, peak, training_operations
 from data import Example
 from lora import add_lora
 from model import Phi, PhiConfig, all_logprobs, read_config
+from runtime import memory
 from runtime.files import InputError
 from runtime.flags import settle
 
@@ -161,45 +162,62 @@ def bench_lora(bench: Bench) -> list[dict]:
     return rows + compare(bench, "qlora", {"TRL live": title.format("QLoRA (NF4)", "PEFT + bitsandbytes")})
 
 
-FULL_SETUPS = {  # kind, pairs in a step, activations recomputed
-    "full fine-tuning": ("dpo", 4, False),
-    "full fine-tuning, checkpointing": ("dpo", 4, True),
-    "LoRA on bf16": ("lora", 4, False),
-    "QLoRA on NF4, checkpointing": ("qlora", 1, True),
+FULL_SETUPS = {  # flags of train.py
+    "full fine-tuning": {},
+    "full fine-tuning, checkpointing": dict(gradient_checkpointing=True),
+    "LoRA on bf16": dict(lora=peers.RANK, base="bf16"),
+    "QLoRA on NF4, checkpointing": dict(lora=peers.RANK, base="nf4", gradient_checkpointing=True),
 }
+TARGETS = {"full fine-tuning": "ours >= 0.45", "full fine-tuning, checkpointing": "ours >= 0.38"}  # of the MFU
 
 
-def train_contender(contender: str, setup: Setup, repeats: int) -> tuple[float, int, float]:
-    """Seconds of a step with AdamW, peak memory in bytes, and the first loss: for a process of its own."""
+def train_contender(contender: str, setup: Setup, repeats: int) -> dict:
+    """A step with clipping and AdamW: for a process of its own. "drift": how far an answer's log-probability moves, in nats,
+    if it is computed in a batch of one."""
     step, model = make_step(contender, setup)
-    optimizer = torch.optim.AdamW(peers.trained(model).values(), lr=1e-5, fused=True)
+    trained = list(peers.trained(model).values())
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     losses = []
 
     def update() -> None:
         losses.append(step())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
         optimizer.step()
 
-    _, most, seconds = held_and_peak(lambda: medians({"step": update}, repeats, setup.device)["step"], setup.device)
-    return seconds, most, losses[0]
+    _, most, seconds = held_and_peak(lambda: medians({"": update}, repeats, setup.device)[""], setup.device)
+    made = {"seconds": seconds, "GB": most / 1e9, "loss": losses[0]}
+    if contender == "ours":
+        one, all_ = (all_logprobs(model, setup.examples(), n, setup.device, "bf16", "drift") for n in (1, setup.count))
+        made |= {"drift": float((one - all_).abs().mean()), **timing.costliest(update, seconds, setup.device)}
+    return made
 
 
-def bench_train(bench: Bench) -> list[dict]:
-    full, device, lengths = full_size_phi(bench), bench.device, (bench.tokens, bench.tokens)
-    most, rows = peak(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None, []
-    for name, (kind, count, checkpointing) in FULL_SETUPS.items():
-        setup = Setup(kind, str(full), device, count, lengths, lengths, "bf16", checkpointing)
-        both, failed = in_workers(train_contender, "TRL", setup=setup, repeats=max(bench.repeats, 5))
-        seconds, memory, losses = zip(*(done or (None, None, None) for done in both))
-        if kind == "dpo" and None not in losses and abs(losses[0] - losses[1]) > 0.05:
-            raise InputError(f"{name}: the losses are {losses}; that is not the same step")
-        operations = training_operations(read_config(full), setup.examples(), frozen=setup.kind in peers.ADAPTED)
-        least, share = {"dpo": ("", "ours >= 0.45"), "lora": ("", ""), "qlora": ("ours <= 8", "")}[kind]
-        case = f"DPO, {name}, {count} x {2 * lengths[0]:,} tokens / TRL"
-        rows.append(row(case, "pairs/s", *rates(count, *seconds), ">= 1.5", failed))
-        rows.append(row("  peak memory", "GB", *(size and size / 1e9 for size in memory), least))
-        if most:
-            rows.append(row("  MFU", "-", *rates(operations / most, *seconds), share))
-    return rows
+def bench_train(bench: Bench) -> Iterator[dict]:
+    full, lengths = timing.alone(full_size_phi, bench.device, bench=bench), (bench.tokens, bench.tokens)
+    top = peak(bench.card)
+    for name, flags in FULL_SETUPS.items():
+        kind = {None: "dpo", "bf16": "lora", "nf4": "qlora"}[flags.get("base")]
+        setup = Setup(kind, str(full), bench.device, 4, lengths, lengths, "bf16", flags.get("gradient_checkpointing", False))
+        examples, config = setup.examples(), read_config(full)
+        tokens = sum(map(len, examples))
+        case = f"DPO, {name}, 4 x {tokens // 4:,} tokens"
+        how = dict(device=bench.device, setup=setup, repeats=bench.repeats)
+        both, failed = attempt(timing.both_alone, train_contender, "TRL", bench.no_peer("trl"), **how)
+        if failed:  # it does not fit on this card; the next one may
+            yield row(case, "tokens/s", None, note=failed)
+            continue
+        (ours, theirs), note = both
+        if kind == "dpo" and theirs and abs(ours["loss"] - theirs["loss"]) > 0.05:
+            raise InputError(f"{name}: the losses are {ours['loss']} and {theirs['loss']}; that is not the same step")
+        numbers = [theirs and theirs[key] for key in ("seconds", "GB")]
+        step_settings = settle("dpo", dict(model="random", device=bench.device, dtype="bf16", batch_size=4) | flags).settings
+        estimated = sum(memory.estimate(config, step_settings, tokens).values()) / 1e9
+        yield row(f"{case} / TRL", "tokens/s", *rates(tokens, ours["seconds"], numbers[0]), ">= 1.5", note) | ours
+        yield row("  peak memory / TRL", "GB", ours["GB"], numbers[1], "ours <= 8" if kind == "qlora" else "")
+        yield row("  peak memory / estimate", "GB", ours["GB"], estimated, "<= 1.1" if top else "")
+        if top:
+            share = training_operations(config, examples, frozen=kind in peers.ADAPTED) / top
+            yield row("  MFU / TRL", "-", *rates(share, ours["seconds"], numbers[0]), TARGETS.get(name, ""))
 
 
 def bench_growth(bench: Bench) -> list[dict]:

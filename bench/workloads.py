@@ -13,6 +13,7 @@ what the loss *needs* counts: a shared prompt once, logits where an answer's tok
 no recomputed activations. So the share of a GPU's peak ("model FLOP utilization", MFU) ranks programs as their speeds do.
 """
 
+import importlib.util
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,16 +45,33 @@ class Bench:
     full: dict = field(default_factory=dict)  # of the GPU cases: Phi-2
     prompt: Lengths = (100, 166)  # tokens in training steps on the CPU
     completion: Lengths = (45, 190)
-    tokens: int = 512  # of each prompt and completion in training steps on a GPU
+    tokens: int = 512  # of each prompt and completion in attention and training steps on a GPU
     forward: tuple[int, int] = (4, 256)  # rows, tokens
     answer: tuple[int, int] = (64, 128)  # `generate` and `gpu-decode`: tokens of the prompt, new tokens
     short_answer: tuple[int, int] = (16, 32)  # `decode`
-    layer: tuple[int, int] = (2560, 10240)  # `quant`: features in and out
+    layer: tuple[int, int] = (2560, 10240)  # `products` and `optimizers`: features in and out
+    rows: tuple[int, ...] = (1, 16, 256)  # `products`
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)  # `growth`, like the next three
     batches: tuple[int, ...] = (1, 2, 4, 8)
     widths: tuple[int, ...] = (128, 256, 512)
     depths: tuple[int, ...] = (3, 6, 12)
     world: dict | None = None  # rows in the demo's files; None: as many as usual
+    quick: bool = False  # no peers
+    card: str = ""  # the GPU's name, or the CPU's
+
+    def no_peer(self, library: str) -> str:
+        """Why there will be no numbers of a peer; "" if there will be. It is not loaded to find out."""
+        if self.quick:
+            return "left out by --quick"
+        found = importlib.util.find_spec(library)
+        return "" if found else f"{library} is not installed; pip install -r requirements-peers.txt"
+
+
+TINY = shape(64, layers=2, heads=2, vocab_size=1024)
+# --small: a case takes seconds, and its numbers mean nothing.
+SMALL = dict(repeats=1, model=TINY, wide=TINY, growing=TINY, full=TINY, prompt=(5, 9), completion=(3, 8), tokens=16)
+SMALL |= dict(forward=(2, 16), answer=(4, 4), short_answer=(4, 4), layer=(128, 256), rows=(1, 16, 64), lengths=(16, 32))
+SMALL |= dict(batches=(1, 2), widths=(32, 64), depths=(1, 2), world={"sft": 300, "qat": 0, "pairs": 100, "test": 0})
 
 
 def write_models(directory: Path, shape: dict) -> None:
@@ -97,7 +115,8 @@ def prompts(rows: int, tokens: int, vocab_size: int) -> torch.Tensor:
 
 
 # Dense bf16 operations a second with fp32 sums, by a part of the card's name, from the makers' data sheets.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "RTX 4090": 165e12}
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+PEAKS |= {"RTX 4090": 165e12, "RTX 4060": 30e12}
 
 
 def peak(card: str) -> float | None:

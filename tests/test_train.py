@@ -266,7 +266,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tiny, pairs, tmp_path, ca
         "steps an epoch",
         "4 examples a step, in micro-batches of 2",
         "Memory",
-        "s for a step's gradients",
+        "s for the first step, about 0.",
+        " hours) with 6 evaluations and the reference",
         "Nothing was trained.",
     ):
         assert part in printed

@@ -1,16 +1,17 @@
 """What `python -m bench` does around its measurements: rows, targets, processes, missing peers, operations by hand."""
 
 import json
+import math
 import os
+import re
 import sys
 
 import pytest
 import torch
-from small_bench import SMALL, TINY
 
 from bench import __main__ as bench
 from bench import inference, timing, training
-from bench.workloads import forward_parts, pairs, peak, training_operations, write_models
+from bench.workloads import TINY, forward_parts, pairs, peak, training_operations, write_models
 from data import Example
 from model import Phi, PhiConfig
 from runtime.files import InputError
@@ -87,6 +88,18 @@ def test_the_peak_goes_by_the_cards_name():
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("Voodoo 3") is None
 
 
+def test_the_hours_on_the_page_are_those_of_its_formula():
+    """20,000 pairs of 600 tokens, 3 epochs, 40% of the peak; k = 6 with adapters and recomputed activations, 8 without
+    adapters, and 2/3 for the reference."""
+    page = (timing.ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| (.+) \| `(\w+)` \| (\d+) \| ([\d.]+) \| estimated \|$", page)
+    assert len(rows) == 5
+    for name, preset, top, hours in rows:
+        k = (8 if preset == "80gb" else 6) + 2 / 3
+        assert peak(name) == float(top) * 1e12
+        assert float(hours) == pytest.approx(20_000 * 600 * 3 * k * 2.78e9 / (0.4 * peak(name)) / 3600, abs=0.05)
+
+
 def test_a_decoding_step_reads_all_weights_but_the_embedding():
     weights = sum(p.numel() for p in Phi(CONFIG).parameters()) - 11 * 8
     assert inference.read_bytes(Phi(CONFIG)) == 4 * weights
@@ -129,21 +142,21 @@ def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys
     for name in PEERS:
         monkeypatch.setitem(sys.modules, name, None)  # importing it is a ModuleNotFoundError
     cases = [name for name in bench.ON_CPU if name not in ("lora", "start")]
-    assert bench.main(["--only", *cases, "--json", str(tmp_path / "b.json")], **SMALL) == 0
+    assert bench.main(["--only", *cases, "--json", str(tmp_path / "b.json"), "--small"]) == 0
     written = json.loads((tmp_path / "b.json").read_text())
     assert not written["failed"] and "torch" in written["hardware"]
     rows = {row["case"]: row for row in written["rows"]}
-    assert len(rows) == len(written["rows"]) == 27
+    assert len(rows) == len(written["rows"]) == 34
     assert all(row["ours"] is not None for row in rows.values())
-    alone = {case for case, row in rows.items() if row["peer"] is None}
-    assert all("is not installed; pip install -r requirements-peers.txt" in rows[case]["note"] for case in alone)
+    missing = "is not installed; pip install -r requirements-peers.txt"
+    alone = {case for case, row in rows.items() if row["peer"] is None and missing in row["note"]}
     assert {case for case in rows if case.endswith(("transformers", "bitsandbytes", "cached", "live", "memory"))} <= alone
     told = capsys.readouterr()
     assert "peft is not installed" not in told.err and "transformers is not installed" in told.out
 
 
 def test_the_first_steps_of_the_demo_are_found(tmp_path):
-    assert bench.main(["--only", "start", "--json", str(tmp_path / "b.json")], **SMALL) == 0
+    assert bench.main(["--only", "start", "--json", str(tmp_path / "b.json"), "--small"]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [row["case"][:9] for row in rows] == ["start of ", "  with an", "  the sam"]
     assert all(0.1 < row["ours"] < 120 for row in rows)
@@ -155,7 +168,7 @@ def test_a_case_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsy
 
     monkeypatch.setitem(bench.ON_CPU, "forward", failing)
     monkeypatch.setitem(bench.ON_CPU, "sft", lambda bench: [timing.row("step", "s", 1.0, 2.0)])
-    assert bench.main(["--only", "forward", "sft", "--json", str(tmp_path / "b.json")], **SMALL) == 1
+    assert bench.main(["--only", "forward", "sft", "--json", str(tmp_path / "b.json"), "--small"]) == 1
     told = capsys.readouterr()
     assert "error: forward: the two differ" in told.err
     assert "| step | s | 1 | 2 | 0.50 | - |" in told.out
@@ -174,6 +187,53 @@ def test_wrong_flags_are_told(flags, capsys):
 def test_without_a_gpu_cuda_is_an_error_of_one_line(capsys):
     assert bench.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err == "error: torch sees no CUDA GPU here; leave out --device cuda\n"
+
+
+GPU_FIELDS = {  # of a row, besides those that every row has
+    "attention": {"ms", "ms_new_length", "difference"},
+    "float32": {"us", "error"},
+    "int8": {"us", "error"},
+    "nf4": {"us", "error"},
+    "adamw": {"bytes_of_state", "difference"},
+    "adamw8bit": {"bytes_of_state", "difference"},
+    "DPO": {"seconds", "GB", "loss", "drift", "busy", "kernels"},
+}
+
+
+def test_the_gpu_cases_print_a_line_of_json_for_each_row(capfd):
+    """In tiny on the CPU, without the peers."""
+    assert bench.main(["--small", "--quick"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    first = [re.split("[ ,]", row["case"])[0] for row in rows if not row["case"].startswith(" ")]
+    assert set(first) == {*GPU_FIELDS, "copy", "decode"}
+    for row in rows:
+        assert row["card"] and row["torch"] == torch.__version__ and re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
+        assert GPU_FIELDS.get(re.split("[ ,]", row["case"])[0], set()) <= row.keys()
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert row["ours"] > 0 and all(map(math.isfinite, numbers))
+    steps = [row for row in rows if row["case"].startswith("DPO")]
+    assert len(steps) == len(training.FULL_SETUPS)
+    assert all(len(row["kernels"]) == 5 and 0 < sum(row["kernels"].values()) <= 1 and row["drift"] < 0.05 for row in steps)
+    products = [row for row in rows if "error" in row]
+    assert len(products) == 4 * 3 and all(row["error"] < 1e-5 for row in products)  # in fp32
+    by_name = {row["case"].partition(",")[0]: row for row in rows}
+    assert by_name["adamw"]["bytes_of_state"] == pytest.approx(8, rel=1e-3)
+    assert by_name["adamw8bit"]["bytes_of_state"] == pytest.approx(2.03, rel=0.05)
+
+
+def test_a_peer_that_is_left_out_is_not_started():
+    """Its function is never called: this one would end the process."""
+    both, why = timing.both_alone(ours_alone, "TRL", "left out by --quick", "cpu")
+    assert both == ["ours", None] and why == "TRL: left out by --quick"
+
+
+def ours_alone(contender):
+    return contender if contender == "ours" else os._exit(1)
+
+
+def test_what_fails_alone_is_an_error_of_one_line():
+    with pytest.raises(InputError, match="TypeError: sorted expected"):
+        timing.alone(sorted, "cuda", key=None)
 
 
 def test_a_worker_says_in_one_line_why_it_failed():
