@@ -44,8 +44,8 @@ FEW = 8  # up to this many x, a matvec each
 
 
 def chunk(device: torch.device) -> int:
-    """How many values to work on at a time. On CUDA an operation must be worth its launch: 2^25 values, more than a matrix in
-    Phi-2's blocks has, and still only 134 MB for each temporary tensor."""
+    """How many values to work on at a time. On CUDA an operation must be worth its launch: 2^25 values are more than any
+    matrix in Phi-2's blocks has, and 134 MB for each temporary tensor."""
     return CHUNK if device.type == "cpu" else 2**25
 
 

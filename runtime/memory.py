@@ -84,8 +84,10 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
 
     head = 4 * V * D * full  # the gradient of the output layer, or of the embedding
     output = head + V * D * (c * (c != s) + 4 * (bf16 and (full or not cuda)))  # bf16 copy, fp32 product
-    output += 8 * V * min(tokens, max(1, LOGIT_CHUNK // V))  # logits of some tokens, and their exponentials
+    chunk = LOGIT_CHUNK["cuda" if cuda else "cpu"]
+    output += 8 * V * min(tokens, max(1, chunk // V))  # logits of some tokens, and their exponentials
     work = tokens * (3 * c * inner + 16 * D) + 8 * D * inner * (settings.base in BITS or (full and bf16))
+    work += 14 * D * inner * (settings.stage == "qat" and cuda)  # rounds a matrix at a time
     several = settings.batch_size > settings.micro_batch_size * parallel.size()
     output_layer = (gradients * several, kept, L * copies, output)
     last_block = (gradients if several else head, kept + checkpointing * block, copies * (1 if checkpointing else L), work)
