@@ -263,14 +263,13 @@ class Phi(nn.Module):
         return load_lora(model, origin.adapters).eval() if origin.adapters else model.eval()
 
     @classmethod
-    def sharded(cls, directory: Path, device: str, prepare: Callable[["Phi"], object] = lambda model: None) -> "Phi":
-        """A model in fp32 of which this rank reads and holds its rows alone. `prepare` changes layers before the split."""
+    def sharded(cls, directory: Path, device: str, bf16: bool = False) -> "Phi":
+        """A model in fp32 of which this rank reads and holds its rows alone. `bf16`: blocks are gathered in bf16."""
         from runtime.weights import load_weights
 
         with torch.device("meta"):
             model = cls(read_config(directory))
-        prepare(model)
-        parallel.shard(model, model.model.layers, "logprobs", device)
+        parallel.shard(model, model.model.layers, "logprobs", device, bf16)
         load_weights(model.to_empty(device=device), directory)
         return model.eval()
 
