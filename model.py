@@ -203,8 +203,8 @@ class Phi(nn.Module):
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
         cos, sin = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, self.compute_dtype())
-        again = self.gradient_checkpointing and torch.is_grad_enabled()  # the backward pass will run each block again
-        random = again and any(getattr(layer, "dropout", 0) for layer in self.modules())  # adapters', and the same again
+        again = self.gradient_checkpointing and torch.is_grad_enabled()  # the backward pass will run each block again,
+        random = again and any(getattr(layer, "dropout", 0) for layer in self.modules())  # and adapters drop the same inputs
         for i, block in enumerate(self.model.layers):
             if again:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=random)

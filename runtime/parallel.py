@@ -242,8 +242,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], forward: str, device: s
     together. A model on the meta device stays there; `model.to_empty(device=...)` then allocates this rank's rows only.
     Weights are whole only during the backward pass and inside `forward`, the name of the method that runs the network.
 
-    `bf16`: blocks whose products are in bf16 are gathered in bf16, half the bytes; gradients are still added up in fp32. The
-    other weights stay fp32, since x starts from the embedding and gradients from the output layer."""
+    `bf16`: blocks whose products are in bf16 are gathered in bf16, half the bytes; gradients are still added up in fp32. x
+    stays fp32, and so do the other weights: x starts from the embedding, gradients from the output layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
