@@ -46,10 +46,11 @@ class LoraLinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        y = self.base(x)
-        x = F.dropout(x, self.dropout, self.training).to(compute_dtype(x))
-        low = F.linear(x, self.lora_A.to(x.dtype)) * (self.alpha / self.rank)  # [..., r]
-        return y + F.linear(low, self.lora_B.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # [N, I]
+        y = self.base(rows)  # [N, O]
+        low = F.dropout(rows, self.dropout, self.training) @ self.lora_A.to(rows.dtype).T  # [N, r]
+        y.addmm_(low, self.lora_B.to(rows.dtype).T, alpha=self.alpha / self.rank)  # in place: no second [N, O]
+        return y.view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
         """s B A, what the adapter adds to the weight: fp32 [O, I]."""

@@ -32,7 +32,7 @@ from data import Batch, Example, Segments, by_length, collate
 from runtime import parallel
 from runtime.files import InputError, printable, read_json
 
-LOGIT_CHUNK = 2**24  # logits that exist at a time when log-probabilities are computed: 64 MB in fp32
+LOGIT_CHUNK = {"cpu": 2**24, "cuda": 2**26}  # logits that exist at a time in log-probabilities: 64 and 256 MB in fp32
 
 
 @dataclass
@@ -214,9 +214,11 @@ class Phi(nn.Module):
             position = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
         cos, sin = rotary_angles(position, self.config.rotary_size, self.config.rope_theta, self.compute_dtype())
+        again = self.gradient_checkpointing and torch.is_grad_enabled()  # the backward pass will run each block again,
+        random = again and any(getattr(layer, "dropout", 0) for layer in self.modules())  # and adapters drop the same inputs
         for i, block in enumerate(self.model.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            if again:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=random)
             else:
                 x = block(x, cos, sin, mask, cache and cache.layer(i))
         return self.model.final_layernorm(x)
@@ -272,14 +274,13 @@ class Phi(nn.Module):
         return load_lora(model, origin.adapters).eval() if origin.adapters else model.eval()
 
     @classmethod
-    def sharded(cls, directory: Path, device: str, prepare: Callable[["Phi"], object] = lambda model: None) -> "Phi":
-        """A model in fp32 of which this rank reads and holds its rows alone. `prepare` changes layers before the split."""
+    def sharded(cls, directory: Path, device: str, bf16: bool = False) -> "Phi":
+        """A model in fp32 of which this rank reads and holds its rows alone. `bf16`: blocks are gathered in bf16."""
         from runtime.weights import load_weights
 
         with torch.device("meta"):
             model = cls(read_config(directory))
-        prepare(model)
-        parallel.shard(model, model.model.layers, "logprobs", device)
+        parallel.shard(model, model.model.layers, "logprobs", device, bf16)
         load_weights(model.to_empty(device=device), directory)
         return model.eval()
 
@@ -370,7 +371,7 @@ class TokenLogProbs(torch.autograd.Function):
 
 def chunks_of_logits(h: Tensor, W: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows of h, their logits [m, V] in fp32), a few rows at a time."""
-    size = max(1, LOGIT_CHUNK // len(W))
+    size = max(1, LOGIT_CHUNK[h.device.type] // len(W))
     for i in range(0, len(h), size):
         part = slice(i, i + size)
         yield part, fp32_product(h[part], W.T).add_(bias)

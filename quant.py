@@ -141,11 +141,11 @@ def midpoints(code: str, device: torch.device | str = "cpu") -> Tensor:
     return middle
 
 
-def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(w: Tensor, check: bool = True) -> tuple[Tensor, Tensor]:
     """Symmetric absmax int8:  s = max |w| of a row,  c = round(127 w / s)  in -127 .. 127  (LLM.int8(), eq. 1).
 
     w [O, I] of any floating-point dtype -> codes int8 [O, I] and scale s fp32 [O], one for each output feature.
-    InputError if w is not finite.
+    InputError if w is not finite; without `check` such rows decode to NaN.
 
     Error: |w - w~| <= s / 254, half a step, for s >= 1e-36; smaller rows get the codes of s = 1e-36, as 127 / s would be
     infinite in fp32. Errors are uniform within a step s / 127, so for w ~ N(0, 1) their relative RMSE is about
@@ -153,7 +153,8 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     w = w.detach()
     scale = w.abs().amax(dim=1).float()
-    _check_finite(scale)
+    if check:
+        _check_finite(scale)
     factor = 127.0 / scale.clamp(min=1e-36)  # a row of zeros has codes 0; infinity times 0 would be NaN
     return torch.round(w * factor[:, None]).to(torch.int8), scale
 
@@ -164,9 +165,12 @@ def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() / 127.0 * scale[:, None]
 
 
+NOT_FINITE = "contains NaN or infinity and cannot be quantized; is the checkpoint damaged?"
+
+
 def _check_finite(scale: Tensor) -> None:
     if not scale.isfinite().all():
-        raise InputError("contains NaN or infinity and cannot be quantized; is the checkpoint damaged?")
+        raise InputError(NOT_FINITE)
 
 
 def llm_int8(x: Tensor, codes: Tensor, scale: Tensor, threshold: float) -> Tensor:
@@ -204,14 +208,15 @@ class Quantized:
     offset: Tensor | None = None  # double: mean of the scales, fp32 []
 
 
-def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False) -> Quantized:
+def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bool = False, check: bool = True) -> Quantized:
     """Blocks of `block` consecutive values of the flattened w, each with its own scale (QLoRA, eq. 1):
 
         s_b = max |w| over the block,      c = the code of the level nearest to w / s_b
 
     w of any shape and floating-point dtype; the last block may be short. `double` quantizes the scales too: their mean is
     subtracted and the rest stored in 8 bits with the dynamic map, in blocks of 256. 32 bits a block become 8 + 32/256.
-    InputError if w is empty or not finite; ValueError if there is no such code or block.
+    InputError if w is empty or not finite (without `check`: such blocks decode to NaN or infinity); ValueError if there is
+    no such code or block.
 
     Error: |w - w~| <= s_b g / 2, where g is the widest gap between levels: .304 for NF4, 1/3 for FP4, 1/7 for int4, 1 for
     NF2; double quantization adds its own error of s_b. For w ~ N(0, 1), block 64, sqrt(E[s^2]) = 2.62, and evenly spaced
@@ -227,15 +232,16 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
         raise InputError("is empty and cannot be quantized")
     flat = w.detach().flatten()
     rows = F.pad(flat, (0, -len(flat) % block)).view(-1, block)  # [blocks, block]; zeros do not change the largest |w|
-    parts = rows.split(max(1, quant_kernels.CHUNK // block))  # so that the temporary tensors stay in the cache
+    parts = rows.split(max(1, quant_kernels.chunk(w.device) // block))
     codes, absmax = map(torch.cat, zip(*(encode_blocks(part.float(), code) for part in parts)))
-    _check_finite(absmax)
+    if check:
+        _check_finite(absmax)
     code_of_zero = int(levels(code).abs().argmin())
     packed = pack(codes.flatten()[: len(flat)], bits(code), fill=code_of_zero)[:, None]
     q = Quantized(packed, absmax, code, block, tuple(w.shape), w.dtype)
     if double:
         q.offset = absmax.mean()
-        scales = quantize_blockwise(absmax - q.offset, "dynamic8", block=256)
+        scales = quantize_blockwise(absmax - q.offset, "dynamic8", block=256, check=check)
         q.absmax = scales.packed[:, 0]
         q.nested_absmax = scales.absmax
     return q
@@ -273,13 +279,14 @@ def dequantize(q: Quantized) -> Tensor:
     return flat.view(q.shape).to(q.dtype)
 
 
-def round_to(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
+def round_to(w: Tensor, to: str = "nf4", block: int = 64, check: bool = True) -> Tensor:
     """w~: a matrix [O, I] quantized to one of FORMATS and back, in w's dtype. `block` does nothing in int8 and llm.int8.
-    Rounding w~ again changes nothing, except in nf4-double, where the rounded scales have another mean."""
+    InputError if w is not finite, unless `check` is False. Rounding w~ again changes nothing, except in nf4-double, where
+    the rounded scales have another mean."""
     form = FORMATS[to]
     if form.code == "int8":
-        return dequantize_int8(*quantize_int8(w)).to(w.dtype)
-    return dequantize(quantize_blockwise(w, form.code, block, form.double))
+        return dequantize_int8(*quantize_int8(w, check)).to(w.dtype)
+    return dequantize(quantize_blockwise(w, form.code, block, form.double, check))
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -289,7 +296,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w: Tensor, to: str, block: int) -> Tensor:
-        return round_to(w, to, block)
+        return round_to(w, to, block, check=False)  # a GPU would wait for each check; and training checks its loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -302,13 +309,10 @@ def fake_quantize(w: Tensor, to: str = "nf4", block: int = 64) -> Tensor:
 
 
 class FakeQuantLinear(nn.Linear):
-    """y = x W~^T + b, with W~ rounded anew from the trained W in every forward pass. Activations are not rounded."""
+    """y = x W~^T + b, with W~ rounded anew from the trained W in every forward pass. Activations are not rounded. A linear
+    layer becomes one in place (`train_quantized`), since what shards a model keeps hold of its layers."""
 
-    def __init__(self, layer: nn.Linear, to: str, block: int):
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight = layer.weight
-        self.bias = layer.bias
-        self.rounding = to, block
+    rounding: tuple[str, int]  # a format and its block
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
         return F.linear(x, fake_quantize(self.weight, *self.rounding), self.bias)
@@ -354,7 +358,8 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
         x = x.to(compute_dtype(x))
         y = _FrozenProduct.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        # A copy even without a bias: adapters add to y in place, which autograd forbids on the output of a Function.
+        return y.clone() if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):
         kept = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
@@ -449,7 +454,10 @@ def quantize_model(model: nn.Module, to: str = "nf4", *, block: int = 64, skip: 
 
 
 def train_quantized(model: nn.Module, to: str = "nf4", block: int = 64, *, skip: tuple[str, ...] = SKIP) -> nn.Module:
-    """Makes every nn.Linear of a model but `skip` a FakeQuantLinear, in place; parameters and their names stay the same."""
+    """Makes every nn.Linear of a model but `skip` a FakeQuantLinear, in place; parameters and their names stay the same.
+    InputError names a layer that is not finite."""
     for name, layer in linear_layers(model, skip):
-        model.set_submodule(name, FakeQuantLinear(layer, to, block))
+        if not layer.weight.isfinite().all():
+            raise InputError(f"{name}.weight {NOT_FINITE}")
+        layer.__class__, layer.rounding = FakeQuantLinear, (to, block)
     return model

@@ -272,7 +272,7 @@ def run(settings: Tuning) -> int:
             print(printable(f"Reference: {settings.model}{with_adapters}, run once before training"))
             for side, examples in (("train", inputs.train), ("held out", inputs.held_out)):
                 reference[side] = reference_table(settings, model, starting, examples, side)
-        model, optimizer, state = prepare(settings, run, model, parent, start)
+        model, optimizer, state = prepare(settings, run, model, start)
         stopped = train(settings, run, model, optimizer, inputs, reference, state)
         if stopped:
             print(f"Stopped by {signal.Signals(stopped).name} and saved. To continue:\n  {runs.resume_command(settings)}")
@@ -305,7 +305,9 @@ def load_to_tune(directory: Path, settings: Tuning) -> Phi:
         raise InputError(f"{directory} is quantized, and codes cannot be tuned: add --lora 16, or start from the original")
     if settings.lora is None and parallel.size() > 1:
         refuse_adapters(directory)
-        return Phi.sharded(directory, settings.device)
+        cuda = settings.device.startswith("cuda")  # a CPU has no LayerNorm of an fp32 x with bf16 weights
+        bf16 = cuda and settings.dtype == "bf16" and settings.stage != "qat"  # QAT rounds the fp32 weights
+        return Phi.sharded(directory, settings.device, bf16)
     model = load_model(directory, settings)
     if not origin.adapters:
         if not Path(settings.model).is_dir():  # adapters name the hub's model, not its copy on this machine
@@ -336,25 +338,18 @@ def load_model(directory: Path, settings: Tuning) -> Phi:
     return Phi.from_pretrained(directory, torch.bfloat16 if bf16 else torch.float32, settings.device, base=to)
 
 
-def prepare(settings: Tuning, run: Path, model: Phi, parent: Path, start: int) -> tuple[Phi, Optimizer, dict]:
+def prepare(settings: Tuning, run: Path, model: Phi, start: int) -> tuple[Phi, Optimizer, dict]:
     """The model ready for the loop, with its weights after step `start`; its optimizer; and the loop's counters."""
-
-    def change_layers(model: Phi) -> None:
-        if settings.stage == "qat":
-            train_quantized(model, settings.to, settings.block)
-        if settings.compile:  # one graph serves all lengths and all layers, which differ only in their weights
-            for block in model.model.layers:
-                block.compile(dynamic=True)
-
     if settings.lora:
         if not lora_layers(model):
             add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets or "all-linear", seed=settings.seed)
         for layer in lora_layers(model).values():
             layer.dropout = settings.lora_dropout
-    if parallel.size() > 1 and not settings.lora and (settings.compile or settings.stage == "qat"):
-        model = Phi.sharded(parent, settings.device, change_layers)  # layers must change before they are split
-    else:
-        change_layers(model)
+    if settings.stage == "qat":
+        train_quantized(model, settings.to, settings.block)
+    if settings.compile:  # one graph serves all lengths and all layers, which differ only in their weights
+        for block in model.model.layers:
+            block.compile(dynamic=True)
     model.gradient_checkpointing = settings.gradient_checkpointing
     if not start:
         state = {"step": 0, "best_step": None, "best_value": None, "evaluations_since_best": 0}
@@ -449,7 +444,7 @@ def dry_run(settings: Tuning, parent: Path) -> None:
     size = f"{settings.batch_size} examples a step, in micro-batches of {settings.micro_batch_size}"
     print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {size}")
     print(f"\nMemory\n  {memory.check_fits(parent, settings, inputs.train)}")
-    model, optimizer, _ = prepare(settings, Path(), load_to_tune(parent, settings), parent, start=0)
+    model, optimizer, _ = prepare(settings, Path(), load_to_tune(parent, settings), start=0)
     examples, dpo_run = [inputs.train[i] for i in batches[0]], settings.objective == "dpo"
     for _ in range(2):  # the first time also warms up
         began = time.perf_counter()

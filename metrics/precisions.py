@@ -38,7 +38,7 @@ def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: i
     sums, count = torch.zeros(2, dtype=torch.float64), 0
     examples = [replace(e, completions=e.completions[:1]) for e in examples]
     order = by_length(examples)
-    chunk = max(1, LOGIT_CHUNK // full.config.vocab_size)
+    chunk = max(1, LOGIT_CHUNK[torch.device(device).type] // full.config.vocab_size)
     for start in tqdm(range(0, len(order), batch_size), desc="comparing", unit="batch", leave=False, disable=None):
         batch = collate([examples[i] for i in order[start : start + batch_size]]).to(device)
         states = [full.predicting(batch), other.predicting(batch)]  # two of [M, D]

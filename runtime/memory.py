@@ -62,7 +62,7 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     cuda = settings.device.startswith("cuda")
     bf16 = settings.dtype == "bf16"
     full = not settings.lora
-    ranks = parallel.size() if full else 1  # which share weights, gradients and moments
+    ranks = parallel.shards() if full else 1  # which share weights, gradients and moments
     matrices = 4 * D * D + 2 * D * inner  # weights of a block
     c = 2 if bf16 else 4  # bytes of a value in a product
     s = 2 if bf16 and settings.base in ("bf16", *BITS) else 4  # bytes of a weight that is not quantized, and of x
@@ -84,8 +84,10 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
 
     head = 4 * V * D * full  # the gradient of the output layer, or of the embedding
     output = head + V * D * (c * (c != s) + 4 * (bf16 and (full or not cuda)))  # bf16 copy, fp32 product
-    output += 8 * V * min(tokens, max(1, LOGIT_CHUNK // V))  # logits of some tokens, and their exponentials
+    chunk = LOGIT_CHUNK["cuda" if cuda else "cpu"]
+    output += 8 * V * min(tokens, max(1, chunk // V))  # logits of some tokens, and their exponentials
     work = tokens * (3 * c * inner + 16 * D) + 8 * D * inner * (settings.base in BITS or (full and bf16))
+    work += 14 * D * inner * (settings.stage == "qat" and cuda)  # rounds a matrix at a time
     several = settings.batch_size > settings.micro_batch_size * parallel.size()
     live = copies * (L if full or not checkpointing else 0)  # frozen weights' are made anew in the backward pass
     output_layer = (gradients * several, kept, live, output)

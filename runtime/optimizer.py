@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant import encode_blocks, levels
-from quant_kernels import CHUNK, decode
+from quant import encode_blocks, levels, midpoints
+from quant_kernels import CHUNK, decode, triton_adamw, triton_runs
 from runtime import parallel
 from runtime.files import InputError
 from runtime.settings import Optimizer
@@ -46,7 +46,7 @@ class AdamW8bit(torch.optim.Optimizer):
         m~ = l_c s,   s = max |m| of the block,   c = the code of the level nearest to m / s;     v the same, levels unsigned
 
     Each step decodes m~ and v~, takes AdamW's step in fp32, and rounds the new m and v: 2 bytes a weight and 8/256 for the
-    scales. A parameter is updated slice by slice, so the fp32 temporaries stay small.
+    scales. A parameter is updated slice by slice, so the fp32 temporaries stay small; on CUDA one Triton kernel does it all.
 
     One rule goes beyond the paper: v > 0 is never rounded to 0. A value whose gradient is below 4e-4 of the largest in its
     block has v / s < 1.6e-7, for which 0 is the nearest level, while its m survives. If its next gradient is 0, as in the
@@ -77,6 +77,9 @@ class AdamW8bit(torch.optim.Optimizer):
         t = state["step"].item()
         flat = {key: parallel.own(value).view(-1) for key, value in state.items()}
         w, g = parallel.own(p).view(-1), parallel.own(p.grad).reshape(-1)
+        if in_8_bits(p) and w.is_cuda and triton_runs(w.device):
+            triton_step(w, g, flat, t, **group)
+            return
         # On the CPU a slice should fit into the cache; on CUDA it must be worth the launch of 30 kernels.
         size = CHUNK if w.device.type == "cpu" else 4 * CHUNK
         for start in range(0, len(w), size):
@@ -119,6 +122,16 @@ def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, t: float, lr, betas, eps,
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
     w.mul_(1 - lr * weight_decay)
     w.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - b2**t)).add_(eps), value=-lr / (1 - b1**t))
+
+
+def triton_step(w: Tensor, g: Tensor, state: dict[str, Tensor], t: float, lr, betas, eps, weight_decay, **_) -> None:
+    """Step t in one kernel: w and g fp32 [n], and a parameter's flattened state."""
+    b1, b2 = betas
+    numbers = {"keep_m": b1, "new_m": 1 - b1, "keep_v": b2, "new_v": 1 - b2, "eps": eps, "decay": 1 - lr * weight_decay}
+    numbers |= {"rate": lr / (1 - b1**t), "root": math.sqrt(1 - b2**t)}
+    tables = [(levels(code, w.device), midpoints(code, w.device)) for code in MOMENTS.values()]
+    stored = [(state[key], state[f"{key}_absmax"], *both) for key, both in zip(MOMENTS, tables)]
+    triton_adamw(w, g, stored, BLOCK, numbers)
 
 
 def adamw(groups: list[dict], **settings) -> torch.optim.AdamW:

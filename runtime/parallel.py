@@ -7,7 +7,8 @@ code on their own share of the work (`deal`), and rank 0 alone writes files and 
 **Sharding** (FSDP2). A weight W [rows, ...] of a sharded model is a DTensor. With c = ceil(rows / n), rank r keeps the rows
 r c .. (r+1) c - 1, so the last ranks may have fewer or none. Gradients and AdamW's moments are split the same way. The rows
 of a block are gathered just before the block runs, forward or backward, and dropped right after. The backward pass adds up
-the ranks' gradients and leaves each rank the sum for its own rows.
+the ranks' gradients and leaves each rank the sum for its own rows. With several machines of several ranks each, every
+machine holds all rows, split over its own ranks: rows are gathered within a machine, and only gradients cross the network.
 
 **Collectives.** A function that combines results waits until all ranks have called it, and so does the forward pass of a
 sharded model. So every rank must make the same calls in the same order:
@@ -23,8 +24,10 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,13 +120,15 @@ def main_first() -> Iterator[None]:
 def on_this_machine(settings: Any) -> Any:
     """A stage's settings with the device of this process and, if it computes, the number type that suits the device.
 
-    InputError if each of several ranks would do what must be done once.
+    InputError if each of several ranks would do what must be done once, or if they do not share a file system.
     """
     once = "" if settings.stage in (*TRAINING, "eval") else f"--stage {settings.stage}"
     for name in ("dry_run", "teacher", "precisions"):
         once = once or (flag_name(name) if getattr(settings, name, None) else "")
     if size() > 1 and once:
         raise InputError(f"{once} is for one process: start it with python instead of torchrun")
+    if size() > 1:
+        check_shared(Path(settings.out))
     changes = {}
     if hasattr(settings, "device"):
         changes["device"] = own_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -131,6 +136,18 @@ def on_this_machine(settings: Any) -> Any:
         bf16 = changes["device"].startswith("cuda") or getattr(settings, "base", None) == "bf16"
         changes["dtype"] = "bf16" if bf16 else "fp32"
     return dataclasses.replace(settings, **changes)
+
+
+def check_shared(directory: Path) -> None:
+    """InputError, on all ranks, if one of them does not see the files that the main process makes in a directory."""
+    if is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory) if is_main() else contextlib.nullcontext() as file:
+        name = gather(file and Path(file.name).name)[0]
+        missing = [r for r, sees in enumerate(gather((directory / name).exists())) if not sees]
+    if missing:
+        way_out = "run all machines in a directory that they share, or give --out such a directory"
+        raise InputError(f"rank {missing[0]} does not see the files of rank 0 in {directory}: {way_out}")
 
 
 def own_device(name: str) -> str:
@@ -214,16 +231,29 @@ def collect(own: list) -> list:
 # --------------------------------------------------------------------------------------------------------- sharded models
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], forward: str, device: str) -> None:
+def shards() -> int:
+    """How many ranks share the rows of a sharded weight: those of one machine, or all where each machine has only one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    return size() if local == 1 or size() % local else local
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], forward: str, device: str, bf16: bool = False) -> None:
     """Splits the rows of all weights over the ranks, in place. Each of the `blocks` is gathered by itself, the other weights
     together. A model on the meta device stays there; `model.to_empty(device=...)` then allocates this rank's rows only.
-    Weights are whole only during the backward pass and inside `forward`, the name of the method that runs the network."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    Weights are whole only during the backward pass and inside `forward`, the name of the method that runs the network.
 
-    mesh = init_device_mesh(torch.device(device).type, (size(),))
+    `bf16`: blocks whose products are in bf16 are gathered in bf16, half the bytes; gradients are still added up in fp32. x
+    stays fp32, and so do the other weights: x starts from the embedding, gradients from the output layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    sizes = {"machines": size() // shards(), "rows": shards()}  # of the mesh: copies of the model, shares of its rows
+    if shards() == size():
+        del sizes["machines"]
+    mesh = init_device_mesh(torch.device(device).type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    low = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**low, cast_forward_inputs=False))
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -247,8 +277,8 @@ def own_rows(x: Tensor) -> tuple[int, int]:
     """(first, last + 1) of this rank's rows of a tensor."""
     if not is_dtensor(x):
         return 0, len(x)
-    share = math.ceil(len(x) / size())
-    return min(rank() * share, len(x)), min((rank() + 1) * share, len(x))
+    share, mine = math.ceil(len(x) / x.device_mesh.size(-1)), x.device_mesh.get_local_rank(-1)
+    return min(mine * share, len(x)), min((mine + 1) * share, len(x))
 
 
 def whole(x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def test_a_compiled_step_is_the_eager_one_with_one_graph_for_all_layers_and_leng
     model, reference = Phi(PhiConfig(**shape)).init_weights(0), references(examples)
     eager = step(model, examples, reference, settings)
     counters.clear()
-    prepare(replace(settings, compile=True), tmp_path, model, tiny, start=0)
+    prepare(replace(settings, compile=True), tmp_path, model, start=0)
     assert_same_step(step(model, examples, reference, settings), eager)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     model.gradient_checkpointing = True
@@ -221,8 +221,7 @@ def test_a_gradient_that_is_not_finite_or_exactly_zero_updates_nothing(tiny, tmp
 
 def test_new_adapters_follow_from_the_seed(tiny, tmp_path):
     first, again, other = (
-        prepare(settings_of("sft", lora=4, seed=seed), tmp_path, Phi.from_pretrained(tiny), tiny, start=0)[0]
-        for seed in (0, 0, 1)
+        prepare(settings_of("sft", lora=4, seed=seed), tmp_path, Phi.from_pretrained(tiny), start=0)[0] for seed in (0, 0, 1)
     )
     assert fingerprint(first) == fingerprint(again) != fingerprint(other)
 

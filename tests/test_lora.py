@@ -175,6 +175,17 @@ def test_a_merged_layer_is_quantized_as_its_base_was(to, block, dtype):
     assert merged.dense().dtype == base.dense().dtype
 
 
+def test_a_block_that_is_run_again_drops_the_same(tiny):
+    """With gradient checkpointing, or the gradient would be that of another forward pass."""
+    model, gradients = stir(add_lora(Phi.from_pretrained(tiny), 4, dropout=0.5)).train(), []
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(0)
+        loss = model(torch.arange(12)[None]).square().mean()
+        gradients.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
 def test_dropout_drops_in_training_steps_only():
     layer = LoraLinear(nn.Linear(64, 8), rank=4, alpha=4.0, dropout=0.5)
     nn.init.ones_(layer.lora_A), nn.init.ones_(layer.lora_B)

@@ -93,7 +93,7 @@ def test_chunks_of_the_output_layer_do_not_matter(monkeypatch):
     whole_gradients = gradients(model, whole)
     assert len(batch.target) > 7
     for tokens in (1, 3, 7):  # a chunk holds that many tokens' logits; the last one fewer
-        monkeypatch.setattr(model_file, "LOGIT_CHUNK", tokens * VOCABULARY)
+        monkeypatch.setitem(model_file.LOGIT_CHUNK, "cpu", tokens * VOCABULARY)
         chunked = completion_logprobs(model, batch)
         torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
         assert_same_gradients(gradients(model, chunked), whole_gradients)
@@ -132,14 +132,14 @@ def test_padding_does_not_matter(completions):
     torch.testing.assert_close(together[:completions], alone, rtol=1e-6, atol=1e-6)
 
 
-def plain_varlen_attn(q, k, v, query_starts, key_starts, most_queries, most_keys, *, window_size, enable_gqa):
+def plain_varlen_attn(q, k, v, query_starts, key_starts, most_queries, most_keys, *, window_size):
     """What the kernel computes, segment by segment: query i of T sees the first S - T + i + 1 of S keys."""
     assert window_size == (-1, 0) and most_queries == query_starts.diff().max() and most_keys == key_starts.diff().max()
     outputs = []
     for a, b, c, d in zip(query_starts, query_starts[1:], key_starts, key_starts[1:]):
         visible = torch.ones(b - a, d - c).tril(d - c - (b - a)).bool()
         heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))  # [1, H, ., h]
-        outputs.append(F.scaled_dot_product_attention(*heads, attn_mask=visible, enable_gqa=enable_gqa)[0].transpose(0, 1))
+        outputs.append(F.scaled_dot_product_attention(*heads, attn_mask=visible)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -276,7 +276,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_more_logits_than_a_chunk_are_ever_held(monkeypatch):
     """300 tokens of 7 dimensions, 50 words: 15,000 logits, of which 20 tokens' are made at a time."""
-    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 20 * 50)
+    monkeypatch.setitem(model_file.LOGIT_CHUNK, "cpu", 20 * 50)
     generator = torch.Generator().manual_seed(0)
     h, weight, bias = (torch.randn(n, generator=generator).requires_grad_() for n in ((300, 7), (50, 7), (50,)))
     target = torch.randint(50, (300,), generator=generator)
@@ -289,7 +289,7 @@ def test_no_more_logits_than_a_chunk_are_ever_held(monkeypatch):
 def test_gradients_of_bf16_weights_are_summed_over_the_chunks_in_fp32(monkeypatch):
     """512 chunks of a token whose gradients all point one way: a sum kept in bf16 stands still once it is 256 times the
     next summand."""
-    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 1)
+    monkeypatch.setitem(model_file.LOGIT_CHUNK, "cpu", 1)
     generator = torch.Generator().manual_seed(0)
     h = (1 + 0.1 * torch.randn(512, 3, generator=generator)).bfloat16()
     weight, bias = torch.zeros(7, 3).bfloat16().requires_grad_(), torch.zeros(7).bfloat16().requires_grad_()
@@ -307,7 +307,7 @@ def token_logprobs_inputs(dtype):
 
 
 def test_token_logprobs_have_value_and_gradient_of_log_softmax_in_float64(monkeypatch):
-    monkeypatch.setattr(model_file, "LOGIT_CHUNK", 2 * 7)
+    monkeypatch.setitem(model_file.LOGIT_CHUNK, "cpu", 2 * 7)
     h, weight, bias, target = token_logprobs_inputs(torch.float32)
     got = TokenLogProbs.apply(h, weight, bias, target, torch.float32)
     h64, weight64, bias64 = (t.detach().double().requires_grad_() for t in (h, weight, bias))

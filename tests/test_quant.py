@@ -291,6 +291,9 @@ def test_what_is_not_finite_is_an_error_that_names_the_layer(to, bad):
     model[1][0].weight.data[3, 4] = bad
     with pytest.raises(InputError, match=r"1\.0\.weight contains NaN or infinity"):
         quantize_model(model, to)
+    with pytest.raises(InputError, match=r"1\.0\.weight contains NaN or infinity"):
+        train_quantized(model, to)
+    assert not round_to(model[1][0].weight, to, check=False).isfinite().all()  # the loss will show it
 
 
 def test_a_matrix_of_nothing_is_an_error():

@@ -55,8 +55,8 @@ class Counted:
         return part
 
 
-def load_sharded(directory: Path, quantized: bool = False) -> Phi:
-    return Phi.sharded(directory, "cpu", lambda model: train_quantized(model, "nf4", 32) if quantized else None)
+def load_sharded(directory: Path) -> Phi:
+    return Phi.sharded(directory, "cpu")
 
 
 def check_each_rank_reads_and_holds_its_share():
@@ -144,14 +144,15 @@ def dealt_table(model: Phi, examples: list[Example], micro: int) -> torch.Tensor
     return parallel.sum_over_ranks(table)
 
 
-def check_gradients_norms_weights_and_tables_are_those_of_one_process(quantized=False):
+def check_gradients_norms_weights_and_tables_are_those_of_one_process(quantized=False, counts=(8, 7, 1, 6)):
     """Over several updates, with evaluations in between; one batch has fewer examples than there are ranks."""
-    one, many = Phi.from_pretrained(TINY), load_sharded(TINY, quantized)
+    one, many = Phi.from_pretrained(TINY), load_sharded(TINY)
     if quantized:
-        train_quantized(one, "nf4", 32)
+        for model in (one, many):
+            train_quantized(model, "nf4", 32)
     one_optimizer, many_optimizer = optimizer_for(one), optimizer_for(many)
     many.gradient_checkpointing = True
-    for step, count in enumerate((8, 7, 1, 6)):
+    for step, count in enumerate(counts):
         examples = pairs(count)
         whole_step(one, examples)
         dealt_step(many, examples, micro=1 + step % 2)
@@ -178,6 +179,19 @@ def check_gradients_norms_weights_and_tables_are_those_of_one_process(quantized=
 
 def check_so_are_those_of_quantization_aware_training():
     check_gradients_norms_weights_and_tables_are_those_of_one_process(quantized=True)
+
+
+def check_two_machines_with_two_ranks_each_hold_a_copy_each_and_give_the_same():
+    if parallel.size() != 4:
+        return
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    assert parallel.shards() == 2
+    model = load_sharded(TINY)
+    held = sum(parallel.own(p).numel() for p in model.parameters())
+    assert parallel.sum_over_ranks(torch.tensor(held)).item() == 2 * sum(p.numel() for p in model.parameters())
+    check_gradients_norms_weights_and_tables_are_those_of_one_process(counts=(7, 1))
+    check_whole_weights_and_moments_reach_the_main_process_and_go_back()
+    os.environ["LOCAL_WORLD_SIZE"] = "4"
 
 
 def check_bf16_compute_gives_about_the_gradients_of_one_process():
@@ -263,6 +277,26 @@ def check_rows_that_do_not_divide():
             optimizer.zero_grad(set_to_none=True)
     for p, q in zip(one.parameters(), many.parameters(), strict=True):
         close(parallel.whole(q), p)
+
+
+def check_blocks_gathered_in_bf16_compute_what_autocast_computes():
+    """It rounds the same weights, after they were gathered. Gradients are rounded once each and added up in fp32. (Not with
+    Phi, as on a CPU LayerNorm takes no fp32 input with bf16 weights.)"""
+    one, x = Odd(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        many = Odd()
+    parallel.shard(many, [many.first], "squares", "cpu", bf16=True)
+    many.to_empty(device="cpu")
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        p.data.copy_(torch.arange(p.numel()).view(p.shape) / 7)
+        parallel.copy_own_rows(q, p)
+    with bf16(True):
+        assert torch.equal(many.squares(x), one.squares(x))
+        one.squares(x).backward()
+        (many.squares(x) / parallel.size()).backward()
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        assert parallel.own(q).dtype == q.grad.dtype == torch.float32
+        close(parallel.whole(q.grad), p.grad, rtol=1e-2)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -355,6 +389,17 @@ def check_the_main_process_goes_first():
             file.write_text("once")
     assert found == (not parallel.is_main())
     parallel.largest(0)  # all ranks have looked
+
+
+def check_ranks_that_do_not_share_their_files_are_refused():
+    parallel.check_shared(FOLDER / "shared")
+    assert not parallel.is_main() or not any((FOLDER / "shared").iterdir())
+    try:
+        parallel.check_shared(FOLDER / f"own {parallel.rank()}")
+    except InputError as error:
+        assert str(error).startswith("rank 1 does not see the files of rank 0 in") and "--out" in str(error)
+    else:
+        raise AssertionError("each rank has a directory of its own")
 
 
 def check_each_process_has_its_own_device():

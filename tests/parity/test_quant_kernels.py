@@ -13,6 +13,7 @@ import quant_kernels
 from model import rotary_angles, rotate
 from quant import dequantize, levels, quantize_4bit, quantize_blockwise, quantize_layer, scales
 from quant_kernels import suits_triton, triton_4bit, triton_decode
+from runtime.optimizer import AdamW8bit, triton_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter, which is NumPy, has no bf16 products, and cuts bf16 off instead of rounding it.
@@ -96,6 +97,27 @@ def test_layers_on_cuda_equal_plain_products(to):
     torch.testing.assert_close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)))
 
 
+@pytest.mark.parametrize("shape", [(9, 512), (70, 77)], ids=str)  # rows of whole blocks; a last block that is short
+def test_the_step_in_one_kernel_is_that_of_adamw8bit(shape):
+    """Three steps, each from the same state, with gradients of all sizes, 0 and a block of zeros among them. The codes are
+    equal. Scales and weights are equal but for the last bit: b m + (1 - b) g is rounded once in PyTorch, twice in NumPy."""
+    plain = torch.nn.Parameter(normal(*shape).cpu())
+    optimizer = AdamW8bit([plain], lr=0.01, weight_decay=0.1)
+    for step in (1, 2, 3):
+        state = {key: value.flatten().to(DEVICE) for key, value in optimizer.state[plain].items()}
+        w = plain.detach().flatten().to(DEVICE)
+        plain.grad = (normal(*shape, seed=step) * 10 ** normal(*shape, seed=9)).cpu()
+        plain.grad.masked_fill_(normal(*shape, seed=step + 20).cpu() > 1, 0).view(-1)[256:512] = 0
+        triton_step(w, plain.grad.flatten().to(DEVICE), state, step, **optimizer.param_groups[0])
+        optimizer.step()
+        torch.testing.assert_close(w.cpu(), plain.detach().flatten(), rtol=0, atol=3e-7)
+        for key in ("exp_avg", "exp_avg_sq"):
+            codes, expected = state[key].cpu().int(), optimizer.state[plain][key].flatten().int()
+            assert (codes - expected).abs().sum() <= (0 if DEVICE == "cpu" else 5), key  # a GPU's 1 / s is not exact
+            scales, expected = state[f"{key}_absmax"].cpu(), optimizer.state[plain][f"{key}_absmax"].flatten()
+            torch.testing.assert_close(scales, expected, rtol=2**-22, atol=0)
+
+
 # Compiles the kernels for GPUs that need not be there, and prints what a program of each uses.
 COMPILE = """
 import subprocess, tempfile
@@ -104,12 +126,17 @@ import triton, quant_kernels as ours
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-types = {"packed": "*u8", "levels": "*fp32", "absmax": "*fp32", "x": "*bf16", "y": "*bf16", "out": "*bf16"}
-for kernel, sizes in ((ours._matvec, ours.MATVEC), (ours._decode, ours.DECODE)):
-    known = {"BLOCK": 64, **sizes}
+weights = {"packed": "*u8", "levels": "*fp32", "absmax": "*fp32", "x": "*bf16", "y": "*bf16", "out": "*bf16"}
+moments = dict.fromkeys(["w", "g", *(f"{m}_{part}" for m in "mv" for part in ("scales", "levels", "midpoint"))], "*fp32")
+moments |= dict.fromkeys([f"{m}_{part}" for m in "mv" for part in ("codes", "below")], "*u8")
+moments |= dict.fromkeys("keep_m new_m keep_v new_v decay rate root eps".split(), "fp32")
+kernels = [(ours._matvec, ours.MATVEC, 64, weights), (ours._decode, ours.DECODE, 64, weights)]
+for kernel, sizes, block, types in [*kernels, (ours._adamw, ours.ADAMW, 256, moments)]:
+    known = {"BLOCK": block, **sizes}
     warps = known.pop("num_warps")
     signature = {name: types.get(name, "constexpr" if name in known else "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in types or name == "I"}
+    whole = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("I", "n")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
     for capability in (80, 90):
         target = GPUTarget("cuda", capability, 32)
         made = triton.compile(ASTSource(kernel, signature, known, aligned), target=target, options={"num_warps": warps})
@@ -127,7 +154,7 @@ def test_kernels_compile_for_gpus_within_their_registers():
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "REG:" in line]
-    assert len(lines) == 4  # two kernels for two GPUs
+    assert len(lines) == 6  # three kernels for two GPUs
     for line in lines:
         used = {what: int(size) for what, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
         assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0 and used["SHARED"] <= 16384, line

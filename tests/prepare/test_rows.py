@@ -153,7 +153,7 @@ def test_a_folder_holds_rows_in_one_format(tmp_path):
         (tmp_path / name).write_text(row)
     assert list(files_of(tmp_path)) == [f"{tmp_path}/train-0.jsonl"]
     (tmp_path / "train-1.json.gz").write_bytes(gzip.compress(row.encode()))
-    with pytest.raises(InputError, match="rows in two formats, train-0.jsonl and train-1.json.gz; give a folder"):
+    with pytest.raises(InputError, match="files in two formats, train-0.jsonl and train-1.json.gz; give a folder"):
         files_of(tmp_path)
 
 
