@@ -283,7 +283,7 @@ if triton is not None:
     @triton.jit
     def _nearest(x, scale, below, midpoint):
         """`nearest` of x / scale."""
-        x = x * (1 / tl.maximum(scale, 1e-38))
+        x = x * (1 / tl.maximum(scale, 1.2e-38))
         cell = (x.to(tl.int32, bitcast=True) >> 16) + 32768
         return tl.load(below + cell) + (x > tl.load(midpoint + cell)).to(tl.uint8)
 

@@ -110,7 +110,7 @@ def test_the_step_in_one_kernel_is_that_of_adamw8bit(shape):
         plain.grad.masked_fill_(normal(*shape, seed=step + 20).cpu() > 1, 0).view(-1)[256:512] = 0
         triton_step(w, plain.grad.flatten().to(DEVICE), state, step, **optimizer.param_groups[0])
         optimizer.step()
-        torch.testing.assert_close(w.cpu(), plain.detach().flatten(), rtol=0, atol=3e-7)
+        torch.testing.assert_close(w.cpu(), plain.detach().flatten(), rtol=2.5e-7, atol=3e-7)
         for key in ("exp_avg", "exp_avg_sq"):
             codes, expected = state[key].cpu().int(), optimizer.state[plain][key].flatten().int()
             assert (codes - expected).abs().sum() <= (0 if DEVICE == "cpu" else 5), key  # a GPU's 1 / s is not exact

@@ -127,7 +127,7 @@ def test_files_of_every_form_keep_every_character(tmp_path):
             "prompt,chosen,rejected\nQ\na,b,c,d\n",
             'csv:2: "chosen" is missing.*\n.*csv:3: more cells than the first',
         ),
-        ("a.csv", "prompt\n" + "a" * 200_000, "cannot be read as csv"),
+        ("a.csv", 'prompt,chosen\nQ,A\nQ,"A\nQ,"A"\n', "a.csv:3: a row that begins here cannot be read as csv"),
         ("a.csv", "", "the file holds no rows"),
         ("a.jsonl.gz", "not gzipped", r"a\.jsonl\.gz: Not a gzipped file"),
         ("none.json", None, "none.json: No such file"),
@@ -144,6 +144,30 @@ def test_a_gzipped_file_that_was_cut_is_named(tmp_path):
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"prompt,chosen,rejected\n" * 99)[:-9])
     with pytest.raises(InputError, match="a.csv.gz: cannot be read as csv"):
         read_rows(tmp_path / "a.csv.gz", "pairs", "stop", Ledger())
+
+
+def test_a_row_of_csv_is_named_by_its_first_line_and_may_be_long(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f'prompt,chosen,rejected\n"Two\nlines",{long},no\nQ,same,same\n')
+    ledger = Ledger()
+    [row] = read_rows(tmp_path / "a.csv", "pairs", "skip", ledger)
+    assert row.where.endswith("a.csv:2") and row.completions[0] == long
+    assert "a.csv:4: " in ledger.bad_rows[0]
+
+
+def test_a_folder_of_several_splits_or_with_files_that_are_missing_is_refused(tmp_path):
+    """A model must not be tuned on the rows that are to test it."""
+    row = json.dumps(PAIR) + "\n"
+    for name in ("train_prefs-0.jsonl", "test_prefs-0.jsonl"):
+        (tmp_path / name).write_text(row)
+    with pytest.raises(
+        InputError, match="holds several splits, such as test_prefs-0.jsonl; give a file, or a folder with one"
+    ):
+        files_of(tmp_path)
+    (tmp_path / "test_prefs-0.jsonl").unlink()
+    (tmp_path / "more.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(InputError, match="more.jsonl: No such file"):
+        read_rows(tmp_path, "pairs", "stop", Ledger())
 
 
 def test_a_folder_holds_rows_in_one_format(tmp_path):
