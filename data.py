@@ -209,7 +209,7 @@ def question_key(row: Row) -> str:
     return " | ".join(" ".join(re.findall(r"\w+|[^\w\s.,;:!?'\"]", text)) for text in texts)
 
 
-def split_by_question(rows: list[Row], eval_share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_by_question(rows: list[Row], eval_share: float, seed: int | str) -> tuple[list[Row], list[Row]]:
     """(training rows, evaluation rows) with no question on both sides.
 
     The side of a question depends on its own hash alone, u = sha256(seed, question) / 2^256 < eval_share, not on other rows

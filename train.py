@@ -259,7 +259,7 @@ def run(settings: Tuning) -> int:
     if parallel.is_main():
         runs.check_name(settings)
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
-    print(describe_ledgers(inputs.ledgers))
+    print(describe_ledgers(inputs.ledgers, read_config(parent).max_position_embeddings))
     print(f"{len(inputs.train):,} to train on, {len(inputs.held_out):,} to evaluate on, no question on both sides")
     peak = memory.watch_peak(settings.device)
     need = memory.check_fits(parent, settings, inputs.train)
@@ -436,7 +436,7 @@ def measure(model: Phi, settings: Tuning, inputs: Inputs, reference: Tensor | No
 def dry_run(settings: Tuning, parent: Path) -> None:
     """Prints what a run would do: rows, two examples, batches, memory and time. InputError if memory would not suffice."""
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
-    print(f"Data\n{describe_ledgers(inputs.ledgers)}")
+    print(f"Data\n{describe_ledgers(inputs.ledgers, read_config(parent).max_position_embeddings)}")
     for example in inputs.train[:2]:
         print("\n" + coloured(example, inputs.chat, colour=sys.stdout.isatty()))
     batches = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch=0)

@@ -11,7 +11,9 @@ A field may hold text, messages ({"role", "content"} or {"from", "value"}), or a
 ChatML or as "\\n\\nHuman: ... \\n\\nAssistant: ...". Whatever it is becomes messages first.
 """
 
+import contextlib
 import functools
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +21,19 @@ from dataclasses import dataclass, replace
 from data import IM_END, IM_START, LETTERS, Row
 
 ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant", chatgpt="assistant")
-NOT_TEXT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}  # what no row can teach as text
+# What no row can teach as text, and what says with 0 or false that a message is not to be learned.
+NOT_TEXT = {
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "refusal",
+    "image",
+    "images",
+    "audio",
+}
+WEIGHTS = ("weight", "train", "loss", "loss_mask")
 CHATML = re.compile(r"<\|im_start\|>(\w+)(?:\n|\Z)(.*?)(?:<\|im_end\|>\s*|(?=<\|im_start\|>)|\Z)", re.DOTALL)
 SPOKEN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)
 
@@ -192,14 +206,15 @@ def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
             raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
         if unlearned := [part for part in NOT_TEXT & message.keys() if message[part]]:
             raise ValueError(f'"{name}"[{i}] has {unlearned[0]}, which cannot be learned as text')
-        weight = message.get("weight", 1)
-        if weight not in (0, 1):
-            raise ValueError(f'"{name}"[{i}] has a weight other than 0 and 1')
+        weights = {part: message[part] for part in WEIGHTS if part in message}
+        for part, weight in weights.items():
+            if type(weight) not in (int, float, bool) or weight not in (0, 1):
+                raise ValueError(f'"{name}"[{i}] has a {part} other than 0 and 1, or false and true')
         content = _joined(message.get("content", message.get("value")), place)
         if role == "system" and not str(content or "").strip():
             continue
         content = _reply_text(content, place) if role == "assistant" and isinstance(content, str) else _text(content, place)
-        learned = role == "assistant" and weight != 0 and message.get("train") is not False
+        learned = role == "assistant" and all(weights.values())
         messages.append({"role": role, "content": content, "learned": learned})
     return messages
 
@@ -268,7 +283,7 @@ def read_pair(row: dict, form: Form, kind: str) -> Row:
     if {len(chosen), len(rejected)} != {shared + 1} or shared == 0 or chosen[shared - 1]["role"] != "user":
         raise ValueError(
             f'"{better}" and "{worse}" part before their last user turn, so they have no shared prompt with an answer each. '
-            "Cut both after the first answers that differ, or learn one of them with --stage sft"
+            'Cut both after the first answers that differ, or learn the better ones as {"messages": [...]} with --stage sft'
         )
     return Row(chosen[:shared], [chosen[shared]["content"], rejected[shared]["content"]], "", {})
 
@@ -277,6 +292,9 @@ def ranked(row: dict, form: Form) -> tuple[str, str]:
     """The names of the fields with the better and the worse answer."""
     first, second = form.answers
     values = [str(row[name]) for name in form.verdict]
+    for name, value in zip(form.verdict if len(values) == 2 else (), values):
+        if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value):
+            raise ValueError(f'"{name}" is {value[:40]!r}, not a number')
     for better, worse, i in ((first, second, 0), (second, first, 1)):
         names = [name.casefold() for name in (better, _suffix(better), f"model_{_suffix(better)}")]
         by_score = len(values) == 2 and float(values[i]) > float(values[1 - i])
@@ -288,6 +306,8 @@ def ranked(row: dict, form: Form) -> tuple[str, str]:
 
 def read_sft(row: dict, form: Form, kind: str) -> Row:
     """Replies to learn. Of a whole dialogue that is every reply but those marked "weight": 0 or "train": false."""
+    if row.get("label") is False:  # as in the rows of KTO
+        raise ValueError('"label" is false: the answer was judged to be bad, and SFT would imitate it')
     dialogue, name = _prompt(row, form.prompt), form.prompt
     if form.answers:
         (name,) = form.answers
@@ -320,6 +340,9 @@ def written_options(question: str) -> list[str]:
 def named_options(value: object, name: str) -> dict[str, str]:
     """{label: text} of the options in a field: a list of texts, whose labels are letters, a list of {"label", "text"}, or
     {"label": [...], "text": [...]}."""
+    if isinstance(value, str) and value.lstrip().startswith("["):  # in a cell of CSV
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
     if isinstance(value, dict) and value.keys() >= {"label", "text"}:
         texts, labels = value["text"], value["label"]
     elif isinstance(value, list) and value and all(isinstance(option, dict) for option in value):
@@ -336,6 +359,8 @@ def read_mcq(row: dict, form: Form, kind: str) -> Row:
     """A multiple-choice question. The reply is the explanation, if there is one, and then "Answer: C"."""
     (key,) = form.answers
     question, answer = _text(row[form.prompt], form.prompt), row[key]
+    if isinstance(answer, str):
+        answer = answer.strip().strip("().").strip()  # "(B)", "B."
     if form.options:
         options = named_options(row[form.options], form.options)
         listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, options.values())]
@@ -348,7 +373,9 @@ def read_mcq(row: dict, form: Form, kind: str) -> Row:
             raise ValueError(f"options {LETTERS[same]} and {LETTERS[i]} are the same text, so no letter is right alone")
     if isinstance(answer, str | int) and type(answer) is not bool and str(answer) in labels:
         right = labels.index(str(answer))
-    elif type(answer) is int and 0 <= answer < len(choices):
+    elif isinstance(answer, str) and answer.upper() in labels:
+        right = labels.index(answer.upper())
+    elif type(answer) is int and 0 <= answer < len(choices) and not labels[0].isdigit():
         right = answer
     else:
         raise ValueError(f'"{key}" is {str(answer)[:60]!r}, not the letter of an option, nor its number from 0 on')

@@ -144,7 +144,7 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
     """(training rows, test rows). Near-duplicates of a question (data.question_key) end up on the same side, also a question
     that one source asks with options and another without."""
     questions = [asking(row, "question" if isinstance(row.get("prompt", ""), str) else "prompt") for row in rows]
-    train, test = split_by_question(questions, share, seed)
+    train, test = split_by_question(questions, share, f"data {seed}")  # not as a run splits them again, with the same seed
     return [row.raw for row in train], [row.raw for row in test]
 
 

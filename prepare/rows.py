@@ -283,15 +283,15 @@ def nothing_left(settings: Tuning, side: str, source: str, ledgers: dict[str, Le
     return InputError("\n  ".join(lines) + f"\nGive other rows or limits.{told}")
 
 
-def describe_ledgers(ledgers: dict[str, Ledger]) -> str:
-    """Where the rows of each file went, in words."""
+def describe_ledgers(ledgers: dict[str, Ledger], window: int) -> str:
+    """Where the rows of each file went, in words. `window`: the most tokens that the model takes."""
     lines = []
     for name, ledger in ledgers.items():
         dropped = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items()) or "none"
         kept = f"{ledger.kept:,} kept with {ledger.tokens:,} tokens ({ledger.trimmed:,} with a trimmed prompt)"
         lines.append(f"{printable(name)}: {ledger.rows:,} rows, {kept}, dropped: {dropped}")
         lines += describe_reading(ledger)
-        lines += describe_sizes(ledger)
+        lines += describe_sizes(ledger, window)
         lines += [f"  left out: {printable(reason)}" for reason in reasons(ledger.bad_rows)]
     return "\n".join(lines)
 
@@ -305,8 +305,9 @@ def describe_reading(ledger: Ledger) -> list[str]:
     return lines
 
 
-def describe_sizes(ledger: Ledger) -> list[str]:
-    """How many tokens rows have and, where some were cut or dropped, the limits that would keep them whole."""
+def describe_sizes(ledger: Ledger, window: float = math.inf) -> list[str]:
+    """How many tokens rows have and, where some were cut or dropped, the limits that would keep them whole, if the model's
+    window allows."""
     if not ledger.sizes:
         return []
     size, largest = covering(ledger.sizes, 0.99), covering(ledger.sizes, 1)
@@ -316,8 +317,10 @@ def describe_sizes(ledger: Ledger) -> list[str]:
     if ledger.trimmed or ledger.unlearned or any("does not fit" in cause for cause in ledger.dropped):
         for share, length in ((0.99, size), (1, largest)):
             prompt = covering(ledger.prompts, share)  # it may not be as long as both
-            limits = f"--max-length {max(length, prompt + data.BIN)} --max-prompt-length {prompt}"
-            lines.append(f"  {limits} would keep {share:.0%} of the rows whole")
+            needed = max(length, prompt + data.BIN)
+            limits = f"--max-length {needed} --max-prompt-length {prompt}"
+            if needed <= window:
+                lines.append(f"  {limits} would keep {share:.0%} of the rows whole")
     return lines
 
 

@@ -202,7 +202,7 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path):
         (("--sources", "sciq=nowhere"), "nowhere: no file like"),
         (("--sources", "sciq=x", "--price", "1,2"), "add --teacher MODEL"),
         (("--sources", "OWN", "--sizes", "20k"), "--sizes 20000,30000"),
-        (("--sources", "OWN", "--sizes", "5000"), "has 22 training rows"),
+        (("--sources", "OWN", "--sizes", "5000"), "has 27 training rows"),
         (("--sources", "OWN", "--shares", "x=1"), "no rows of x"),
         (("--sources", "OWN", "--teacher", "m", "--price", "cheap"), "--price cheap"),
         (("--sources", "OWN", "--teacher", "m", "--budget", 1), "--budget needs --price"),

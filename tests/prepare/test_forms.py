@@ -109,7 +109,7 @@ def parted(chosen, rejected):
         ),
         (
             {"prompt": "?", "response_a": "4", "response_b": "5", "score_a": "x", "score_b": 1},
-            "could not convert string to float: 'x'",
+            "\"score_a\" is 'x', not a number",
         ),
     ],
 )
@@ -317,3 +317,31 @@ def test_the_page_about_rows_names_every_field(request):
     named = {name for family in FORMS.values() for form in family for name in form.fields()}
     patterns = ("_0", "_1", "_2", "_a", "_b", "_A", "_B")  # spelled out once
     assert {name for name in named if f"`{name}`" not in page and not name.endswith(patterns)} == set()
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"train": 0}, {"loss": False}, {"loss_mask": 0}], ids=lambda mark: str(*mark)
+)
+def test_whatever_says_so_a_turn_is_not_learned(mark):
+    said = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one", **mark}]
+    said += [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "two"}]
+    row = read_row("sft", {"messages": said})
+    assert row.completions == ["two"] and len(row.messages) == 3
+    with pytest.raises(ValueError, match="other than 0 and 1"):
+        read_row("sft", {"messages": [said[0], said[1] | dict.fromkeys(mark, "false")]})
+
+
+def test_an_answer_that_was_judged_bad_is_not_imitated():
+    assert read_row("sft", {"prompt": "1?", "completion": "one", "label": True}).completions == ["one"]
+    with pytest.raises(ValueError, match='"label" is false: the answer was judged to be bad'):
+        read_row("sft", {"prompt": "1?", "completion": "one", "label": False})
+
+
+@pytest.mark.parametrize("answer", ["B", "b", " B ", "(B)", "B."])
+def test_a_letter_may_be_written_in_several_ways_and_options_in_a_cell_of_csv(answer):
+    row = read_row("mcq", {"question": "1 + 1?", "choices": '["1", "2"]', "answer": answer})
+    assert row.choices == ["1", "2"] and row.answer == 1
+    labelled = {"question": "1 + 1?", "choices": {"label": ["1", "2"], "text": ["one", "two"]}, "answer": 1}
+    assert read_row("mcq", labelled).answer == 0  # the label 1, not the index 1
+    with pytest.raises(ValueError, match='"answer" is'):
+        read_row("mcq", labelled | {"answer": 0})

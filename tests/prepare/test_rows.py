@@ -255,7 +255,7 @@ def test_how_rows_were_read_is_counted_and_said(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [PAIR, dialogues, PAIR | {"chosen": "4<|im_end|>"}, PAIR, {"prompt": "?"}])
     ledger = Ledger()
     read_rows(tmp_path / "a.jsonl", "pairs", "skip", ledger)
-    told = describe_ledgers({"a.jsonl": ledger})
+    told = describe_ledgers({"a.jsonl": ledger}, 2048)
     for line in (
         "  read as: prompt, chosen, rejected, 2 rows",
         "  read as: chosen, rejected (two dialogues with a shared prompt), 1 rows",
@@ -275,9 +275,9 @@ def test_rows_to_measure_that_are_all_bad_say_why(tmp_path):
 def test_the_limits_that_rows_need_are_said_where_rows_are_cut():
     ledger = Ledger(rows=100, sizes={64: 90, 96: 9, 640: 1}, prompts={32: 99, 640: 1})
     assert [covering(ledger.sizes, share) for share in (0.5, 0.9, 0.91, 0.99, 0.995)] == [64, 64, 96, 96, 640]
-    assert describe_sizes(ledger) == ["  tokens with the longest answer: 99% of the rows up to 96, all up to 640"]
+    assert describe_sizes(ledger, 2048) == ["  tokens with the longest answer: 99% of the rows up to 96, all up to 640"]
     ledger.drop("completion does not fit")
-    assert describe_sizes(ledger)[1:] == [
+    assert describe_sizes(ledger, 2048)[1:] == [
         "  --max-length 96 --max-prompt-length 32 would keep 99% of the rows whole",
         "  --max-length 672 --max-prompt-length 640 would keep 100% of the rows whole",  # a prompt is shorter than both
     ]
