@@ -224,7 +224,7 @@ def test_a_key_and_a_password_are_nowhere(serve, asker, monkeypatch, tmp_path, c
     server = serve(lambda body: echo, fault=lambda body, attempt: answers[0])
     monkeypatch.setattr(Handler, "allowed", lambda self: True)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("127", "me:hunter2two@127"))
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("//", "//me:hunter2two@", 1))
     errors = []
     while answers:
         with pytest.raises(InputError) as error:
