@@ -67,8 +67,16 @@ def test_a_killed_build_pays_for_no_answer_twice_and_its_folder_is_whole_or_abse
         {"question": f"Why does body {i} fall?", "answer": f"Masses attract each other, number {i}."} for i in range(12)
     ]
     write_jsonl(tmp_path / "physics.jsonl", asked)
-    right, wrong = "Step by step: masses attract each other.", "Since nothing holds it, it falls."
-    server = Server(lambda body: right if "Answer: " in body["messages"][-1]["content"] else wrong)
+
+    def teach(body: dict) -> str:
+        _, explain, answer = body["messages"][-1]["content"].rpartition("Answer: ")
+        return (
+            f"Step by step: what has a mass falls. The answer is {answer}"
+            if explain
+            else "Since nothing holds it, it falls."
+        )
+
+    server = Server(teach)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     sources = f"arxiv_physics={tmp_path}/physics.jsonl"
