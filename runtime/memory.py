@@ -62,7 +62,7 @@ def estimate(phi: PhiConfig, settings: Tuning, tokens: int) -> dict[str, int]:
     cuda = settings.device.startswith("cuda")
     bf16 = settings.dtype == "bf16"
     full = not settings.lora
-    ranks = parallel.shards() if full else 1  # which share weights, gradients and moments
+    ranks = parallel.shards() if full and parallel.size() > 1 else 1  # which share weights, gradients and moments
     matrices = 4 * D * D + 2 * D * inner  # weights of a block
     c = 2 if bf16 else 4  # bytes of a value in a product
     s = 2 if bf16 and settings.base in ("bf16", *BITS) else 4  # bytes of a weight that is not quantized, and of x
