@@ -10,7 +10,7 @@ prompts look like them (greedy, unless --temperature is given). --bert adds BERT
     out/<name>/  eval.json  eval.md  answers.jsonl
 
 Every number is a sum over examples divided by their count, so the batch size changes none; log-probabilities are those of
-training. Answers are sampled in fp32. An interval describes one model; two models measured on the same rows can differ
+training. Answers are sampled in --dtype. An interval describes one model; two models measured on the same rows can differ
 significantly even where their intervals overlap. A judge sees the last message of a row, not the turns before it.
 All models answer the same rows: those that fit into every model's window. They are measured one after the other, and results
 are written after each: an error in one, or of the judge, loses nothing that was measured before.
@@ -181,10 +181,10 @@ def measure_model(
         prompts = [e.prompt for e in drawn]
         length = min(settings.max_new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
         answers, ended = sample_answers(model, one.chat, prompts, length, settings.temperature, settings.seed)
-        references = [e.texts[0] for e in drawn]
-        result["answers"], result["BLEU signature"] = text.similarity(answers, references)
+        written = [e.texts[0] for e in drawn]
+        result["answers"], result["BLEU signature"] = text.similarity(answers, written)
         if encoder:
-            result["answers"]["BERTScore"] = mean(bert_score(answers, references, *encoder, 64))
+            result["answers"]["BERTScore"] = mean(bert_score(answers, written, *encoder, 64))
         graded = {"ends": ended} | grades(answers, drawn)  # grades: if a truth file is there
         result["answers"] |= {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
     if kind.startswith("mcq"):

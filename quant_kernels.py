@@ -11,7 +11,7 @@ Decoding a token at a time multiplies one x with every weight: each weight is re
 memory bandwidth is the limit, and 4-bit codes can be four times as fast as 16-bit weights. With many x the arithmetic is
 the limit, and cuBLAS does it best. So there are two Triton kernels for 4 bits:
 
-    matvec     few x: a program holds some output features and walks along I, a few blocks at a time:
+    matvec     one x: a program holds some output features and walks along I, a few blocks at a time:
                y_o = sum_b s_ob sum_i l[c_oi] x_i  over the i of block b,  in fp32
     decode     many x: the weights once, in x's dtype, for one dense product
 
@@ -40,7 +40,6 @@ except ImportError:
     triton = None
 
 CHUNK = 2**20  # values worked on at a time on a CPU: 4 MB of fp32, which stay in the cache
-FEW = 1  # up to this many x, a matvec each: on an H200 decoding all weights costs less than a second one
 
 
 def chunk(device: torch.device) -> int:
@@ -196,12 +195,12 @@ def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def triton_4bit(x: Tensor, packed: Tensor, levels: Tensor, absmax: Tensor, block: int) -> Tensor:
     """`blockwise_product` for 4-bit codes, two a byte, whose rows are whole blocks (`suits_triton`)."""
     rows, I = x.shape
-    if rows > FEW:
+    if rows > 1:  # on an H200 decoding all weights costs less than a second matvec
         return F.linear(x, triton_decode(packed, levels, absmax, block, x.dtype).view(-1, I))
     O = packed.numel() * 2 // I
-    y = x.new_empty(rows, O)
+    y = x.new_empty(1, O)
     with torch.cuda.device_of(x):
-        grid = triton.cdiv(O, MATVEC["ROWS"]), rows
+        grid = (triton.cdiv(O, MATVEC["ROWS"]),)
         sizes = MATVEC | {"BLOCKS": max(1, min(MATVEC["BLOCKS"], 256 // block))}
         _matvec[grid](x.contiguous(), packed, levels, absmax, y, O, I, BLOCK=block, **sizes)
     return y
@@ -251,7 +250,6 @@ if triton is not None:
     def _matvec(x, packed, levels, absmax, y, O, I, BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
         HALF: tl.constexpr = BLOCK // 2  # bytes of a block
         o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-        n = tl.program_id(1)
         blocks = I // BLOCK  # of a row
         total = tl.zeros([ROWS, BLOCKS], tl.float32)
         for first in range(0, blocks, BLOCKS):
@@ -262,11 +260,11 @@ if triton is not None:
             byte = block[:, :, None] * HALF + tl.arange(0, HALF)[None, None, :]  # [ROWS, BLOCKS, HALF]
             codes = tl.load(packed + byte, mask=mask[:, :, None], other=0)
             column = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
-            some_x = tl.load(x + n * I + column, mask=b[:, None] < blocks, other=0.0).to(tl.float32)
+            some_x = tl.load(x + column, mask=b[:, None] < blocks, other=0.0).to(tl.float32)
             even, odd = tl.split(tl.reshape(some_x, [BLOCKS, HALF, 2]))  # [BLOCKS, HALF] each
             products = tl.load(levels + (codes >> 4)) * even[None] + tl.load(levels + (codes & 15)) * odd[None]
             total += tl.sum(products, axis=2) * scale
-        tl.store(y + n * O + o, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=o < O)
+        tl.store(y + o, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=o < O)
 
     @triton.jit
     def _decode(packed, levels, absmax, out, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
