@@ -6,8 +6,12 @@ import http.server
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 SHA = "0123456789abcdef0123456789abcdef01234567"
 REQUEST = re.compile(r"(?:/api/models|/api/datasets|/datasets)?/([^/]+/[^/]+)/(revision|tree|resolve)/([^/?]+)/?([^?]*)")
 
@@ -74,3 +78,12 @@ def hub_environment(endpoint, home, offline):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def lines_printed(code, arguments, endpoint, home, offline):
+    """What a new Python, started in the project, prints for this code."""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = hub_environment(endpoint, home, offline)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

@@ -4,15 +4,13 @@ import csv
 import datetime
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hub_server import SHA, hub, hub_environment
+from hub_server import SHA, hub, lines_printed
 from rows import pair_rows
 
 from data import (
@@ -224,11 +222,7 @@ def test_a_data_set_of_the_hub_is_read_once_and_then_without_a_connection(tmp_pa
     )
 
     def read(*names, offline=False):
-        environment = hub_environment(endpoint, tmp_path / "home", offline)
-        command = [sys.executable, "-c", code, *names]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        return lines_printed(code, names, endpoint, tmp_path / "home", offline)
 
     where = "hub:o/prefs/data/train_prefs-00000-of-00001.parquet"
     with hub({"o/prefs": published}) as (endpoint, requests):

@@ -1,14 +1,12 @@
 """Each source's reader on a hand-made file in the form in which the set is published."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_server import SHA, hub, hub_environment
+from hub_server import SHA, hub, lines_printed
 
 from prepare.sources import SOURCES, letter, read_source, without_letters
 from runtime.files import InputError
@@ -353,11 +351,7 @@ def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tm
     )
 
     def read(*names, offline=False):
-        environment = hub_environment(endpoint, tmp_path / "home", offline)
-        command = [sys.executable, "-c", code, *names]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        return lines_printed(code, names, endpoint, tmp_path / "home", offline)
 
     with hub({"allenai/sciq": published, "TIGER-Lab/TheoremQA": published}) as (endpoint, requests):
         newest, pinned, broken, missing = read("sciq", f"sciq@{SHA}", "theoremqa", "open_platypus")
