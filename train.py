@@ -23,6 +23,8 @@ if __name__ == "__main__":  # at once, so that there is one copy of this module,
     flags.parse_or_exit(sys.argv[1:])
     # Batches differ in size, and blocks of fixed size would leave gaps that nothing fits into.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "OMP_WAIT_POLICY" not in os.environ:  # a thread that waits soon sleeps: it may hold the core of the one it waits for
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import train
 
     sys.exit(train.main(sys.argv[1:]))
