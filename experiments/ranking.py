@@ -1,14 +1,15 @@
 """The runs of a sweep, ranked: what may be compared, what may not, and which differences are chance.
 
-**What ranks**: the accuracy on clean labels where they are known (the demo), else the debiased accuracy, with one flip rate
-for all runs. **What does not**: the robust loss. It falls without bound as a run diverges, and its scale depends on beta and
-eps, so the lowest one names the most divergent run.
+**What picks**: the reward accuracy on evaluation rows, as they are labelled, wrong labels included: all that a user has.
+**What judges**: the accuracy on test pairs that no run saw, by clean labels where they are known (the demo), else debiased,
+with one flip rate for all runs. **What does neither**: the robust loss. It falls without bound as a run diverges, and its
+scale depends on beta and eps, so the lowest one names the most divergent run.
 
-McNemar's test (1947) compares two settings by the test pairs that only one of them orders correctly, b for one and c for the
-other. If both were equally good, each such pair would favour either with probability 1/2; they differ significantly if a
-split this uneven has a probability below 5%. Settings that do not differ significantly from the best are marked. The test
-knows the chance in the choice of test pairs, not the chance in training, which --seeds shows; and the best of many settings
-was a little lucky.
+Two settings differ if two kinds of chance are ruled out. McNemar's test (1947) is about the choice of test pairs: it counts
+those that only one of the settings orders correctly, b for one and c for the other. If both were equally good, each such
+pair would favour either with probability 1/2; a split this uneven must have a probability below 5%. And the ranges over the
+seeds may not overlap, for training is chance, too: with three seeds each, two equally good settings have ranges that do
+not overlap in 1 of 10 cases. With one seed, the second kind of chance is not seen.
 """
 
 import math
@@ -27,6 +28,7 @@ from runtime.runs import read_metrics
 from runtime.settings import Dpo
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of a run's training
+ACCURACY = "eval_rewards/accuracies"
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Result:
     baselines: dict[str, Tensor]  # [E] 1, 1/2 or 0: is the longer answer, or the likelier one, the right one
     measures: dict[str, Estimate]
     own_loss: float
+    validation: float  # reward accuracy on the evaluation rows, as labelled
+    quarters: Tensor | None = None  # [4, seeds, E] as `right`, after each quarter of the training
 
     @property
     def accuracy(self) -> float:
@@ -77,13 +81,13 @@ class Result:
 
 
 def collect(runs: list[Run], base: Dpo) -> list[Result]:
-    """The settings that have a finished run, best first."""
+    """The settings that have a finished run, in the order in which their evaluation rows put them."""
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         if run.tested.exists():
             grouped.setdefault(point_name(run.point), []).append(run)
     results = [summarise(name, part, base) for name, part in grouped.items()]
-    return sorted(results, key=lambda result: -result.accuracy)
+    return sorted(results, key=lambda result: -result.validation)
 
 
 def summarise(name: str, runs: list[Run], base: Dpo) -> Result:
@@ -101,13 +105,19 @@ def summarise(name: str, runs: list[Run], base: Dpo) -> Result:
     right = credit(margin) == 1  # [seeds, E]
     scores = {"longer answer": longer, "starting model": reference, "tuned model": reference + margin[0]}
     measures = measure_margins(margin, flipped, base.eps or 0.0, base.beta)
-    own_loss = sum(record["own loss"] for record in records) / len(records)
-    return Result(name, runs[0].point, right, {key: credit(score) for key, score in scores.items()}, measures, own_loss)
+    own_loss, validation = (sum(record[key] for record in records) / len(records) for key in ("own loss", "validation"))
+    credits = {key: credit(score) for key, score in scores.items()}
+    quarters = torch.tensor([record["quarters"] for record in records]).transpose(0, 1) if runs[0].quarters else None
+    return Result(name, runs[0].point, right, credits, measures, own_loss, validation, quarters)
 
 
 def cannot_tell(right: Tensor, other: Tensor) -> bool:
-    """Whether McNemar's exact test at 95% finds no difference between two settings: which test pairs each orders correctly,
-    [seeds, E]. With several seeds, each test pair counts once, for the setting that got it right in more seeds."""
+    """Whether two settings may be equally good: the ranges of their seeds overlap, or McNemar's exact test at 95% finds no
+    difference. Arguments: which test pairs each orders correctly, [seeds, E]. With several seeds, the test counts each pair
+    once, for the setting that got it right in more seeds."""
+    one, two = right.double().mean(dim=1), other.double().mean(dim=1)  # [seeds]
+    if one.min() <= two.max() and two.min() <= one.max():
+        return True
     gap = right.double().mean(dim=0) - other.double().mean(dim=0)  # [E]
     b, c = int((gap > 0).sum()), int((gap < 0).sum())
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))  # of 2^(b+c) equally likely splits, on one side
@@ -117,43 +127,58 @@ def cannot_tell(right: Tensor, other: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------ the report
 
 
+def better(right: Tensor, other: Tensor) -> str:
+    """Whether "the first orders more test pairs correctly than the second" holds; arguments as for `cannot_tell`."""
+    if cannot_tell(right, other):
+        return "cannot be told"
+    return "held" if right.double().mean() > other.double().mean() else "did not hold"
+
+
+MARKS = {"held": "worse", "did not hold": "better", "cannot be told": "="}  # of a setting that the picked one is better than
+
+
 def table(results: list[Result], base: Dpo) -> str:
-    """The settings, best first."""
-    varied = dict.fromkeys(name for r in results for name in r.point if name not in ("train", "pairs"))
+    """The settings, in the order of their evaluation rows; all other columns are of the test pairs."""
+    varied = dict.fromkeys(name for r in results for name in r.point if name in vars(base) and name != "train")
     values = ", ".join(f"{name}={getattr(base, name)}" for name in varied)
     defaults = f"defaults ({values})" if values else "defaults"
     clean = all("clean accuracy" in r.measures for r in results)
     several = max(len(r.right) for r in results) > 1
-    header = ["setting", "", *(["clean accuracy"] if clean else []), *(["of seeds"] if several else [])]
-    header += [f"debiased, eps {base.eps or 0:g}", "as labelled", "margin, nats", f"DPO loss, beta {base.beta}"]
+    header = ["setting", "evaluation", "on test pairs", *(["clean accuracy"] if clean else [])]
+    header += [*(["of seeds"] if several else []), f"debiased, eps {base.eps or 0:g}", "as labelled", "margin, nats"]
     rows = []
     for i, r in enumerate(results):
         seeds = r.right.double().mean(dim=1)
-        mark = "best" if i == 0 else "=" if cannot_tell(results[0].right, r.right) else ""
-        cells = [r.name if r.point else defaults, mark, *([percent(r.measures["clean accuracy"])] if clean else [])]
+        mark = MARKS[better(results[0].right, r.right)] if i else "picked"
+        cells = [r.name if r.point else defaults, percent(r.validation), mark]
+        cells += [percent(r.measures["clean accuracy"])] if clean else []
         cells += [f"{100 * seeds.min():.1f} to {100 * seeds.max():.1f}%"] if several else []
         cells += [percent(r.measures[name]) for name in ("debiased accuracy", "reward accuracy")]
         rows.append([*cells, decimal(r.measures["margin"], 2), decimal(r.measures["DPO loss"]), f"({r.own_loss:.3f})"])
-    return markdown([*header, "own loss (not comparable)"], rows)
+    return markdown([*header, f"DPO loss, beta {base.beta}", "own loss (not comparable)"], rows)
 
 
 def conclusions(results: list[Result]) -> list[str]:
     """What the table says, in sentences."""
-    best, pairs = results[0], results[0].right.shape[1]
-    tied = [r.name for r in results[1:] if cannot_tell(best.right, r.right)]
-    kind = "clean accuracy" if "clean accuracy" in best.measures else "debiased accuracy"
-    equal = f"Not significantly worse (=, McNemar, 95%): {', '.join(tied)}."
-    longer, start, tuned = (percent(credit.double().mean().item()) for credit in best.baselines.values())
+    picked, pairs = results[0], results[0].right.shape[1]
+    marks: dict[str, list[str]] = {}
+    for r in results[1:]:
+        marks.setdefault(MARKS[better(picked.right, r.right)], []).append(r.name)
+    others = "; ".join(f"{mark}: {', '.join(names)}" for mark, names in marks.items()) or "none"
+    kind = "clean accuracy" if "clean accuracy" in picked.measures else "debiased accuracy"
+    longer, start, tuned = (percent(credit.double().mean().item()) for credit in picked.baselines.values())
     lines = [
-        f"Best by {kind} on {pairs:,} test pairs: {best.name}, {percent(best.measures[kind])}. "
-        + (equal if tied else "All others are significantly worse."),
-        f"To compare with: the longer answer is the right one in {longer} of the pairs; the right answer is likelier "
-        f"to the starting model in {start}, to the best tuned one in {tuned}. (The table's accuracies are of rewards: how "
-        "much likelier tuning made an answer.)",
+        f"Picked by the accuracy on evaluation rows, as labelled: {picked.name}. On {pairs:,} test pairs: {kind} "
+        f"{percent(picked.measures[kind])}. The others, beside it: {others} (=: no significant difference).",
+        f"To compare with: the longer answer is the right one in {longer} of the test pairs; the right answer is likelier "
+        f"to the starting model in {start}, to the picked one in {tuned}. (The table's accuracies are of rewards: how much "
+        "likelier tuning made an answer.)",
     ]
-    if "flip rate" in best.measures:
-        rate = percent(best.measures["flip rate"])
-        lines.append(f"Flip rate of the test labels, by its margins: {rate}. Of the eps marked best or =, take one near it.")
+    if "flip rate" in picked.measures:
+        rate = percent(picked.measures["flip rate"])
+        lines.append(
+            f"Flip rate of the test labels, by its margins: {rate}. Of the eps marked picked or =, take one near it."
+        )
     lowest = min(results, key=lambda r: r.own_loss)
     lines.append(
         f"The lowest own loss, {lowest.own_loss:.3f}, would pick {lowest.name} ({percent(lowest.measures[kind])}). It is "
@@ -177,23 +202,28 @@ def report_sweep(sweep: Path, runs: list[Run], base: Dpo, failed: dict[str, str]
     return 2 if failed else 0
 
 
-CURVES = {  # of held-out metrics
-    "eval_rewards/accuracies": "reward accuracy, as labelled",
+CURVES = {  # on evaluation rows
+    ACCURACY: "reward accuracy, as labelled",
     "eval_dpo_loss": "DPO loss without eps, at the run's own beta (nats)",
     "eval_preference_loss": "own loss, not comparable across beta and eps (nats)",
 }
 
 
 def curves(runs: list[Run], path: Path) -> None:
-    """The held-out curves of all finished runs: a row for each metric, a column for each flag that is varied."""
+    """The curves of all finished runs on their evaluation rows: a row for each metric, a column for each flag that is
+    varied, a colour for each setting."""
     finished = [run for run in runs if run.tested.exists()]
     flags = list(dict.fromkeys(name for run in finished for name in run.point)) or [""]
     cells = [(metric, flag) for metric in CURVES for flag in flags]
     with picture(path, columns=len(flags), rows=len(CURVES), size=(4.5 * len(flags), 3.5 * len(CURVES))) as axes:
         for axis, (metric, flag) in zip(axes, cells, strict=True):
+            colours: dict[str, str] = {}
             for run in finished:
                 if set(run.point) <= {flag}:
+                    setting = point_name(run.point)
+                    label = None if setting in colours else setting  # one entry for all its seeds
+                    colour = colours.setdefault(setting, f"C{len(colours)}")
                     points = [(row["step"], row[metric]) for row in read_metrics(run.directory) if metric in row]
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=run.name)
-            axis.set(xlabel="optimizer step", ylabel=CURVES[metric], title=flag)
+                    axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=label)
+            axis.set(xlabel="optimizer step", ylabel=CURVES[metric], title=f"{flag}, evaluation rows".lstrip(", "))
             axis.legend(fontsize=7)

@@ -8,7 +8,7 @@
                  RUN.log     what the run printed
                  sweep.md figures/curves.png      the table and the curves of all runs
 
-Evaluation rows choose a run's best checkpoint; test rows rank the runs (ranking.py). A finished run is skipped
+Evaluation rows choose a run's best checkpoint and pick a setting; test rows judge it (ranking.py). A finished run is skipped
 when the command is given again; if one fails, the others go on.
 """
 
@@ -25,13 +25,14 @@ import dpo
 import train
 from data import Ledger, Row, check_no_leak, encode, lengths_of, split_by_question, write_truth
 from experiments import ranking
-from experiments.ranking import QUARTERS, Run, point_name
+from experiments.ranking import ACCURACY, QUARTERS, Run, point_name
 from metrics.preferences import flips, for_the_right
 from model import Phi, all_logprobs
 from prepare.rows import read_rows
 from runtime import runs as runs_on_disk
 from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, write_json, write_jsonl
 from runtime.flags import check_limits, check_loss, flag_name, parser_of
+from runtime.runs import read_metrics
 from runtime.settings import LOSSES, Dpo, Sweep
 from runtime.weights import fingerprint, resolve
 
@@ -216,8 +217,9 @@ def run_one(run: Run) -> int:
 
 def measure_on_test(run: Run) -> dict:
     """For each test pair the margin in nats, and what the starting model and the lengths say of it, all positive where they
-    speak for the answer labelled "chosen"; whether its label is flipped (None if that is not known); and the run's own
-    loss. For a run with `quarters`, the accuracy after each quarter of the training."""
+    speak for the answer labelled "chosen"; whether its label is flipped (None if that is not known); the run's own loss; and
+    its reward accuracy on the evaluation rows, as labelled. For a run with `quarters`, which pairs it orders correctly after
+    each quarter of the training, [4][E]."""
     settings = run.settings
     chat = runs_on_disk.load_chat(run.directory, settings.system_prompt or "")
     examples = encode(read_pairs(run.test, settings), chat, settings.max_length, settings.max_prompt_length, Ledger())
@@ -239,6 +241,7 @@ def measure_on_test(run: Run) -> dict:
     record = {
         "accuracy": (margin > 0).double().mean().item(),
         "own loss": loss.double().mean().item(),
+        "validation": validation_accuracy(run.directory),
         "margin": margin.tolist(),
         "reference": (reference[:, 0] - reference[:, 1]).tolist(),
         "longer": (lengths[:, 0] - lengths[:, 1]).sign().tolist(),
@@ -250,5 +253,11 @@ def measure_on_test(run: Run) -> dict:
         for quarter in QUARTERS:
             step = min(saved, key=lambda step: abs(step / saved[-1] - quarter))
             score = for_the_right(margins(runs_on_disk.checkpoint_directory(run.directory, step)), flipped)
-            record["quarters"].append((score > 0).double().mean().item())
+            record["quarters"].append((score > 0).tolist())
     return record
+
+
+def validation_accuracy(directory: Path) -> float:
+    """The reward accuracy of a run's best checkpoint on its evaluation rows."""
+    best = read_json(directory / "results.json")["best_step"]
+    return next(row[ACCURACY] for row in read_metrics(directory) if row["step"] == best and ACCURACY in row)

@@ -40,7 +40,7 @@ def teach(name: str, folder: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lessons", description="Small experiments, each with a picture.")
     parser.add_argument("names", nargs="*", metavar="NAME", choices=[*ROOMS, []], help=", ".join(ROOMS))
-    parser.add_argument("--out", type=Path, default=Path("out/lessons"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/lessons"), help="folder of the pictures (%(default)s)")
     args = parser.parse_args()
     held = [teach(name, args.out) for name in args.names or ROOMS]
     return 0 if all(held) else 1

@@ -173,8 +173,8 @@ def settle(stage: str, flags: dict[str, Any]) -> Command:
     """The settings of a stage from the flags that were typed: puts the layers together but does not check the values."""
     layers = {"default": defaults(stage)}
     preset = PRESETS[flags["preset"]] if flags.get("preset") else {}
-    if stage == "sweep":  # --preset report is a plan of runs, with the report's objective
-        preset = {name: preset[name] for name in ("loss", "beta", "eps") if name in preset}
+    if stage == "sweep" and preset:  # --preset report is a plan of runs, with the report's objective
+        preset = {name: preset[name] for name in ("loss", "beta", "eps", "epochs") if name in preset} | {"seeds": 3}
     model = flags.get("model", preset.get("model", layers["default"].get("model")))
     if model == "demo" and stage in DEMO:
         layers["demo"] = DEMO["dpo" if flags.get("objective") == "dpo" else stage]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rows import pair_rows
 
-from experiments.ranking import Run, cannot_tell, collect, point_name, summarise, table
+from experiments.ranking import Run, cannot_tell, collect, conclusions, point_name, summarise, table
 from experiments.sweep import make_points, parse_grid
 from runtime.files import InputError, read_json, write_json, write_jsonl
 from runtime.settings import Dpo
@@ -37,10 +37,14 @@ def command(tiny, tmp_path):
 
 
 def settings_of(sweep):
-    """{setting: the cells of its row} of sweep.md, from the best setting to the worst."""
-    lines = [line for line in (sweep / "sweep.md").read_text().splitlines() if line.startswith("| ")]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
-    return {first: [first, *others] for first, *others in cells}
+    """{setting: the cells of its row} of sweep.md, in the order in which the evaluation rows put them."""
+    return {cells[0]: cells for cells in cells_of((sweep / "sweep.md").read_text())[1:]}
+
+
+def cells_of(text):
+    """The cells of a Markdown table, line by line, without the rule under its header."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -93,8 +97,8 @@ def test_a_sweep_ranks_its_runs_and_skips_them_the_second_time(command, tmp_path
     assert main(flags) == 0
     rows = settings_of(tmp_path / "s")
     assert set(rows) == {"beta=0.1", "defaults (beta=0.3)"}
-    accuracies = [float(cells[3].split("%")[0]) for cells in rows.values()]
-    assert accuracies == sorted(accuracies, reverse=True)
+    evaluated = [float(cells[1].rstrip("%")) for cells in rows.values()]
+    assert evaluated == sorted(evaluated, reverse=True)
     runs = [path.parent for path in (tmp_path / "s").glob("*/tested.json")]
     assert len(runs) == 4 and not any((run / "checkpoints").exists() for run in runs)
     assert (tmp_path / "s" / "figures" / "curves.png").stat().st_size > 0
@@ -183,6 +187,8 @@ def test_mcnemar_by_hand():
     assert cannot_tell(a[:, 1 + 20 :], b[:, 1 + 20 :]) and cannot_tell(b[:, 1 + 20 :], a[:, 1 + 20 :])
     assert cannot_tell(a[:, :24], b[:, :24]) and cannot_tell(a, a)
     assert cannot_tell(a[:, :24].repeat(3, 1), b[:, :24].repeat(3, 1))  # three seeds do not make a pair three pairs
+    assert not cannot_tell(a.repeat(3, 1), b.repeat(3, 1))
+    assert cannot_tell(torch.cat((a, b)), b)  # one seed of the first is as bad as the second
     many = torch.arange(4000) % 2 == 0
     assert cannot_tell(many[None], ~many[None])  # 2,000 against 2,000: whole numbers that no float holds
 
@@ -210,6 +216,7 @@ def write_run(directory, base, seed, margin, point=None, **changes):
         "longer": [1, 0, -1, 1],
         "flipped": [False, True, False, False],
         "own loss": -1.0 - seed,
+        "validation": 0.5,
     }
     write_json(run.tested, record | changes)
     return run
@@ -234,16 +241,29 @@ def test_measures_of_a_setting_by_hand(tmp_path):
     assert made.own_loss == -1.5
 
 
-def test_settings_are_ranked_by_what_they_get_right(tmp_path):
+def test_evaluation_rows_pick_a_setting_and_test_pairs_judge_it(tmp_path):
     base = Dpo(eps=0.25, beta=0.5)
-    worse = write_run(tmp_path, base, 0, [-1.0, 1.0, -1.0, 1.0], {"lr": 1}, **{"own loss": -99.0})
-    better = write_run(tmp_path, base, 0, [1.0, -1.0, 1.0, 1.0], {"lr": 2})
-    again = write_run(tmp_path, base, 1, [1.0, -1.0, 1.0, -1.0], {"lr": 2})
-    unfinished = Run("unfinished", {"lr": 3}, better.settings)
-    results = collect([worse, better, again, unfinished], base)
-    assert [(r.name, len(r.right)) for r in results] == [("lr=2", 2), ("lr=1", 1)]
-    best, other = table(results, base).splitlines()[2:]
-    assert "| best |" in best and "|    = |" in other and "75.0 to 100.0%" in best  # four pairs show no difference
+    one = write_run(tmp_path, base, 0, [1.0, -1.0, 1.0, 1.0], {"lr": 1}, validation=0.6, **{"own loss": -99.0})
+    two = write_run(tmp_path, base, 0, [-1.0, 1.0, -1.0, 1.0], {"lr": 2}, validation=0.9)
+    again = write_run(tmp_path, base, 1, [1.0, -1.0, 1.0, -1.0], {"lr": 2}, validation=0.7)
+    unfinished = Run("unfinished", {"lr": 3}, two.settings)
+    results = collect([one, two, again, unfinished], base)
+    assert [(r.name, len(r.right), r.validation) for r in results] == [("lr=2", 2, 0.8), ("lr=1", 1, 0.6)]
+    picked, other = cells_of(table(results, base))[1:]
+    assert picked[:3] == ["lr=2", "80.0%", "picked"] and picked[4] == "25.0 to 75.0%"
+    assert other[:3] == ["lr=1", "60.0%", "="] and other[4] == "100.0 to 100.0%"  # four pairs show no difference
+
+
+def test_a_setting_can_be_better_than_the_one_that_was_picked(tmp_path):
+    base, known = Dpo(eps=0.25), dict(reference=[0.0] * 9, longer=[0] * 9, flipped=[False] * 9)
+    write = dict(known, validation=0.9)
+    runs = [
+        write_run(tmp_path, base, 0, [-1.0] * 9, {}, **write),
+        write_run(tmp_path, base, 0, [1.0] * 9, {"lr": 2}, **known),
+    ]
+    results = collect(runs, base)
+    assert cells_of(table(results, base))[2][2] == "better"
+    assert "better: lr=2 (=" in conclusions(results)[0]
 
 
 def test_without_known_labels_there_is_no_clean_accuracy(tmp_path):
