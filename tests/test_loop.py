@@ -151,6 +151,7 @@ def test_micro_batches_of_one_and_of_eight_give_the_same_gradient_and_metrics(ti
     assert_same_step(one, eight)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_eager_one_with_one_graph_for_all_layers_and_lengths(tiny, tmp_path):
     from torch._dynamo.utils import counters
 

@@ -401,6 +401,7 @@ def test_the_reference_is_the_model_with_its_adapters(tiny, tmp_path, capsys):
     assert read_metrics(tmp_path / "run")[0]["drift/absolute"] <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path):
     """With dropout: what is dropped follows from the seed and the step."""
     assert dpo(tmp_path, tiny, "whole", *LORA) == 0

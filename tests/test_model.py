@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import plain_logprobs, unsorted_examples
+from plain import TINY, VOCABULARY, make_phi, plain_logprobs, unsorted_examples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
 from data import Example, collate
-from generate import generate, sample, stream
+from generate import generate
 from model import (
     Phi,
     PhiConfig,
@@ -23,18 +23,6 @@ from model import (
     sibling_mask,
 )
 from runtime.files import InputError
-
-VOCABULARY = 64
-TINY = dict(vocab_size=VOCABULARY, hidden_size=40, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-
-
-@torch.no_grad()
-def make_phi(seed=0, **changes):
-    """A tiny Phi at Phi-2's rotary share (8 of a head's 20 dimensions) whose parameters, biases too, are all random."""
-    model, generator = Phi(PhiConfig(**{**TINY, **changes})), torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        p.normal_("layernorm.weight" in name, 0.2, generator=generator)
-    return model
 
 
 def make_examples(completions, seed=0, prompts=(5, 1, 9)):
@@ -444,165 +432,6 @@ def test_sizes_that_make_no_network_are_refused(changes, message):
 
 def test_without_a_number_of_key_value_heads_every_head_has_its_own():
     assert PhiConfig(**TINY).num_key_value_heads == 2
-
-
-# ----------------------------------------------------------------------------------------------------------- generation
-
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7]]
-
-
-@torch.no_grad()
-def slow_greedy(model, prompt, steps):
-    """No cache: the whole text through the network for every token."""
-    tokens = list(prompt)
-    for _ in range(steps):
-        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    return tokens[len(prompt) :]
-
-
-@pytest.mark.parametrize("key_value_heads", [2, 1])
-def test_cached_generation_equals_the_uncached_argmax_loop(key_value_heads):
-    model = make_phi(num_key_value_heads=key_value_heads)
-    expected = [slow_greedy(model, prompt, 12) for prompt in PROMPTS]
-    assert len({tuple(row) for row in expected}) == len(PROMPTS)
-    assert generate(model, PROMPTS, 12) == expected  # ragged batch
-    assert [generate(model, [prompt], 12)[0] for prompt in PROMPTS] == expected  # one by one
-    assert generate(model, [PROMPTS[0], PROMPTS[3]], 12) == [expected[0], expected[3]]  # equal lengths
-
-
-def test_generation_ends_before_the_first_stop_token():
-    model = make_phi()
-    free = generate(model, PROMPTS, 12)
-    stops = (free[0][3], free[2][1])
-    cut = [row[: next((i for i, token in enumerate(row) if token in stops), 12)] for row in free]
-    assert len(cut[0]) <= 3 and len(cut[2]) <= 1
-    assert generate(model, PROMPTS, 12, stop_tokens=stops) == cut
-    assert generate(model, PROMPTS[:1], 12, stop_tokens=free[0][:1]) == [[]]
-
-
-def test_a_batch_ends_with_the_step_in_which_its_last_row_stops():
-    """Rows stop in different steps; what one that has stopped gets in the meantime is no stop token again."""
-    model = make_phi()
-    free = generate(model, PROMPTS[2:], 12)
-    stops = (free[0][1], free[1][4])
-    first = [next(i for i, token in enumerate(row) if token in stops) for row in free]
-    assert first[0] < first[1] < 11 and free[0][first[1]] not in stops
-    assert len(list(stream(model, PROMPTS[2:], 12, stop_tokens=stops))) == first[1] + 1
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@torch.no_grad()
-def test_generation_in_bf16_follows_the_uncached_argmax(autocast):
-    """Up to rounding: each token's logit is the largest, or as good as."""
-    model = make_phi() if autocast else make_phi().bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        answers = generate(model, PROMPTS, 12)
-        for prompt, ids in zip(PROMPTS, answers, strict=True):
-            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].float()
-            chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
-            assert logits.dtype == torch.float32 and (logits.amax(dim=-1) - chosen).max() < 0.05
-
-
-def test_sampling_is_reproducible_and_a_tiny_nucleus_is_greedy():
-    model = make_phi()
-    first, again, other = (generate(model, PROMPTS, 12, temperature=1.0, seed=seed) for seed in (1, 1, 2))
-    assert first == again != other
-    greedy = generate(model, PROMPTS, 12)
-    assert first != greedy == generate(model, PROMPTS, 12, temperature=1.0, top_p=1e-6, seed=1)
-
-
-@pytest.mark.parametrize(
-    "temperature, top_p, expected",
-    [
-        (1.0, 1.0, [4 / 10, 3 / 10, 2 / 10, 1 / 10]),
-        (0.5, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # p^2, normalised
-        (1.0, 0.6, [4 / 7, 3 / 7, 0, 0]),  # .4 is less than .6, .4 + .3 reaches it
-        (1.0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
-        (0.5, 0.8, [16 / 25, 9 / 25, 0, 0]),  # the nucleus of the sharpened distribution: 25/30 reaches .8
-        (1.0, 0.3, [1, 0, 0, 0]),
-        *((1.0, top_p, [1, 0, 0, 0]) for top_p in (0.0, 1e-9, 0.4)),  # at least one; exact sums need no more
-        (1.0, 0.7, [4 / 7, 3 / 7, 0, 0]),
-        (1.0, 0.9, [4 / 9, 3 / 9, 2 / 9, 0]),
-        (0.0, 1.0, [1, 0, 0, 0]),
-    ],
-)
-def test_frequencies_of_sampled_tokens(temperature, top_p, expected):
-    order = torch.tensor([2, 0, 3, 1])  # the likeliest token is not the first
-    logits = torch.empty(4)
-    logits[order] = torch.tensor([4.0, 3.0, 2.0, 1.0]).log() + 5
-    generator = torch.Generator().manual_seed(0)
-    tokens = sample(logits.expand(20_000, 4), temperature, top_p, generator)
-    frequency = (tokens.bincount(minlength=4) / 20_000)[order]
-    expected = torch.tensor(expected, dtype=torch.float32)
-    assert (frequency - expected).abs().max() < 0.015  # four standard deviations of a frequency near 1/2
-    assert frequency[expected == 0].eq(0).all()
-
-
-def test_a_nucleus_is_cut_where_its_probability_is_reached_in_fp32_too():
-    """Two tokens of 1/2 each: the first alone reaches 0.5. And of 1,000 alike in bf16, half do; a running sum in bf16 stands
-    still at 1/4, where 1/1,000 is less than half its step, so that all would stay."""
-    generator = torch.Generator().manual_seed(0)
-    assert len(sample(torch.zeros(100, 2), 1.0, 0.5, generator).unique()) == 1
-    tokens = sample(torch.zeros(20_000, 1000, dtype=torch.bfloat16), 1.0, 0.5, generator)
-    assert 495 <= len(tokens.unique()) <= 501
-
-
-@pytest.mark.parametrize("prompts, new", [([], 1), ([[1], []], 1), ([[1]], 0)])
-def test_generation_of_nothing_is_refused(prompts, new):
-    with pytest.raises(ValueError, match="at least one prompt"):
-        generate(make_phi(), prompts, new)
-
-
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.8, "seed": 3}])
-def test_streamed_tokens_are_the_generated_ones(settings):
-    model = make_phi()
-    free = generate(model, PROMPTS, 12, **settings)
-    steps = list(stream(model, PROMPTS, 12, **settings))
-    assert all(step.shape == (len(PROMPTS),) for step in steps)
-    assert torch.stack(steps, dim=1).tolist() == free
-    (alone,) = generate(model, PROMPTS[:1], 12, **settings)
-    steps = list(stream(model, PROMPTS[:1], 12, **settings, stop_tokens=(alone[3],)))
-    assert [step.item() for step in steps] == alone[: alone.index(alone[3]) + 1]  # up to and with the stop token
-
-
-def test_a_stream_computes_a_step_when_asked_and_may_be_left_early(monkeypatch):
-    model, calls = make_phi(), []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *args, **more: calls.append(1) or hidden(*args, **more))
-    steps = stream(model, PROMPTS, 12)
-    assert not calls
-    first = next(steps)
-    assert len(calls) == 1 and first.tolist() == [row[0] for row in generate(model, PROMPTS, 1)]
-    next(steps)
-    steps.close()
-    assert len(calls) == 3 and next(steps, None) is None
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    for _ in stream(model, PROMPTS, 12):
-        break
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_the_consumer_of_a_stream_keeps_its_own_mode(grad):
-    model, modes = make_phi(), []
-    model.lm_head.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
-    with torch.set_grad_enabled(grad):
-        for _ in stream(model, PROMPTS, 4):
-            assert torch.is_grad_enabled() is grad and not torch.is_inference_mode_enabled()
-            assert model(torch.tensor([[1, 2]])).requires_grad is grad
-            modes.clear()
-        with pytest.raises(RuntimeError, match="between"):
-            for _ in stream(model, PROMPTS, 4):
-                raise RuntimeError("between two steps")
-        assert torch.is_grad_enabled() is grad and not torch.is_inference_mode_enabled()
-    list(stream(model, PROMPTS, 4))
-    assert modes[-4:] == [True] * 4
-
-
-def test_a_temperature_next_to_0_is_0():
-    generator, logits = torch.Generator().manual_seed(0), 100 * torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
-    for temperature in (1e-7, 1e-40, 1e-300):
-        assert torch.equal(sample(logits, temperature, 0.9, generator), logits.argmax(dim=-1))
 
 
 # ------------------------------------------------------------------------------------------------------ a whole data set

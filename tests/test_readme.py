@@ -179,6 +179,7 @@ def clone(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_walk_runs(clone):
     """The commands of the README that are marked as its walk, in their order, each as it is printed."""
     walk = [words for words in commands(README.read_text(encoding="utf-8"), walk=True) if words[0] == "python"]

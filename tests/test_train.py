@@ -171,6 +171,7 @@ def wait_for(process: subprocess.Popen, run: Path, lines: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_equals_never_stopped_bit_for_bit(tiny, pairs, tmp_path):
     """Killed before its first checkpoint, so it begins again; then stopped by SIGTERM, which saves after the step; then the
     printed command goes on."""
@@ -323,6 +324,7 @@ def test_rows_may_not_be_longer_than_the_model_s_window(tiny, tmp_path, capsys, 
     assert "20 rows, 19 kept" in printed and "1 completion does not fit" in printed
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_demo_shows_the_layer_of_each_value(small_demo, capsys):
     before = sorted(small_demo.rglob("*"))
     words = ["--out", str(small_demo), "--device", "cpu", "--preset", "80gb", "--lora", "4", "--dry-run"]
@@ -336,6 +338,7 @@ def test_a_dry_run_of_the_demo_shows_the_layer_of_each_value(small_demo, capsys)
     assert sorted(small_demo.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_demo_runs_sft_first_says_so_and_resumes_it_if_it_was_begun(small_demo, capsys):
     words = ["--out", str(small_demo), "--samples", "4", "--device", "cpu", "--epochs", "2"]
     assert main(words) == 0
@@ -404,6 +407,7 @@ def test_quantizing_the_result_of_qat_changes_nothing_and_it_resumes_bit_for_bit
     assert len(shown) == 16 and dict(shown) == pytest.approx(losses, rel=1e-6)  # steps that ran twice are shown once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["| head -1", ">&- 2>&- <&-", "> ascii.txt"], ids=["head", "closed", "ascii"])
 def test_output_that_cannot_be_written_does_not_end_a_run(tiny, pairs, tmp_path, broken):
     words = flags("dpo", tiny, pairs, tmp_path, "--max-steps", "2", "--samples", "2")

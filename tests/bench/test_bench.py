@@ -155,6 +155,7 @@ def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys
     assert "peft is not installed" not in told.err and "transformers is not installed" in told.out
 
 
+@pytest.mark.slow
 def test_the_first_steps_of_the_demo_are_found(tmp_path):
     assert bench.main(["--only", "start", "--json", str(tmp_path / "b.json"), "--small"]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from rows import pair_rows
 
@@ -167,6 +168,7 @@ def test_the_preset_plans_every_run_of_the_reports_tables(tiny, tmp_path):
     assert kept == {f"{name},seed={seed}" for name in ("defaults", "beta=0.1", "mixture=20") for seed in (0, 1, 2)}
 
 
+@pytest.mark.slow
 def test_the_whole_preset_on_a_tiny_model(tiny, tmp_path, capsys, monkeypatch):
     """With fewer mixtures and values, four runs in all."""
     monkeypatch.setattr(paper, "PARTS", (20, 40))

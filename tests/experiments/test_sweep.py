@@ -159,6 +159,7 @@ def test_a_directory_that_holds_a_run_of_another_stage_is_refused(command, tiny,
     assert sorted((tmp_path / "s").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_run_saves_it_and_the_same_command_goes_on(command, tmp_path):
     flags = command("--grid", "beta=0.1,0.3", "--epochs", "5", "--eval-every", "20")
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Examples in no order of length, and their log-probabilities from the definition, one completion at a time."""
+"""Examples in no order of length, their log-probabilities from the definition, and a tiny network."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Example
-from model import Phi
+from model import Phi, PhiConfig
 
 
 def unsorted_examples(completions: int, count: int = 7) -> list[Example]:
@@ -29,3 +29,16 @@ def plain_logprobs(model: Phi, examples: list[Example]) -> Tensor:
             logits = model(torch.tensor([example.prompt + completion]))[0, len(example.prompt) - 1 : -1]
             table.append(-F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
     return torch.stack(table).view(len(examples), -1)
+
+
+VOCABULARY = 64
+TINY = dict(vocab_size=VOCABULARY, hidden_size=40, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+
+
+@torch.no_grad()
+def make_phi(seed=0, **changes):
+    """A tiny Phi at Phi-2's rotary share (8 of a head's 20 dimensions) whose parameters, biases too, are all random."""
+    model, generator = Phi(PhiConfig(**{**TINY, **changes})), torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.normal_("layernorm.weight" in name, 0.2, generator=generator)
+    return model

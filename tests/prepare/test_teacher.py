@@ -464,6 +464,7 @@ def test_a_torn_last_line_is_removed_and_other_damage_is_named(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_rows_with_faults_on_a_third_and_a_kill_in_the_middle(serve, asker, tmp_path, monkeypatch):
     """No row is lost and none is paid for twice, but for the calls in flight when the process was killed."""
     draw = random.Random(0)

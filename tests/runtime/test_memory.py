@@ -131,6 +131,7 @@ print(json.dumps([sum(tensors.values()), peak() and peak() - before]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize(
     "flags",

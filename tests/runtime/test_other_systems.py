@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rows import pair_rows
 
 from runtime.files import read_json, write_jsonl
@@ -43,6 +44,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_dpo_run_needs_nothing_that_only_linux_has(tiny, tmp_path):
     """And files are UTF-8, whatever the system writes by default: here ASCII."""
     rows = [row | {"chosen": row["chosen"] + " \u03bb = 3 \u00b5m"} for row in pair_rows(25)]

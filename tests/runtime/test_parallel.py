@@ -29,12 +29,14 @@ def launched(request, tiny, tmp_path_factory):
     return request.param, read_json(folder / "checks.json"), done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_several_ranks(launched, check):
     failures = launched[1][check]
     assert not failures, "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
 
 
+@pytest.mark.slow
 def test_the_end_of_one_rank_ends_the_job_with_one_line(launched):
     size, _, done = launched
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -14,6 +14,7 @@ from runtime.files import read_json, write_jsonl
 from runtime.runs import read_metrics, steps_saved
 from train import main
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--batch-size 6 --micro-batch-size 2 --epochs 4 --eval-every 2 --lr 1e-3 --samples 3 --max-length 256 "

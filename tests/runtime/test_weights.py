@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from hub_server import hub, hub_environment
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from lora import add_lora, base_directory, is_adapter
 from model import Phi, PhiConfig
 from runtime import weights
 from runtime.files import InputError, read_json, write_json
-from runtime.weights import resolve, save_tensors, stored_tensors
+from runtime.weights import fingerprint, resolve, save_tensors, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(vocab_size=32, hidden_size=40, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -360,6 +361,7 @@ def test_adapters_know_their_base(saved, tmp_path):
     assert is_adapter(adapters) and base_directory(adapters) == saved
 
 
+@pytest.mark.slow
 def test_adapters_come_with_the_revision_of_the_base_that_they_were_trained_on(saved, tmp_path):
     """Of a base on the hub the commit that their config names is asked for, not the newest."""
     base = "owner/base"
@@ -404,6 +406,7 @@ print(json.dumps(results))"""
     return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 def test_hub_model_is_downloaded_once_and_every_failure_is_an_input_error(saved, tmp_path):
     home = tmp_path / "home"
     total = make_phi().lm_head.weight.sum().item()
@@ -442,3 +445,28 @@ def test_a_second_save_in_the_same_directory_leaves_nothing_of_the_first(tmp_pat
     first.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert torch.equal(Phi.from_pretrained(tmp_path).lm_head.weight, first.lm_head.weight)
+
+
+# -------------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_a_fingerprint_tells_every_bit_and_every_name():
+    def plain(*names):
+        return nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names}).requires_grad_(False)
+
+    one, other = plain("a", "b"), plain("a", "b")
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) == fingerprint(other)
+    other["b"].weight.view(torch.int32)[1, 1] ^= 1  # the last bit of the last weight
+    assert fingerprint(one) != fingerprint(other)
+    renamed = plain("a", "c")
+    renamed["a"].weight.copy_(one["a"].weight)
+    renamed["c"].weight.copy_(one["b"].weight)
+    assert fingerprint(one) != fingerprint(renamed)
+
+
+def test_codes_count_in_a_fingerprint(tiny):
+    model = Phi.from_pretrained(tiny, base="nf4")
+    before = fingerprint(model)
+    model.model.layers[0].mlp.fc1.weight[0] ^= 1
+    assert fingerprint(model) != before
