@@ -6,8 +6,8 @@ token has one scale, its largest |x|:
     c = round(127 x / s_x),   s_x = max |x| of the token        so a step is s_x / 127
 
 The paper found that in large language models a few features are 20 times as large as the others, in most tokens. Such a
-feature sets s_x, the step grows with it, and what the ordinary features say is rounded away: with s_x = 100 the step is 0.79,
-and a feature of 0.3 becomes 0.
+feature sets s_x, the step grows with it, and what the ordinary features say is rounded away: with s_x = 100 the step is
+0.79, and a feature of 0.3 becomes 0.
 
 LLM.int8() takes each feature that reaches 6.0 in any token out of the integer product and multiplies it unrounded:
 
