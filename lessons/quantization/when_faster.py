@@ -156,7 +156,7 @@ def claims(device: Device, layers: dict, seconds: dict, ratio: dict[int, float],
         ),
         Claim(
             f"NF4's layer has {smaller:.1f} times fewer bytes, but with one row it takes {ratio[1]:.1f} times {dense}'s "
-            f"time. It reads its codes at {100 * reading[1]:.1g}% of memory's speed: decoding, not memory, is its limit "
+            f"time. It reads its codes at {100 * reading[1]:.1f}% of memory's speed: decoding, not memory, is its limit "
             f"here. It is faster with {faster} rows.",
             reading[1] < 0.5 and ratio[1] > 1.5 / smaller,
         ),
