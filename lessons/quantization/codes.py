@@ -39,7 +39,7 @@ import demo
 from lessons.lesson import Claim, print_table
 from metrics.intervals import mean
 from model import Phi, PhiConfig
-from quant import dequantize, dequantize_int8, levels, linear_layers, midpoints, quantize_blockwise, quantize_int8
+from quant import dequantize, dequantize_int8, integers, levels, linear_layers, midpoints, quantize_blockwise, quantize_int8
 from quant_kernels import nearest, unpack
 from runtime.files import picture
 
@@ -129,12 +129,16 @@ def run(figure: Path) -> list[Claim]:
     )
     spreads = [(errors / errors.mean() - 1).abs().max().item() for row in table.values() for _, errors in row.values()]
     print(f"\n  means of {len(SEEDS)} samples of {COUNT:,} weights, each within {100 * max(spreads):.1f}% of its mean")
-    print("  " + ("" if gguf else "no rows of llama.cpp: pip install gguf; ") + "NF4 in percent:", end=" ")
     curves = {
         source: {code: [measure(w, lambda w, c=code, b=block: blockwise(w, c, b)) for block in BLOCKS] for code in FOUR_BITS}
         for source, w in samples.items()
     }
-    print(", ".join(f"block {b} {100 * e.mean():.2f}" for b, (_, e) in zip(BLOCKS, curves["normal"]["nf4"])))
+    at_32 = {code: 100 * of[BLOCKS.index(32)][1].mean().item() for code, of in curves["normal"].items()}
+    print(
+        f"  normal weights in blocks of 32, 5 bits: NF4 {at_32['nf4']:.2f}, int4 {at_32['int4']:.2f}; Q4_0, 4.5 bits:",
+        end=" ",
+    )
+    print(f"{100 * table['Q4_0, block 32']['normal'][1].mean():.2f}" if gguf else "see after pip install gguf")
     used, fitted = use_of_codes(torch.cat(samples["normal"]))
     with picture(figure, columns=3, rows=2, size=(15, 8)) as axes:
         draw_levels(axes[0])
@@ -151,8 +155,11 @@ def draw_levels(axis) -> None:
     axis.plot(w, torch.exp(-(w**2) / 2) / (2 * torch.pi) ** 0.5, color="black")
     torch.manual_seed(0)
     scale = torch.randn(2000, 64).abs().amax(dim=1).mean().item()
-    for k, code in enumerate((*FOUR_BITS, "nf2")):
-        axis.eventplot(levels(code) * scale, lineoffsets=-0.05 - 0.07 * k, linelengths=0.055, colors=f"C{k}")
+    shown = {code: levels(code) for code in (*FOUR_BITS, "nf2")} | {"int8": integers(8)}
+    for k, (code, table) in enumerate(shown.items()):
+        width = 0.4 if code == "int8" else 1.5
+        at = {"lineoffsets": -0.05 - 0.07 * k, "linelengths": 0.055}
+        axis.eventplot(table * scale, colors=f"C{k}", linewidths=width, **at)
         axis.text(3.35, -0.065 - 0.07 * k, code, color=f"C{k}", ha="right")
     axis.set(title="levels on the bell curve, at the mean scale of 64 weights", xlim=(-3.4, 3.4), yticks=[0, 0.2, 0.4])
     axis.set(xlabel="weight, in standard deviations", ylabel="density of weights")
