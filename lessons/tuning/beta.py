@@ -98,7 +98,7 @@ def run(figure: Path) -> list[Claim]:
         ],
     )
 
-    with picture(figure, columns=2, size=(12, 4.4)) as (answers, distance):
+    with picture(figure, columns=2, size=(11, 4.2)) as (answers, distance):
         draw_answers(answers, worlds[0], [fitted[beta][0] for beta in (0.2, 1.0, 5.0)], (0.2, 1.0, 5.0))
         distance.fill_between(BETAS, [spread[b].low for b in BETAS], [spread[b].high for b in BETAS], alpha=0.3)
         distance.plot(BETAS, [spread[b].value for b in BETAS], "o-", label="KL(pi || pi_ref), nats; band: 95%")

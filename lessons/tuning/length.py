@@ -91,17 +91,17 @@ def run(figure: Path) -> list[Claim]:
 
 def draw(figure: Path, rows: list[dict], scores: dict[str, dict[str, Estimate]]) -> None:
     """The lengths of sign-matched pairs, on a grid of the bins that matching uses, and the scores of all sets."""
-    with picture(figure, columns=2, size=(12.5, 4.8)) as (lengths, bars):
+    with picture(figure, columns=2, size=(10.5, 4)) as (lengths, bars):
         for name, colour, sign in (("chosen", "tab:blue", 1), ("rejected", "tab:orange", -1)):
             part = [row for row in rows if sign * gap(row) > 0]
             longest = [max(len(row["chosen"]), len(row["rejected"])) for row in part]
             size = [abs(gap(row)) for row in part]
-            lengths.plot(longest, size, ".", color=colour, markersize=5, label=f"the {name} answer is the longer one")
-        lengths.set(title="one set of sign-matched pairs; the grid shows the bins", xscale="log", yscale="log")
+            lengths.plot(longest, size, ".", color=colour, markersize=5, label=f"{name} answer longer")
+        lengths.set(title="sign-matched pairs, on a grid of bins", xscale="log", yscale="log")
         lengths.set(xlabel="characters of the longer answer", ylabel="difference in characters")
         edges = [BIN**k for k in range(4, 20)]
         lengths.set_xticks(edges, [f"{edge:,.0f}" for edge in edges], fontsize=8)
-        lengths.set_yticks(edges, [f"{edge:,.0f}" for edge in edges], fontsize=8)
+        lengths.set_yticks(edges, [f"{edge:,.0f}" if k % 2 else "" for k, edge in enumerate(edges)], fontsize=8)
         lengths.minorticks_off()
         lengths.set(xlim=(110, 2400), ylim=(1, 4000))
         lengths.legend()
@@ -113,5 +113,6 @@ def draw(figure: Path, rows: list[dict], scores: dict[str, dict[str, Estimate]])
             bars.bar_label(bars.bar(spots, values, 0.36, yerr=spread, capsize=4, label=name), fmt="%.0f", padding=2)
         bars.axhline(50, color="black", linestyle=":", label="guessing")
         bars.set_xticks(range(len(score)), score)
-        bars.set(title=f"what lengths give away, {SEEDS} sets", ylabel="accuracy (%), with 95%", ylim=(0, 115))
+        bars.set(title=f"what lengths give away, {SEEDS} sets", ylabel="accuracy (%), with 95%", ylim=(0, 140))
+        bars.set_yticks(range(0, 101, 20))
         bars.legend(loc="upper right")

@@ -117,6 +117,10 @@ def run(figure: Path) -> list[Claim]:
     settings: Dpo = settle("dpo", {"model": "demo"}).settings
     batch = collate([pair])
     print(coloured(pair, chat, colour=False), "\n")
+    for name, part in turns(pair, chat).items():
+        segment, position = batch.segment[0, part], batch.position[0, part]
+        print(f"  {name:9}  tokens {part[0]:2}-{part[-1]}  segment {segment[0]}  position {position[0]:2}-{position[-1]}")
+    print()
 
     # Forward and backward: from the pair to the gradient of every weight.
     before = measure(model, batch, None, settings)
@@ -129,7 +133,7 @@ def run(figure: Path) -> list[Claim]:
     by_hand = slope_by_hand(model, batch, reference, settings, steepest)
     exact = gradient[steepest].item()
 
-    # One step of the optimizer, as train.py takes it.
+    # One step of the optimizer, at the rate that train.py reaches after its warm-up.
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     make_optimizer(model, settings).step()
     after = measure(model, batch, reference, settings)
@@ -195,7 +199,7 @@ def draw(figure: Path, pair: Example, chat: ChatML, batch: Batch, before: list[T
         mask.set_yticks(middles, parts)
         mask.set(title="the attention mask: who reads whom", xlabel="token that is read", ylabel="token that reads")
 
-        tokens = [chat.decode([token]).replace("Ġ", " ") for ids in pair.completions for token in ids]
+        tokens = [chat.decode([token]) for ids in pair.completions for token in ids]
         rows, size = range(len(tokens)), len(pair.completions[0])
         change.barh([k - 0.2 for k in rows], -torch.cat(before), height=0.4, color="lightgrey", label="before the step")
         for start, values, colour, name in ((0, after[0], "tab:green", "chosen"), (size, after[1], "tab:red", "rejected")):

@@ -132,7 +132,7 @@ def draw(figure: Path, fits: list[Fitted], of_sum: dict[int, float], of_mean: di
         for name, policy in (("sum", f.by_sum), ("mean", f.by_mean)):
             drift = BETA * (policy - f.world.reference)
             gained[name].append(drift - drift.mean())
-    with picture(figure, columns=2, size=(12, 4.4)) as (rewards, distances):
+    with picture(figure, columns=2, size=(11, 4.2)) as (rewards, distances):
         rewards.plot(reward, torch.cat(gained["sum"]), "k.", label="sum")
         tokens = torch.cat([f.tokens for f in fits])
         shown = rewards.scatter(
