@@ -10,11 +10,14 @@ numbers: if one does not hold on this machine, the lesson says so and the comman
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
 
-import torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does, before torch is imported
+
+import torch  # noqa: E402
 
 LESSONS = {  # in the order in which they are best read
     "tuning": ["losses", "one_pair", "beta", "sum_or_mean", "flips", "displacement", "length", "adapters"],
