@@ -108,8 +108,8 @@ def run(figure: Path) -> list[Claim]:
         ),
         Claim(
             f"So does a fifth of the learning rate ({slow.chosen:+.1f} nats, {slow.right:.0%}); five times the beta only "
-            f"softens it ({strict.chosen:+.1f} nats, {strict.right:.0%}). Longer is worse: after {early.step} steps the first "
-            f"run has the right answer at {early.chosen:+.1f} nats, at its end at {robust.chosen:+.1f}.",
+            f"softens it ({strict.chosen:+.1f} nats, {strict.right:.0%}). Longer is worse: after {early.step} steps the "
+            f"first run has the right answer at {early.chosen:+.1f} nats, at its end at {robust.chosen:+.1f}.",
             slow.chosen > -1
             and slow.right > max(before, robust.right + 0.1)
             and robust.chosen < strict.chosen < 0
