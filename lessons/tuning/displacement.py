@@ -22,6 +22,8 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 import train
 from data import Example
 from lessons.lesson import Claim, print_table
@@ -61,7 +63,7 @@ def look(small: SmallDemo, model: Phi, settings: Dpo, step: int) -> Look:
     return Look(step, *drift, numbers["eval_rewards/accuracies"], small.right_method(model, WATCHED))
 
 
-def curve(small: SmallDemo, pairs: list[Example], settings: Dpo) -> list[Look]:
+def curve(small: SmallDemo, pairs: list[Example], reference: Tensor, settings: Dpo) -> list[Look]:
     """One epoch of DPO from the SFT model, and what became of it on the way."""
     model, looks = copy.deepcopy(small.model), []
     steps = -(-len(pairs) // settings.batch_size)
@@ -70,7 +72,7 @@ def curve(small: SmallDemo, pairs: list[Example], settings: Dpo) -> list[Look]:
         if step % EVERY == 0 or step == steps:
             looks.append(look(small, model, settings, step))
 
-    tune(model, pairs, logprobs(small.model, pairs), settings, watch)
+    tune(model, pairs, reference, settings, watch)
     return looks
 
 
@@ -78,7 +80,8 @@ def run(figure: Path) -> list[Claim]:
     with one_thread():
         small = small_demo()
         pairs = small.pairs(flip_rate=0.2)
-        curves = {name: curve(small, pairs, settings) for name, settings in RUNS.items()}
+        reference = logprobs(small.model, pairs)
+        curves = {name: curve(small, pairs, reference, settings) for name, settings in RUNS.items()}
     before = curves["robust"][0].right
     print_table(
         ["run", "step", "chosen (nats)", "rejected", "accuracy", "right method", "95%"],
