@@ -145,9 +145,10 @@ def fit_linear(rate: float) -> dict[str, dict[int, Fitted]]:
     return made
 
 
-def crossing(plain: dict[int, Fitted], robust: dict[int, Fitted]) -> int:
-    """The number of labels from which on robust DPO's error is the smaller one."""
-    return min(n for n in plain if all(robust[m].error < plain[m].error for m in plain if m >= n))
+def crossing(plain: dict[int, Fitted], robust: dict[int, Fitted]) -> float:
+    """The number of labels from which on robust DPO's error is the smaller one; infinite if it never is."""
+    found = (n for n in plain if all(robust[m].error < plain[m].error for m in plain if m >= n))
+    return min(found, default=math.inf)
 
 
 def first_step(loss: str, eps: float | None) -> dict[str, Tensor]:
