@@ -80,8 +80,14 @@ SECTIONS = {  # as a model's results name them, with the table's title
     "by topic": "Multiple choice: accuracy by topic (letter)",
     "judge": "A judge, asked in both orders",
 }
-DECIMALS = dict.fromkeys("margin,DPO loss,loss,perplexity,ROUGE-1,ROUGE-2,ROUGE-L,BERTScore,position bias".split(","), 3)
+DECIMALS = dict.fromkeys(
+    "margin,DPO loss,loss,perplexity,ROUGE-1,ROUGE-2,ROUGE-L,BERTScore,position bias,bias by chance".split(","), 3
+)
 DECIMALS |= {"BLEU": 1, "memory, MB": 2, "bits per weight": 2, "KL, nats": 6}  # digits; other measures are percentages
+UNIFORM = (
+    "Flip rate, if uniform: of flips that do not depend on how hard a pair is. People mislabel hard pairs, and such flips "
+    "hardly show here; where the model is sure and wrong, its errors count as flips."
+)
 WITH_REFERENCE = {"rewards": "reference", "judge": "judged against"}  # sections that compare with another model
 
 
@@ -90,15 +96,17 @@ def section_table(section: str, models: list[dict]) -> str:
     part = [m for m in models if section in m]
     measures = list(dict.fromkeys(name for m in part for name, value in m[section].items() if value is not None))
     other = [WITH_REFERENCE[section]] if section in WITH_REFERENCE else []
-    lines = [["topic" if section == "by topic" else "model", *measures, *other]]
+    titles = ["flip rate, if uniform" if name == "flip rate" else name for name in measures]
+    lines = [["topic" if section == "by topic" else "model", *titles, *other]]
     for m in part:
         values = [(name, m[section].get(name)) for name in measures]
         cells = [decimal(value, DECIMALS[name]) if name in DECIMALS else percent(value) for name, value in values]
         lines.append([m["model"], *cells, *(str(m[name]) for name in other)])
     if section == "by topic":  # a row for each topic, a column for each model
         lines = list(zip(*lines))
-    note = f"\n\nBLEU: sacrebleu, {part[0]['BLEU signature']}" if section == "answers" else ""
-    return f"{SECTIONS[section]}\n\n{markdown(lines[0], lines[1:])}{note}"
+    notes = [f"BLEU: sacrebleu, {part[0]['BLEU signature']}"] if section == "answers" else []
+    notes += [UNIFORM] if "flip rate" in measures else []
+    return "\n\n".join([SECTIONS[section], markdown(lines[0], lines[1:]), *notes])
 
 
 def report(results: Results) -> str:
