@@ -289,7 +289,7 @@ def run(settings: Tuning) -> int:
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
             told = tables.summary(settings, run, inputs.held_out, results)
-            tables.training_figure(run, settings.objective)
+            tables.training_figure(run, settings.objective, results["best_step"], flips(inputs.held_out))
             write_json(run / "results.json", results)
             print(told)
     return 0

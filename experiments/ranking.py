@@ -124,7 +124,7 @@ def table(results: list[Result], base: Dpo) -> str:
     defaults = f"defaults ({values})" if values else "defaults"
     clean = all("clean accuracy" in r.measures for r in results)
     several = max(len(r.right) for r in results) > 1
-    header = ["setting", "", *(["clean accuracy"] if clean else []), *(["of seeds"] if several else [])]
+    header = ["setting, on the test pairs", "", *(["clean accuracy"] if clean else []), *(["of seeds"] if several else [])]
     header += [f"debiased, eps {base.eps or 0:g}", "as labelled", "margin, nats", f"DPO loss, beta {base.beta}"]
     rows = []
     for i, r in enumerate(results):
@@ -178,9 +178,9 @@ def report_sweep(sweep: Path, runs: list[Run], base: Dpo, failed: dict[str, str]
 
 
 CURVES = {  # of held-out metrics
-    "eval_rewards/accuracies": "reward accuracy, as labelled",
-    "eval_dpo_loss": "DPO loss without eps, at the run's own beta (nats)",
-    "eval_preference_loss": "own loss, not comparable across beta and eps (nats)",
+    "eval_rewards/accuracies": "held out: reward accuracy, as labelled",
+    "eval_dpo_loss": "held out: DPO loss without eps,\nat the run's own beta (nats)",
+    "eval_preference_loss": "held out: own loss, not comparable\nacross beta and eps (nats)",
 }
 
 
