@@ -10,6 +10,7 @@ import torch
 import demo
 import lora
 import quant
+from metrics.intervals import share
 from model import PhiConfig, read_config
 from runtime import flags, memory
 
@@ -120,6 +121,29 @@ def test_the_demo_s_model(tiny):
     phi = replace(read_config(tiny), num_hidden_layers=demo.TINY_PHI["num_hidden_layers"])
     assert memory.parameters(phi) == pytest.approx(1e6, rel=0.05)
     assert 2 * phi.vocab_size * phi.hidden_size / memory.parameters(phi) == pytest.approx(1 / 5, abs=0.03)
+
+
+def test_memory_of_the_demo_s_formats(tiny):
+    """All that is not quantized stays fp32."""
+    phi = replace(read_config(tiny), num_hidden_layers=4)
+    matrices, rows = 4 * (4 * 128**2 + 2 * 128 * 512), 4 * (4 * 128 + 512 + 128)
+    for name in ("int8", "nf4", "nf4-double", "nf2"):
+        row = re.search(rf"(?m)^\| {name} \| (\d\.\d+) \| ([\d.]+) \|", (ROOT / "docs/quantization.md").read_text("utf-8"))
+        bits = 8 + 32 * rows / matrices if name == "int8" else memory.BITS[name]
+        assert float(row[2]) == pytest.approx(bits, abs=0.006)
+        size = 4 * (memory.parameters(phi) - matrices) + bits / 8 * matrices
+        assert float(row[1]) == pytest.approx(size / 1e6, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["out/demo-dpo", "out/demo-sft-seed0"])
+def test_the_intervals_of_the_page_on_measuring(name):
+    """Wilson's, of shares of 1,425 pairs; those of debiased accuracy are (x - .2) / .6."""
+    shares = [[float(x) for x in re.findall(r"[\d.]+", cell)] for cell in cells("docs/measuring.md", name)[1:]]
+    raw, debiased, clean, _, longer, reference = shares
+    for value, low, high in (raw, clean, longer, reference):
+        made = share(value / 100 * 1425, 1425)
+        assert [low, high] == pytest.approx([100 * made.low, 100 * made.high], abs=0.11)
+    assert debiased == pytest.approx([(x - 20) / 0.6 for x in raw], abs=0.1)
 
 
 def test_the_debiased_accuracy_of_the_readme():
