@@ -66,6 +66,9 @@ def test_training_all_of_phi_2_and_its_adapters():
         pytest.approx(16 * ALL / 1e9, abs=0.05),
     ]
     assert printed("runtime/memory.py", r"([\d.]+) GB for Phi-2") == [pytest.approx(16 * ALL / 1e9, abs=0.05)]
+    assert printed("runtime/memory.py", r"in bf16, ([\d.]+) in nf4") == [pytest.approx(4.5 / 8, abs=0.005)]
+    moments = printed("runtime/optimizer.py", r"([\d.]+) of the ([\d.]+) GB that training all of Phi-2")
+    assert moments == pytest.approx([8 * ALL / 1e9, 16 * ALL / 1e9], abs=0.05)
     million, megabytes = printed("docs/adapters-and-memory.md", r"([\d.]+) million values at rank 16.*?\(([\d.]+) MB")
     assert million == pytest.approx(ADAPTERS / 1e6, abs=0.05) and megabytes == pytest.approx(4 * ADAPTERS / 1e6, abs=0.5)
     assert ADAPTERS / ALL == pytest.approx(0.01, abs=0.002)  # gradients and moments of 99% of the weights are saved
