@@ -171,6 +171,7 @@ def objective(
 def debiased_accuracy(accuracy: float, eps: float | None) -> float:
     """The accuracy c on clean labels that shows as `accuracy` a on labels flipped at rate eps: a = c(1-eps) + (1-c) eps.
 
-    An estimate from finitely many pairs, so it may leave [0, 1] by chance.
+    Above 1, fewer labels contradict the model than the share eps that is assumed to be wrong: by chance, or because eps is
+    too large.
     """
     return accuracy if eps is None else (accuracy - eps) / (1 - 2 * eps)

@@ -32,7 +32,7 @@ from data import Batch, Example, Segments, by_length, collate
 from runtime import parallel
 from runtime.files import InputError, printable, read_json
 
-LOGIT_CHUNK = {"cpu": 2**24, "cuda": 2**26}  # logits that exist at a time in log-probabilities: 64 and 256 MB in fp32
+LOGIT_CHUNK = {"cpu": 2**24, "cuda": 2**26}  # logits that exist at a time in log-probabilities: 67 and 268 MB in fp32
 
 
 @dataclass

@@ -149,7 +149,7 @@ def quantize_int8(w: Tensor, check: bool = True) -> tuple[Tensor, Tensor]:
 
     Error: |w - w~| <= s / 254, half a step, for s >= 1e-36; smaller rows get the codes of s = 1e-36, as 127 / s would be
     infinite in fp32. Errors are uniform within a step s / 127, so for w ~ N(0, 1) their relative RMSE is about
-    sqrt(E[s^2]) / 127 / sqrt(12). Rows of 2,560 have sqrt(E[s^2]) = 3.69: .0084.
+    sqrt(E[s^2]) / 127 / sqrt(12). Rows of 2,560 have sqrt(E[s^2]) = 3.70: .0084.
     """
     w = w.detach()
     scale = w.abs().amax(dim=1).float()
@@ -219,8 +219,8 @@ def quantize_blockwise(w: Tensor, code: str = "nf4", block: int = 64, double: bo
     no such code or block.
 
     Error: |w - w~| <= s_b g / 2, where g is the widest gap between levels: .304 for NF4, 1/3 for FP4, 1/7 for int4, 1 for
-    NF2; double quantization adds its own error of s_b. For w ~ N(0, 1), block 64, sqrt(E[s^2]) = 2.62, and evenly spaced
-    levels err uniformly within a step: int4's relative RMSE is 2.62 / 7 / sqrt(12) = .108. Summed over the unequal gaps of
+    NF2; double quantization adds its own error of s_b. For w ~ N(0, 1), block 64, sqrt(E[s^2]) = 2.63, and evenly spaced
+    levels err uniformly within a step: int4's relative RMSE is 2.63 / 7 / sqrt(12) = .108. Summed over the unequal gaps of
     NF4 and FP4, weighted by the normal density: .092 and .122. NF4 is best where most values lie, FP4 near 0.
 
     Equal bit for bit to bitsandbytes' CUDA kernels, where w / s is w times 1 / s. (Its CPU code divides in a last, short

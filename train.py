@@ -37,7 +37,7 @@ import json
 import math
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +291,7 @@ def run(settings: Tuning) -> int:
         results |= {"parent": str(parent), "memory": {"estimated": need.total, "measured": used}}
         if parallel.is_main():
             told = tables.summary(settings, run, inputs.held_out, results)
-            tables.training_figure(run, settings.objective)
+            tables.training_figure(run, settings.objective, results["best_step"], flips(inputs.held_out))
             write_json(run / "results.json", results)
             print(told)
     return 0
@@ -446,6 +446,31 @@ def dry_run(settings: Tuning, parent: Path) -> None:
     size = f"{settings.batch_size} examples a step, in micro-batches of {settings.micro_batch_size}"
     print(f"\nBatches\n  {len(batches):,} steps an epoch, {steps:,} in all; {size}")
     print(f"\nMemory\n  {memory.check_fits(parent, settings, inputs.train)}")
+    took = time_a_step(settings, parent, inputs)
+    spent = (took.training, took.training + took.reference + took.evaluating)
+    stepping, total = (f"{s / 60:,.1f} minutes ({s / 3600:,.2f} hours)" for s in spent)
+    print(f"\nTime\n  {took.step:.2f} s for the first step, about {stepping} for {steps:,} steps")
+    reference = " and the reference" if took.reference else ""
+    print(f"  {total} with {took.evaluations} evaluations{reference}, without the answers that are sampled")
+    print("Nothing was trained.")
+
+
+@dataclass
+class Times:
+    """What a run will take, in seconds, by a step that was timed."""
+
+    step: float  # the first step
+    token: float  # a forward pass, per token
+    training: float  # all steps
+    reference: float  # forward passes over all pairs; 0 without a reference
+    evaluating: float
+    evaluations: int  # "before" and "after" included
+
+
+def time_a_step(settings: Tuning, parent: Path, inputs: Inputs) -> Times:
+    """Times the first step and a forward pass of its examples. The time of all others grows with the tokens."""
+    batches = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch=0)
+    steps = settings.max_steps or settings.epochs * len(batches)
     model, optimizer, _ = prepare(settings, Path(), load_to_tune(parent, settings), start=0)
     examples, dpo_run = [inputs.train[i] for i in batches[0]], settings.objective == "dpo"
     for _ in range(2):  # the first time also warms up
@@ -456,17 +481,11 @@ def dry_run(settings: Tuning, parent: Path) -> None:
         clip_gradients(model, settings.clip)
         stepped = time.perf_counter()
         all_logprobs(model, examples, settings.micro_batch_size, settings.device, settings.dtype, "timing")
-    step, forward = stepped - began, time.perf_counter() - stepped
-
-    # Time grows with the tokens. Forward passes: the reference of all pairs, or "before"; at each evaluation; and "after".
     trained, held_out, timed = (sum(map(len, some)) for some in (inputs.train, inputs.held_out, examples))
+    step, token = stepped - began, (time.perf_counter() - stepped) / timed
     evaluations = math.ceil(steps / settings.eval_every) + 2
-    stepping = step * trained / timed * steps / len(batches)
-    measuring = forward * (trained * dpo_run + held_out * evaluations) / timed
-    stepping, total = (f"{s / 60:,.1f} minutes ({s / 3600:,.2f} hours)" for s in (stepping, stepping + measuring))
-    print(f"\nTime\n  {step:.2f} s for the first step, about {stepping} for {steps:,} steps")
-    print(f"  {total} with {evaluations} evaluations{' and the reference' * dpo_run}, without the answers that are sampled")
-    print("Nothing was trained.")
+    training = step * trained / timed * steps / len(batches)
+    return Times(step, token, training, token * trained * dpo_run, token * held_out * evaluations, evaluations)
 
 
 # ------------------------------------------------------------------------------------------------------------ the driver

@@ -176,9 +176,7 @@ def conclusions(results: list[Result]) -> list[str]:
     ]
     if "flip rate" in picked.measures:
         rate = percent(picked.measures["flip rate"])
-        lines.append(
-            f"Flip rate of the test labels, by its margins: {rate}. Of the eps marked picked or =, take one near it."
-        )
+        lines.append(f"Flip rate of the test labels by its margins, if flips do not depend on the pair: {rate}.")
     lowest = min(results, key=lambda r: r.own_loss)
     lines.append(
         f"The lowest own loss, {lowest.own_loss:.3f}, would pick {lowest.name} ({percent(lowest.measures[kind])}). It is "
@@ -204,8 +202,8 @@ def report_sweep(sweep: Path, runs: list[Run], base: Dpo, failed: dict[str, str]
 
 CURVES = {  # on evaluation rows
     ACCURACY: "reward accuracy, as labelled",
-    "eval_dpo_loss": "DPO loss without eps, at the run's own beta (nats)",
-    "eval_preference_loss": "own loss, not comparable across beta and eps (nats)",
+    "eval_dpo_loss": "DPO loss without eps,\nat the run's own beta (nats)",
+    "eval_preference_loss": "own loss, not comparable\nacross beta and eps (nats)",
 }
 
 

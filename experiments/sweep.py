@@ -14,6 +14,7 @@ when the command is given again; if one fails, the others go on.
 
 import contextlib
 import shutil
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import dpo
 import train
-from data import Ledger, Row, check_no_leak, encode, lengths_of, split_by_question, write_truth
+from data import ChatML, Example, Ledger, Row, check_no_leak, encode, lengths_of, split_by_question, write_truth
 from experiments import ranking
 from experiments.ranking import ACCURACY, QUARTERS, Run, point_name
 from metrics.preferences import flips, for_the_right
@@ -49,6 +50,10 @@ def run(settings: Sweep) -> int:
     grid = parse_grid(settings.grid)
     if settings.train is None:  # the flags see to it that the grid has some
         settings = replace(settings, train=grid["train"][0])
+    if settings.dry_run:
+        with tempfile.TemporaryDirectory() as directory:
+            dry_run(plan(settings, grid, Path(directory)))
+        return 0
     with open_sweep(settings) as directory:
         planned = plan(settings, grid, directory)
         status, failed = run_all(planned)
@@ -201,6 +206,36 @@ def check_settings(planned: list[Run]) -> None:
                 )
 
 
+def dry_run(planned: list[Run]) -> None:
+    """Prints what the runs would take, by a timed step of each setting, and their sum."""
+    print("Time, without the answers that are sampled")
+    grouped: dict[str, list[Run]] = {}
+    for run in planned:
+        grouped.setdefault(point_name(run.point), []).append(run)
+    spent, once = 0.0, {}
+    for name, (run, *others) in grouped.items():
+        settings, parent = run.settings, Path(run.settings.model)
+        chat = runs_on_disk.load_chat(parent, settings.system_prompt or "")
+        took = train.time_a_step(settings, parent, train.load_inputs(settings, chat))
+        testing = took.token * sum(map(len, read_test(run, chat)))
+        seconds = took.training + took.evaluating + testing
+        spent += seconds * (1 + len(others))
+        once[settings.train] = took.reference + testing  # of the starting model: shared by the runs on the same rows
+        print(f"  {name}: {1 + len(others)} x {seconds / 60:,.1f} minutes, {took.step:.2f} s for the first step")
+    spent += sum(once.values())
+    print(f"{len(planned)} runs and their references: {spent / 60:,.1f} minutes ({spent / 3600:,.2f} hours)")
+    print("Nothing was trained.")
+
+
+def read_test(run: Run, chat: ChatML) -> list[Example]:
+    """The test pairs as the model reads them. InputError if none fits."""
+    settings = run.settings
+    examples = encode(read_pairs(run.test, settings), chat, settings.max_length, settings.max_prompt_length, Ledger())
+    if not examples:
+        raise InputError(f"{run.test}: no row fits into --max-length {settings.max_length}")
+    return examples
+
+
 def run_one(run: Run) -> int:
     """Trains (or resumes) and measures one run; what it prints goes to RUN.log."""
     begun = (run.directory / "run.json").exists()
@@ -221,10 +256,7 @@ def measure_on_test(run: Run) -> dict:
     its reward accuracy on the evaluation rows, as labelled. For a run with `quarters`, which pairs it orders correctly after
     each quarter of the training, [4][E]."""
     settings = run.settings
-    chat = runs_on_disk.load_chat(run.directory, settings.system_prompt or "")
-    examples = encode(read_pairs(run.test, settings), chat, settings.max_length, settings.max_prompt_length, Ledger())
-    if not examples:
-        raise InputError(f"{run.test}: no row fits into --max-length {settings.max_length}")
+    examples = read_test(run, runs_on_disk.load_chat(run.directory, settings.system_prompt or ""))
     parent = train.load_model(Path(settings.model), settings)
     reference = train.reference_table(settings, parent, fingerprint(parent), examples, "test")  # [E, 2]
     del parent  # one model in memory

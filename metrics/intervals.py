@@ -8,16 +8,23 @@ It is right for small n and for shares near 0 and 1, where k/n +- z sqrt(...) le
 gets the percentile bootstrap (Efron 1979): computed anew on examples drawn with replacement, the middle 95% of the results.
 Both take the examples as independent; many pairs of one question make the truth less sure than they say.
 
-**The flip rate.** A label is flipped with probability eps, whatever the pair. Let m be a model's reward margin of the answer
-labelled "chosen" over the other. If the *clean* preference follows Bradley and Terry (1952) in that margin at some slope a,
+**The flip rate, if uniform.** Suppose a label is flipped with probability eps, however easy or hard the pair is. Let m be a
+model's reward margin of the answer labelled "chosen" over the other. If the *clean* preference follows Bradley and Terry
+(1952) in that margin at some slope a,
 
     p(this label) = (1-eps) sigma(a m) + eps sigma(-a m) = eps + (1-2 eps) sigma(a m)
 
 so however sure the model is, it disagrees with a share eps of the labels: the curve levels off at eps and 1-eps. It is
 fitted by maximum likelihood over (eps, a), and the interval holds every eps whose best likelihood is within 1.92 nats of the
-best of all (profile likelihood, Wilks 1938). Two assumptions: the pairs were held out (a model that memorized a flipped
-label agrees with it), and the model is right where it is surest. Where it is not, its own errors count as flips, so read the
-estimate as "at most about". A model that knows nothing fits every eps: then the interval is wide.
+best of all (profile likelihood, Wilks 1938). It stands on three assumptions, and the interval knows of none:
+
+    flips are uniform          people mislabel hard pairs. A flip of a pair about which the model is unsure looks like a
+                               smaller slope: a true rate of .1 to .4 then reads 0 to .04
+    the model is right         where it is surest; otherwise its own errors count as flips, and the estimate is too high
+    the pairs were held out    a model that memorized a flipped label agrees with it
+
+So the estimate is the share of labels that contradict the model where it is surest. A model that knows nothing fits every
+eps: then the interval is wide.
 """
 
 from dataclasses import dataclass
@@ -49,7 +56,7 @@ def share(successes: float, n: int) -> Estimate:
 
 def debiased(estimate: Estimate, eps: float) -> Estimate:
     """The accuracy on clean labels of one measured on labels flipped at rate eps: (a - eps)/(1 - 2 eps) is linear, so the
-    interval goes along. Not cut to [0, 1]: a value above 1 says that eps is too large."""
+    interval goes along. Not cut to [0, 1] (`dpo.debiased_accuracy` says what a value above 1 means)."""
     value, low, high = ((x - eps) / (1 - 2 * eps) for x in (estimate.value, estimate.low, estimate.high))
     return Estimate(value, low, high, estimate.n)
 
@@ -71,8 +78,8 @@ def mean(values: Tensor) -> Estimate:
 
 
 def estimate_flip_rate(margins: Tensor) -> Estimate:
-    """The flip rate eps of the labels of held-out pairs, from reward margins [n] (chosen minus rejected, in any unit), with
-    the assumptions in the head of this file. ValueError without a margin other than 0."""
+    """The rate eps of *uniform* flips among the labels of held-out pairs, from reward margins [n] (chosen minus rejected, in
+    any unit). The head of this file says when it is wrong. ValueError without a margin other than 0."""
     margins = margins.double()
     if not margins.any():
         raise ValueError("all margins are 0: there is no model to compare the labels with")

@@ -54,11 +54,19 @@ def divergence(full: Phi, other: Phi, examples: Sequence[Example], batch_size: i
 
 
 def figure(models: list[dict], path: Path) -> None:
-    """Quality against size: KL divergence to full precision over the bytes in memory, of models as `eval` measures them."""
-    shown = [(one["model"], one["format"]) for one in models if one.get("format", {}).get("KL, nats", 0) > 1e-9]
-    with picture(path, columns=1, size=(7, 4)) as (axis,):
-        for i, (name, made) in enumerate(shown):  # without full precision, which is off a logarithmic axis
-            look = dict(marker="os^vDPX*"[i % 8], color=f"C{i % 10}", linestyle="none", markersize=8, alpha=0.8)
-            axis.plot(made["memory, MB"], made["KL, nats"], label=name, **look)
-        axis.set(xlabel="memory (MB)", ylabel="KL to full precision (nats per token)", yscale="log")
-        axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    """Size and quality, a line for each format: bytes in memory, and KL divergence to full precision, of models as `eval`
+    measures them."""
+    shown = sorted((one for one in models if "format" in one), key=lambda one: -one["format"]["memory, MB"])
+    names = [f"{one['model']} ({one['format']['bits per weight']:.2f} bits)" for one in shown]
+    panels = {"memory, MB": "Memory (MB)", "KL, nats": "KL to full precision (nats per token)"}
+    with picture(path, columns=2, size=(10, 1.2 + 0.35 * len(shown))) as axes:
+        for axis, (measure, title) in zip(axes, panels.items(), strict=True):
+            for line, one in enumerate(shown):
+                if (value := one["format"][measure]) > 1e-9:  # full precision has no KL, and none on a logarithmic axis
+                    axis.plot(value, line, marker="o", color="C0")
+                    text = f"{value:,.2f}" if value > 0.1 else f"{value:.2g}"
+                    axis.annotate(text, (value, line), (7, 0), textcoords="offset points", va="center", fontsize=8)
+            axis.set(title=title, yticks=range(len(shown)), ylim=(len(shown) - 0.5, -0.5))
+            axis.margins(x=0.15)
+        axes[0].set(xlim=(0, None), yticklabels=names)
+        axes[1].set(xscale="log", yticklabels=[])

@@ -9,7 +9,7 @@ which changes no sign):
     clean accuracy     on the true labels, where a truth file says which ones are flipped (`data.Truth`)
     margin             mean m; comparable across beta and eps
     DPO loss           mean softplus(-beta m), without any eps: comparable across eps at one beta
-    flip rate          of the labels, as `intervals.estimate_flip_rate` estimates it from m
+    flip rate          of the labels, if flips are uniform, as `intervals.estimate_flip_rate` estimates it from m
 
 Beside it, what needs no training, because an accuracy means nothing alone:
 

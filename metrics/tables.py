@@ -1,11 +1,14 @@
 """Results as people see them: Markdown tables, numbers with their intervals, the files of --stage eval (tables with some
 answers side by side, all answers, the same numbers as JSON), and what a training run says and draws at its end."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import Any
+
+from torch import Tensor
 
 from data import ChatML, Example, Row
 from metrics.intervals import Estimate
@@ -80,8 +83,14 @@ SECTIONS = {  # as a model's results name them, with the table's title
     "by topic": "Multiple choice: accuracy by topic (letter)",
     "judge": "A judge, asked in both orders",
 }
-DECIMALS = dict.fromkeys("margin,DPO loss,loss,perplexity,ROUGE-1,ROUGE-2,ROUGE-L,BERTScore,position bias".split(","), 3)
+DECIMALS = dict.fromkeys(
+    "margin,DPO loss,loss,perplexity,ROUGE-1,ROUGE-2,ROUGE-L,BERTScore,position bias,bias by chance".split(","), 3
+)
 DECIMALS |= {"BLEU": 1, "memory, MB": 2, "bits per weight": 2, "KL, nats": 6}  # digits; other measures are percentages
+UNIFORM = (
+    "Flip rate, if uniform: of flips that do not depend on how hard a pair is. People mislabel hard pairs, and such flips "
+    "hardly show here; where the model is sure and wrong, its errors count as flips."
+)
 WITH_REFERENCE = {"rewards": "reference", "judge": "judged against"}  # sections that compare with another model
 
 
@@ -90,15 +99,17 @@ def section_table(section: str, models: list[dict]) -> str:
     part = [m for m in models if section in m]
     measures = list(dict.fromkeys(name for m in part for name, value in m[section].items() if value is not None))
     other = [WITH_REFERENCE[section]] if section in WITH_REFERENCE else []
-    lines = [["topic" if section == "by topic" else "model", *measures, *other]]
+    titles = ["flip rate, if uniform" if name == "flip rate" else name for name in measures]
+    lines = [["topic" if section == "by topic" else "model", *titles, *other]]
     for m in part:
         values = [(name, m[section].get(name)) for name in measures]
         cells = [decimal(value, DECIMALS[name]) if name in DECIMALS else percent(value) for name, value in values]
         lines.append([m["model"], *cells, *(str(m[name]) for name in other)])
     if section == "by topic":  # a row for each topic, a column for each model
         lines = list(zip(*lines))
-    note = f"\n\nBLEU: sacrebleu, {part[0]['BLEU signature']}" if section == "answers" else ""
-    return f"{SECTIONS[section]}\n\n{markdown(lines[0], lines[1:])}{note}"
+    notes = [f"BLEU: sacrebleu, {part[0]['BLEU signature']}"] if section == "answers" else []
+    notes += [UNIFORM] if "flip rate" in measures else []
+    return "\n\n".join([SECTIONS[section], markdown(lines[0], lines[1:]), *notes])
 
 
 def report(results: Results) -> str:
@@ -229,25 +240,48 @@ def _marked(example: Example, answer: str) -> str:
     return f"{marks} {_one_line(answer)[:300]}".strip()
 
 
-PANELS = {  # of figures/training.png: axis label -> metric -> its name and colour
-    "sft": {"loss (nats per token)": {"loss": ("loss", "C0")}},
-    "dpo": {
-        "loss (nats per pair)": {"loss": ("loss", "C0"), "dpo_loss": ("DPO loss (eps = 0)", "C2")},
-        "reward accuracy": {"rewards/accuracies": ("raw", "C0"), "debiased_accuracy": ("debiased", "C2")},
-        "reward: beta * log-ratio to the reference (nats)": {
-            "rewards/chosen": ("chosen", "C2"),
-            "rewards/rejected": ("rejected", "C3"),
-        },
-    },
+@dataclass(frozen=True)
+class Panel:
+    """A panel of figures/training.png."""
+
+    title: str
+    unit: str
+    curves: dict[str, str]  # a metric's name in the log -> in the legend
+    colours: tuple[str, ...] = ("C0", "C2")  # of the curves
+
+
+PANELS = {
+    "sft": [Panel("Loss", "nats per token", {"loss": "loss"})],
+    "dpo": [
+        Panel(
+            "Preference loss, NLL term not included",
+            "nats per pair",
+            {"preference_loss": "own", "dpo_loss": "DPO (eps = 0)"},
+        ),
+        Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": "as labelled", "debiased_accuracy": "debiased"}),
+        Panel("NLL of the chosen answers", "nats per token", {"nll_loss": "NLL"}),
+        Panel(
+            "Rewards: beta x log-ratio to the reference",
+            "nats",
+            {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+            ("C2", "C3"),
+        ),
+    ],
 }
 
 
-def training_figure(run: Path, objective: str) -> None:
-    """figures/training.png: the metrics of every step, faint, their means over 20 steps, and dots for the held-out rows."""
-    rows, panels = read_metrics(run), PANELS[objective]
-    with picture(run / "figures" / "training.png", len(panels), (5 * len(panels), 3.8)) as axes:
-        for axis, (axis_label, metrics) in zip(axes, panels.items()):
-            for name, (label, colour) in metrics.items():
+def training_figure(run: Path, objective: str, best_step: int | None, flipped: Tensor | None) -> None:
+    """figures/training.png: the metrics of every step, faint, their means over 20 steps, and dots for the held-out rows.
+    `flipped` [E]: whether the labels of these are wrong, if that is known."""
+    rows, panels, columns = read_metrics(run), PANELS[objective], min(2, len(PANELS[objective]))
+    levels = {"dpo_loss": (math.log(2), "ln 2, the DPO loss before the first step")}  # by the metric that they belong to
+    if flipped is not None:
+        right = 1 - flipped.double().mean().item()
+        levels["rewards/accuracies"] = (right, f"{100 * right:.1f}% of the held-out labels are right")
+    lines = len(panels) // columns
+    with picture(run / "figures" / "training.png", columns, (5.5 * columns, 3.8 * lines), lines) as axes:
+        for axis, panel in zip(axes, panels, strict=True):
+            for (name, label), colour in zip(panel.curves.items(), panel.colours):
                 steps, y = ([row[key] for row in rows if name in row] for key in ("step", name))
                 if steps:
                     means = [sum(y[max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(len(y))]
@@ -256,5 +290,9 @@ def training_figure(run: Path, objective: str) -> None:
                 dots = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
                 look = dict(color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
                 axis.plot(*zip(*dots), **look)
-            axis.set(xlabel="optimizer step", ylabel=axis_label)
+            for level, text in (levels[name] for name in panel.curves if name in levels):
+                axis.axhline(level, color="black", linestyle="--", linewidth=0.8, label=text)
+            if best_step is not None:
+                axis.axvline(best_step, color="black", linestyle=":", linewidth=0.8, label=f"best step, {best_step}")
+            axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
             axis.legend(fontsize=7)

@@ -157,7 +157,7 @@ def topic(question: str, topics: tuple[str, ...]) -> Request:
 def judgement(question: str, a: str, b: str) -> Request:
     task = "Which answer to the question is better? Judge correctness first, then clarity. Answer with A, B or tie."
     text = f"Question:\n{question}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}"
-    return Request((("system", task), ("user", text)), ("A", "B", "tie"), max_tokens=30)
+    return Request((("system", task), ("user", text)), ("A", "B", "tie"), max_tokens=512)  # some give reasons first
 
 
 class Journal:

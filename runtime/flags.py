@@ -330,8 +330,8 @@ def _check_training(s: Any, stage: str) -> None:
 def _check_sweep(s: Any) -> None:
     if s.resume:
         raise InputError("a sweep needs no --resume: give the same command again and it continues")
-    if s.dry_run:
-        raise InputError("a sweep has no --dry-run; try one of its runs: --stage dpo --dry-run")
+    if s.dry_run and s.preset:
+        raise InputError("--preset report has no --dry-run; try one of its runs: --stage dpo --dry-run")
     if s.preset not in (None, "report"):
         raise InputError(f"--preset {s.preset} is for the training stages; a sweep has --preset report")
     if bool(s.grid) == bool(s.preset):

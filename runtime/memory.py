@@ -16,7 +16,8 @@ in all 15 L n D c bytes. With --gradient-checkpointing a block keeps x alone, an
 pass reaches it. *Temporary buffers* live for one operation: logits, products of a backward pass, a decoded weight. The peak
 is in the output layer, with all activations; or where the last block's backward pass begins; or at the first block, with all
 gradients and one block's activations. The estimate is the largest of the three, without what adds less than 2% (attention
-masks, grouped heads). On the CPU it was within 10% of 13 measured peaks (7M to 105M parameters); on CUDA it is untested.
+masks, grouped heads). On the CPU it is within 15% of the peaks that tests/runtime/test_memory.py measures; on an H200 it was
+within 13% of the three in docs/adapters-and-memory.md and docs/speed.md.
 """
 
 import contextlib

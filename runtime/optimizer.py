@@ -5,8 +5,9 @@ AdamW (Loshchilov & Hutter 2019, algorithm 2) keeps two running means of every w
     m = b1 m + (1 - b1) g                        v = b2 v + (1 - b2) g^2
     w = (1 - lr wd) w  -  lr m^ / (sqrt(v^) + eps)     with  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)  after t steps
 
-In fp32 the moments take 8 bytes a weight: 22 of the 44 GB that training all of Phi-2 needs before any activation. AdamW8bit
-keeps them in 2. Both optimizers allocate their whole state when they are made, so a checkpoint can be checked against it.
+In fp32 the moments take 8 bytes a weight: 22.2 of the 44.5 GB that training all of Phi-2 needs before any activation.
+AdamW8bit keeps them in 2. Both optimizers allocate their whole state when they are made, so a checkpoint can be checked
+against it.
 """
 
 import math

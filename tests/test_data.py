@@ -1,6 +1,8 @@
 """Rows are read with every fault named, become the exact ChatML tokens, and stand in a batch as data.py pictures it."""
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -465,6 +467,24 @@ def test_a_dry_run_shows_what_is_learned_of_a_dialogue():
     assert [heading.partition(" (")[0] for heading in headings] == ["prompt", "completion", "context", "completion"]
     assert shown[shown.index("completion (2 tokens, supervised)") + 1] == "[4][<|im_end|>]"
     assert headings[2].endswith("tokens, no loss)")
+
+
+def test_an_example_is_shown_in_nine_lines_each_role_in_its_colour():
+    """Yellow, blue and cyan for the prompt; green and red, underlined, for the answers; control tokens inverse. Two examples
+    with a blank line before each are 20 lines of 120 characters."""
+    chat = ChatML(make_tokenizer(), "Be brief.")
+    long = Row([user("a\nb " * 300)], ["yes\n" * 300, "no " * 300], "f:1", {})
+    for row in (long, dialogue("4 " * 300, "yes", "no", "on")):
+        (example,) = encode([row], chat, 4000, 3000, Ledger())
+        for colour in (False, True):
+            shown = re.sub(r"\x1b\[[\d;]*m", "", coloured(example, chat, colour)).split("\n")
+            assert sum(math.ceil(len(line) / 120) for line in shown) <= 9
+        assert shown[1].startswith("<|im_start|>system\\nBe brief.<|im_end|>")
+    plain = coloured(example, chat, False).split("\n")
+    assert re.search(r"\] \.\.\. \d+ tokens \.\.\. \[", plain[3]) and plain[-1] == "... 4 more parts"
+    painted = coloured(*encode([Row([user("q")], ["yes", "no"], "f:1", {})], chat, 400, 300, Ledger()), chat, True)
+    for code, text in (("33", "B"), ("34", "q"), ("36", "t"), ("32;4", "y"), ("31;4", "n"), ("32;4;7", "<|im_end|>")):
+        assert f"\x1b[{code}m{text}\x1b[0m" in painted
 
 
 def test_rows_that_begin_with_one_question_are_on_one_side():

@@ -65,7 +65,7 @@ def test_every_file_is_written_and_every_number_has_its_interval(run, tmp_path, 
     assert status == 0 and made["rows"] == 12
     (result,) = made["results"]
     methods = {"letter", "summed", "per char", "generated"}
-    assert set(result["choices"]) == methods | {"chance", "position bias", "invalid"}
+    assert set(result["choices"]) == methods | {"chance", "position bias", "bias by chance", "invalid"}
     assert result["choices"]["letter"]["n"] == 12 and result["choices"]["generated"]["n"] == 5
     assert result["choices"]["chance"] == pytest.approx((6 / 2 + 6 / 3) / 12) and set(result["by topic"]) == {
         "t0",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -148,6 +149,18 @@ def test_data_sets_are_compared_on_given_test_rows(command, tmp_path, capsys):
 def test_values_of_a_grid_are_checked_as_those_of_flags_are(command, capsys):
     assert main(command("--grid", "beta=-1")) == 2 and "--beta -1.0: must be positive" in capsys.readouterr().err
     assert main(command("--grid", "eps=0.6")) == 2 and "--eps 0.6: is a flip rate, in [0, 0.5)" in capsys.readouterr().err
+
+
+def test_a_dry_run_times_a_step_of_each_setting_and_adds_up(command, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command("--grid", "beta=0.3,0.1", "--seeds", "2", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    each = re.findall(r"  (defaults|beta=0.1): 2 x [\d.]+ minutes, [\d.]+ s for the first step\n", printed)
+    assert each == ["defaults", "beta=0.1"] and "4 runs and their references: 0." in printed
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(SystemExit):
+        main(command("--preset", "report", "--dry-run"))
+    assert "--preset report has no --dry-run" in capsys.readouterr().err
 
 
 def test_a_directory_that_holds_a_run_of_another_stage_is_refused(command, tiny, tmp_path, capsys):

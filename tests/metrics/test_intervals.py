@@ -120,6 +120,41 @@ def test_the_interval_ends_where_the_likelihood_has_fallen_by_1_92_nats():
     assert 0.2 < estimate.low < 0.3 - (estimate.high - 0.3)  # below 0.3 the large margins alone say no
 
 
+def uneven(shape, eps, seed, n=300):
+    """Margins [n] of labels whose flips depend on the pair: of clean preferences with probability sigma(2 m), m ~ N(0, 2), a
+    label is flipped with probability `shape`(|m|), scaled to a mean of eps and at most one half."""
+    generator = torch.Generator().manual_seed(seed)
+    m = 2 * torch.randn(n, generator=generator)
+    agrees = torch.rand(n, generator=generator) < (2 * m).sigmoid()
+    weight = shape(m.abs())
+    factor = min((f for f in torch.logspace(-2, 2, 400)), key=lambda f: abs((f * weight).clamp(max=0.5).mean() - eps))
+    flipped = torch.rand(n, generator=generator) < (factor * weight).clamp(max=0.5)
+    return torch.where(agrees != flipped, m, -m)
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.2, 0.4])
+def test_flips_of_unsure_pairs_do_not_show(eps):
+    """People mislabel pairs that are hard. Such flips look like a smaller slope, and the interval excludes the truth."""
+    made = [estimate_flip_rate(uneven(lambda size: (-size).exp(), eps, seed)) for seed in range(3)]
+    assert all(estimate.value <= 0.04 and estimate.high < eps for estimate in made)
+
+
+def test_flips_of_sure_pairs_show_too_much():
+    estimate = estimate_flip_rate(uneven(lambda size: 1 - (-size / 2).exp(), 0.2, seed=0, n=1500))
+    assert estimate.low > 0.2 and estimate.value == pytest.approx(0.28, abs=0.05)
+
+
+def test_a_model_that_is_sure_and_wrong_counts_its_errors_as_flips():
+    """A fifth of the labels is flipped, and on a fifth of the pairs, easy and hard, the model itself is wrong: then
+    2 x .2 x .8 = .32 of the labels contradict it however sure it is."""
+    generator = torch.Generator().manual_seed(0)
+    m = 2 * torch.randn(1500, generator=generator)
+    agrees = torch.rand(1500, generator=generator) < (3 * m).sigmoid()
+    differs = (torch.rand(1500, generator=generator) < 0.2) != (torch.rand(1500, generator=generator) < 0.2)
+    estimate = estimate_flip_rate(torch.where(agrees != differs, m, -m))
+    assert 0.2 < estimate.low < 0.32 < estimate.high
+
+
 def test_the_flip_rate_does_not_depend_on_the_unit_of_the_margins():
     m = torch.randn(500, generator=torch.Generator().manual_seed(1)) + 1
     assert estimate_flip_rate(m) == estimate_flip_rate(1000 * m)

@@ -1,11 +1,15 @@
 """Multiple choice: letters are read from replies, options scored as in a plain forward pass, and bias is counted."""
 
+import math
+import random
+
 import pytest
 import torch
 
 from data import ChatML, Example, load_tokenizer
 from metrics.multiple_choice import (
     Choices,
+    bias_by_chance,
     parse_choice,
     parse_letter,
     position_bias,
@@ -147,7 +151,7 @@ def test_accuracies_chance_and_topics():
     assert made["choices"]["chance"] == pytest.approx((3 * 0.25 + 0.5) / 4) and made["choices"]["invalid"].value == 0.5
     assert list(made["by topic"]) == ["x", "y"]  # the largest first
     assert made["by topic"]["x"].value == pytest.approx(1 / 3) and made["by topic"]["y"].value == 0
-    assert set(summary(LETTERS, None)["choices"]) == {"letter", "chance", "position bias"}
+    assert set(summary(LETTERS, None)["choices"]) == {"letter", "chance", "position bias", "bias by chance"}
 
 
 def test_the_topic_goes_by_two_names():
@@ -161,3 +165,16 @@ def test_position_bias():
     assert position_bias([1, 0], [0, 1]) == 0  # always wrong, but without a habit
     assert position_bias([0, 0, 1, 2], [0, 0, 0, 1]) == 0.25  # 2, 1, 1 of four beside 3, 1, 0
     assert summary(LETTERS, None)["choices"]["position bias"] == 0.75
+
+
+def test_position_bias_by_chance():
+    """One question: half of the picks are wrong, and a wrong one has bias 1. Many questions: the picks of a letter are about
+    normal, with E|N - n/4| = sqrt(2/pi n 3/16). Where the right letters are drawn as well, the variance is twice that."""
+    assert bias_by_chance([2], [0]) == pytest.approx(0.5, abs=0.05)
+    normal = 4 * math.sqrt(2 / math.pi * 400 * 3 / 16) / (2 * 400)
+    assert bias_by_chance([4] * 400, [0, 1, 2, 3] * 100) == pytest.approx(normal, rel=0.05)
+    rng, means = random.Random(0), {}
+    for options, n in ((5, 24), (4, 989)):
+        sets = [bias_by_chance([options] * n, [rng.randrange(options) for _ in range(n)]) for _ in range(20)]
+        means[n] = sum(sets) / len(sets)
+    assert means == pytest.approx({24: 0.225, 989: 0.031}, rel=0.1)

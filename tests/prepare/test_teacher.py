@@ -340,6 +340,24 @@ def test_an_unreadable_answer_is_asked_for_once_more_in_its_bare_form(serve, ask
     assert sum(server.attempts.values()) == 6
 
 
+def test_a_server_without_structured_output_judges(serve, asker):
+    """It refuses every parameter but three, and its model gives reasons before its verdict, in more words than a letter."""
+    plain = {"model", "messages", "max_tokens"}
+    reasons = "Both answers name the formula. " * 12
+
+    def answer(body):
+        *_, a, b = body["messages"][-1]["content"].split("\n\nAnswer ")
+        verdict = "Answer A is better." if len(a) > len(b) else "I would say that B is the better answer."
+        return " ".join((reasons + verdict).split()[: body["max_tokens"]])
+
+    def refuse(body, attempt):
+        return "400" if set(body) - plain else None
+
+    server = serve(answer, fault=refuse)
+    assert ask_all([judgement("Q?", "long", "x"), judgement("Q?", "x", "long")], asker(), "x") == ["A", "B"]
+    assert sum(server.attempts.values()) == 2
+
+
 def test_topics_and_judgements(serve, asker):
     serve(lambda body: "tie" if "Answer B" in body["messages"][-1]["content"] else "Physics.")
     asked = [topic("Why do things fall?", ("Physics", "Biology")), judgement("Q?", "a", "b")]
@@ -430,8 +448,8 @@ def test_prices_and_bounds_by_hand(asker):
     """Tokens in and out have prices of their own, and 3 bytes of text are at most a token: 猫 is 3 bytes."""
     assert asker(price=(0.5, 1.5)).cost([2_000_000, 1_000_000]) == 2.5
     assert attempt("猫" * 90).at_most() == [90 + 8 + 8, 1024]
-    for request in (topic("Q?", ("Physics",)), judgement("Q?", "a", "b")):
-        assert request.at_most()[1] == 30
+    for request, most in ((topic("Q?", ("Physics",)), 30), (judgement("Q?", "a", "b"), 512)):
+        assert request.at_most()[1] == most
         assert request.at_most()[0] >= 2 * 8 + sum(len(text) // 3 for _, text in request.messages)
 
 
