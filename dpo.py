@@ -17,9 +17,9 @@ in different ways (L is a function of z, softplus(-z) = -log sigmoid(z)):
     robust        L = [(1-eps) softplus(-z) - eps softplus(z)] / (1-2 eps)    averaged over flips it *is* the clean loss
 
 What to watch with the robust loss: it has no minimum. Its slope tends to -eps/(1-2 eps) and never to 0, so a pair keeps
-pushing its margin for ever, and the loss crosses zero (at z = 1.55 for eps = 0.1) and falls without bound. A run with the
-lowest robust loss is the run that diverged most; compare runs by accuracy, by margin, or by the eps-free loss logged
-here as `dpo_loss`.
+pushing its margin for ever, and the loss crosses zero (at z = 1.55 for eps = 0.1) and falls without bound: it is
+softplus(-z) - z eps/(1-2 eps). A robust loss far below 0 only says that margins ran away; compare runs by accuracy, by
+margin, or by the eps-free loss logged here as `dpo_loss`.
 
 One pair by hand: log-probabilities -12 and -15 under the policy, -13 and -14 under the reference, beta = 0.1:
 

@@ -7,8 +7,8 @@ A and B of rank 16 hold 205 thousand values instead of 26 million. Only they hav
 changes, so it may be stored in int8 or 4 bits (QLoRA, Dettmers et al. 2023, eq. 5):  y = dequantize(W) x + b + s B A x.
 
 B starts at 0: before the first step the adapted model *is* the model that it starts from. A starts as in PEFT, uniform in
-+-1/sqrt(I). With one alpha for all r, s = alpha / r makes the first step about as large at every rank; the default alpha is r, and
-then a larger rank wants a lower learning rate.
++-1/sqrt(I). With one alpha for all r, s = alpha / r makes the first step about as large at every rank;
+the default alpha is r, and then a larger rank wants a lower learning rate.
 
 Files and names are those of the PEFT library; each reads what the other writes. Nothing here knows of Phi: it works on any
 nn.Linear and on the quantized layers of quant.py.

@@ -371,7 +371,7 @@ def prepare(settings: Tuning, run: Path, model: Phi, start: int) -> tuple[Phi, O
 
 def reference_table(settings: Tuning, model: Phi, fingerprint: str, examples: list[Example], label: str) -> Tensor:
     """Log-probabilities [E, 2] of pairs, kept in OUT/reference under a hash of all that they depend on: the weights, the
-    token ids (and with them template and lengths), and the compute type."""
+    token ids (and with them template and lengths), the compute type, the kind of device, and torch's version."""
     device, dtype = settings.device, settings.dtype
     pairs = [(e.prompt, e.completions) for e in examples]
     key = json.dumps([fingerprint, dtype, torch.device(device).type, torch.__version__, pairs])

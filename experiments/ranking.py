@@ -180,8 +180,8 @@ def conclusions(results: list[Result]) -> list[str]:
     lowest = min(results, key=lambda r: r.own_loss)
     lines.append(
         f"The lowest own loss, {lowest.own_loss:.3f}, would pick {lowest.name} ({percent(lowest.measures[kind])}). It is "
-        "not comparable: a robust loss has no lower bound and changes its scale with beta and eps, so it names the run that "
-        "moved furthest from the reference, not the one that orders pairs best."
+        "not comparable: a robust loss has no lower bound and changes its scale with beta and eps, so it says how far "
+        "margins ran, not how well pairs are ordered."
     )
     return lines
 

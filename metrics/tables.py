@@ -211,7 +211,8 @@ def _showpieces(examples: list[Example], before: list[str], after: list[str]) ->
         corrected = [one for one, change in zip(asked, changes) if change == (False, True)]
         spoiled = changes.count((True, False))
         names = ", ".join(asked[0][0].truth.grades)
-        lines = ["", f"Of {len(asked):,} answers tuning put {len(corrected):,} right and {spoiled:,} wrong. Marks: {names}."]
+        told = f"Of {len(asked):,} answers tuning put {len(corrected):,} right and {spoiled:,} wrong, by all marks."
+        lines = ["", f"{told} Marks: {names}."]
         asked = corrected + asked
     for example, old, new in asked[:3]:
         lines += [

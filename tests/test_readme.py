@@ -57,7 +57,8 @@ def slug(heading):
 
 
 def anchors(page):
-    return {slug(heading) for heading in re.findall(r"(?m)^#+ (.+)$", page.read_text(encoding="utf-8"))}
+    text = page.read_text(encoding="utf-8")
+    return {slug(heading) for heading in re.findall(r"(?m)^#+ (.+)$", text)} | set(re.findall(r'<a id="(\w+)">', text))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
