@@ -6,6 +6,7 @@ import pytest
 
 from prepare.mixture import (
     clean,
+    is_empty,
     jobs,
     make_rows,
     match_lengths,
@@ -34,6 +35,12 @@ def many(count, source="s", topic="Physics"):
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_one_blank_part_makes_an_item_empty():
+    whole = Item("Which?", "blue", ["red", "blue"], 1)
+    blanks = [Item(" ", "blue"), Item("Which?", "\n"), Item("Which?", "blue", ["red", " "], 0)]
+    assert not is_empty(whole) and all(map(is_empty, blanks))
 
 
 def test_what_is_asked_of_the_teacher():

@@ -17,6 +17,7 @@ from data import (
     ChatML,
     Example,
     Ledger,
+    Row,
     Truth,
     encode,
     grades,
@@ -26,12 +27,14 @@ from data import (
     write_truth,
 )
 from metrics.preferences import flips
+from model import read_config
 from prepare.forms import read_row
 from prepare.rows import (
     choose_files,
     covering,
     describe_ledgers,
     describe_sizes,
+    encode_for,
     files_of,
     kind_of,
     load_inputs,
@@ -402,3 +405,10 @@ def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
     assert "--max-prompt-length 32 would keep 100% of the rows whole" in str(error.value)
     assert f"The ledger is {tmp_path}/run/ledger.json." in str(error.value)
     assert read_json(tmp_path / "run" / "ledger.json")[f"{tmp_path}/train.jsonl"]["dropped"]["bad row"] == 2
+
+
+def test_a_prompt_may_take_half_of_the_window_to_be_measured_on(tiny):
+    """A longer one is cut to that half."""
+    window = read_config(tiny).max_position_embeddings
+    _, (example,), _ = encode_for(tiny, [Row([{"role": "user", "content": "q " * window}], ["so"], "f:1", {})])
+    assert len(example.prompt) == window // 2
