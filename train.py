@@ -470,7 +470,8 @@ def dry_run(settings: Tuning, parent: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the driver
 
 MODULES = dict.fromkeys(TRAINING, "train") | {"data": "prepare.build", "quantize": "convert", "merge": "convert"}
-MODULES |= {"eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}  # a stage is run(settings) of its module
+MODULES |= {"export": "publish.export", "eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}
+# A stage is run(settings) of its module.
 
 
 def main(argv: list[str]) -> int:
