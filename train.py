@@ -55,6 +55,7 @@ from metrics import tables
 from metrics.preferences import flips, training_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
 from prepare.rows import Inputs, describe_ledgers, load_inputs
+from publish.card import write_card
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
 from runtime.files import InputError, first_line, printable, whole_file, write_json
@@ -290,6 +291,7 @@ def run(settings: Tuning) -> int:
         if parallel.is_main():
             told = tables.summary(settings, run, inputs.held_out, results)
             tables.training_figure(run, settings.objective)
+            write_card(run, results)
             write_json(run / "results.json", results)
             print(told)
     return 0

@@ -26,6 +26,7 @@ from torch import Tensor
 from data import IM_END, IM_START, ChatML
 from lora import find_origin, load_lora, read_adapters
 from model import Phi, PhiConfig, read_config
+from publish.card import write_card
 from quant import SKIP, round_to
 from runtime import weights
 from runtime.files import InputError, printable, whole_file, write_json, write_text
@@ -50,6 +51,7 @@ def run(settings: Export) -> int:
         export(source, file, settings.to, chat)
         write_text(target / "Modelfile", modelfile(file.name, chat, read_config(source)))
         write_json(target / "results.json", {"parent": str(source), "bytes": file.stat().st_size})
+        write_card(target)
         print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB. Two ways to talk to it:")
         print(f"  llama-cli -m {file}")
         print(f"  ollama create {settings.name} -f {target}/Modelfile && ollama run {settings.name}")
