@@ -472,7 +472,7 @@ def dry_run(settings: Tuning, parent: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the driver
 
 MODULES = dict.fromkeys(TRAINING, "train") | {"data": "prepare.build", "quantize": "convert", "merge": "convert"}
-MODULES |= {"export": "publish.export", "eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}
+MODULES |= {"export": "publish.export", "push": "publish.push", "eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}
 # A stage is run(settings) of its module.
 
 

@@ -250,7 +250,9 @@ def check(command: Command) -> None:
         _check_training(settings, stage)
     if stage in ("quantize", "qat", "export") and settings.to is None and not getattr(settings, "resume", False):
         raise InputError(f"--to FORMAT is missing; choose one of {', '.join(GGUF if stage == 'export' else FORMATS)}")
-    if stage in ("quantize", "merge", "export", "eval", "chat") and not settings.model:
+    if stage == "push" and not settings.repo:
+        raise InputError("--repo USER/NAME is missing: where on the hub the model goes")
+    if stage in ("quantize", "merge", "export", "push", "eval", "chat") and not settings.model:
         raise InputError(f"--model is missing: --stage {stage} needs a model, such as --model out/demo-dpo")
     if stage == "sweep":
         _check_sweep(settings)

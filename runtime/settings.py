@@ -264,6 +264,17 @@ class Export(Run):
 
 
 @dataclass
+class Push:
+    """Send a model and its card to the Hugging Face hub"""
+
+    stage: ClassVar[str] = "push"
+    model: str | None = setting(None, "a directory, as a run leaves it")
+    repo: str | None = setting(None, "the repository on the hub, USER/NAME; made if there is none")
+    private: bool = setting(False, "make the repository private")
+    dry_run: bool = setting(False, "list what would be sent; send nothing")
+
+
+@dataclass
 class Eval(RunningModel, BadRows, Asking, Run):
     """Measure models side by side, or one model in several number formats"""
 
@@ -303,7 +314,7 @@ class Chat(RunningModel):
     max_new_tokens: int = setting(256, "tokens of an answer, at most", limit=POSITIVE)
 
 
-STAGES = {stage.stage: stage for stage in (Data, Sft, Dpo, Mcq, Qat, Quantize, Merge, Export, Eval, Sweep, Chat)}
+STAGES = {stage.stage: stage for stage in (Data, Sft, Dpo, Mcq, Qat, Quantize, Merge, Export, Push, Eval, Sweep, Chat)}
 TRAINING = ("sft", "dpo", "mcq", "qat")
 
 
