@@ -12,7 +12,7 @@ from textwrap import indent
 from typing import Any
 
 from lora import ADAPTER_CONFIG
-from metrics.tables import metrics_table, plain
+from metrics.tables import metrics_table
 from runtime.files import printable, read_json, write_text
 from runtime.runs import recorded, training_run
 from runtime.settings import TRAINING, Adapters, Format, Optimizer, Preference
@@ -46,10 +46,15 @@ def hub_name(source: Any) -> str | None:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
+def plain(text: str) -> str:
+    """Text of others in one line, without the signs of Markdown, HTML and strings."""
+    return re.sub(r"[|<>`\[\]*\\\"]|\s+", " ", printable(text)).strip()
+
+
 def code(source: Any) -> str:
     """What something is called, without the directories of this machine, as `code` in Markdown."""
     name = hub_name(source) or Path(str(source)).name
-    return f"`{plain(name).replace('`', '')}`"
+    return f"`{plain(name)}`"
 
 
 def lineage(run: Path) -> list[Path]:

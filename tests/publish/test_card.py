@@ -70,7 +70,7 @@ def test_names_are_only_names():
     assert hub_name("hub:ORG/set") == hub_name("ORG/set") == "ORG/set"
     assert hub_name("tests/publish") is None, "a directory here"
     assert hub_name("/a/b") is None and hub_name("pairs.jsonl") is None and hub_name(None) is None
-    assert code("a/b/`<script>\x1b[2J.jsonl") == "`\\<script>\\x1b[2J.jsonl`"
+    assert code("a/b/`<script>\x1b[2J.jsonl") == "`script  x1b 2J.jsonl`"
 
 
 def test_a_card_that_a_person_changed_stays(tmp_path, capfd):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import demo
 from convert import quantize_checkpoint
 from data import ChatML, load_tokenizer
 from lora import add_lora, lora_layers
 from model import Phi, read_config
 from publish.export import Type, encode, export, modelfile, round_weights, what_is_done_first
-from runtime.files import InputError
+from runtime.files import InputError, read_json, write_jsonl
 from runtime.runs import load_chat
 from train import main
 
@@ -168,3 +169,13 @@ def test_the_stage_writes_a_run_and_says_how_to_use_it(tiny, tmp_path, capfd):
     assert f"llama-cli -m {tmp_path}/mine/mine.gguf" in said and "ollama create mine" in said
     assert main(command.split()) == 2, "an earlier run is not overwritten"
     assert main([*command.split()[:-1], "other", "--overwrite"]) == 0
+
+
+def test_the_report_card_measures_the_formats_of_llama_cpp(tiny, tmp_path):
+    rows = [{"prompt": q["prompt"], "chosen": q["answer"], "rejected": q["wrong"]} for q in demo.make_questions(4, seed=1)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    flags = f"--stage eval --model {tiny} --data {tmp_path}/pairs.jsonl --samples 0 --out {tmp_path} --name card"
+    assert main([*flags.split(), "--precisions", "fp32,gguf-q8_0,gguf-q4_0"]) == 0
+    full, q8, q4 = (one["format"] for one in read_json(tmp_path / "card" / "eval.json")["results"])
+    assert (q8["bits per weight"], q4["bits per weight"]) == (8.5, 4.5)
+    assert full["KL, nats"] < 1e-9 < q8["KL, nats"] < q4["KL, nats"]
