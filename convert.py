@@ -13,6 +13,7 @@ import torch
 
 from lora import base_directory, is_adapter, merge_lora, refuse_adapters
 from model import Phi, read_config
+from publish.card import write_card
 from quant import FrozenLinear
 from runtime import weights
 from runtime.files import InputError, printable, read_json, write_json
@@ -38,6 +39,7 @@ def run(settings: Quantize | Merge) -> int:
             merge_checkpoint(source, target, settings.device)
             print(printable(f"Written to {target}/, one plain model from {source}"))
         write_json(target / "results.json", {"parent": str(source), **did})
+        write_card(target)
     return 0
 
 

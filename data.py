@@ -116,18 +116,26 @@ class ChatML:
     def _header(self, role: str) -> list[int]:
         return [self.start, *self.encode_text(role + "\n")]
 
-    def save(self, directory: Path) -> None:
-        """Writes the tokenizer, and what transformers needs to ask and to stop as is done here: the template with the system
-        prompt, and the tokens that end an answer."""
-        self.tokenizer.save(str(directory / "tokenizer.json"))
+    def template(self) -> str:
+        """What transformers and llama.cpp render messages with (Jinja). They read control tokens from the rendered text, so
+        the name of one in a message gets a blank after its first character."""
         system = ""
         if self.system_prompt:
             turn = json.dumps(f"{IM_START}system\n{self.system_prompt}{IM_END}\n", ensure_ascii=False)
             system = "{% if messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
-        turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
+        text = "message['content']"
+        for name in (self.tokenizer.id_to_token(i) for i in sorted(self.control_ids)):
+            broken = f"{name[0]} {name[1:]}"
+            text += f" | replace({json.dumps(name, ensure_ascii=False)}, {json.dumps(broken, ensure_ascii=False)})"
+        turn = f"'{IM_START}' + message['role'] + '\\n' + ({text}) + '{IM_END}\\n'"
         template = system + "{% for message in messages %}{{ " + turn + " }}{% endfor %}"
-        template += "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\\n' }}{% endif %}"
-        tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "chat_template": template}
+        return template + "{% if add_generation_prompt %}{{ '" + IM_START + "assistant\\n' }}{% endif %}"
+
+    def save(self, directory: Path) -> None:
+        """Writes the tokenizer, and what transformers needs to ask and to stop as is done here: the template with the system
+        prompt, and the tokens that end an answer."""
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "chat_template": self.template()}
         write_json(directory / "tokenizer_config.json", tokens | {"clean_up_tokenization_spaces": False})
         ends = {"eos_token_id": sorted(self.control_ids), "pad_token_id": self.end}
         write_json(directory / "generation_config.json", ends)

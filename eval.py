@@ -37,7 +37,7 @@ from prepare.teacher import ask_all, open_teacher
 from runtime import parallel, runs
 from runtime.files import InputError, printable
 from runtime.flags import flag_name
-from runtime.settings import FORMATS, Eval
+from runtime.settings import FORMATS, GGUF, Eval
 from runtime.weights import is_quantized, resolve
 
 
@@ -157,13 +157,18 @@ def measure_model(
     rounded = one.precision if one.precision in FORMATS else None
     stored = torch.bfloat16 if one.precision == "bf16" else torch.float32
     model = Phi.from_pretrained(one.directory, stored, settings.device, base=rounded)
+    sizes = precisions.sizes(model)
+    if one.precision in GGUF:
+        from publish.export import round_weights  # the gguf package takes a while to import
+
+        sizes = round_weights(model, one.precision)
     policy = all_logprobs(model, examples, *run_with, "reading")  # [E, completions]
     lengths = lengths_of(examples)  # [E, completions]
     result = {"model": one.name, "reference": str(one.reference) if one.reference else None}
     if one.precision:
         full = Phi.from_pretrained(one.directory, device=settings.device)
         apart = precisions.divergence(full, model, examples, settings.micro_batch_size, settings.device)
-        result["format"] = precisions.sizes(model) | apart
+        result["format"] = sizes | apart
         del full
     result["text"] = text.likelihood(policy[:, 0], lengths[:, 0])
     if kind == "pairs":

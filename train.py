@@ -23,8 +23,7 @@ if __name__ == "__main__":  # at once, so that there is one copy of this module,
     flags.parse_or_exit(sys.argv[1:])
     # Batches differ in size, and blocks of fixed size would leave gaps that nothing fits into.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if "OMP_WAIT_POLICY" not in os.environ:  # a thread that waits soon sleeps: it may hold the core of the one it waits for
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait soon sleep: they may hold a core that others need
     import train
 
     sys.exit(train.main(sys.argv[1:]))
@@ -57,6 +56,7 @@ from metrics import tables
 from metrics.preferences import flips, training_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
 from prepare.rows import Inputs, describe_ledgers, load_inputs
+from publish.card import write_card
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
 from runtime.files import InputError, first_line, printable, whole_file, write_json
@@ -292,6 +292,7 @@ def run(settings: Tuning) -> int:
         if parallel.is_main():
             told = tables.summary(settings, run, inputs.held_out, results)
             tables.training_figure(run, settings.objective, results["best_step"], flips(inputs.held_out))
+            write_card(run, results)
             write_json(run / "results.json", results)
             print(told)
     return 0
@@ -491,7 +492,8 @@ def time_a_step(settings: Tuning, parent: Path, inputs: Inputs) -> Times:
 # ------------------------------------------------------------------------------------------------------------ the driver
 
 MODULES = dict.fromkeys(TRAINING, "train") | {"data": "prepare.build", "quantize": "convert", "merge": "convert"}
-MODULES |= {"eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}  # a stage is run(settings) of its module
+MODULES |= {"export": "publish.export", "push": "publish.push", "eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}
+# A stage is run(settings) of its module.
 
 
 def main(argv: list[str]) -> int:

@@ -8,6 +8,7 @@
     python -m bench --small                           the GPU cases in tiny on a CPU, to see what they print
 
     CPU    forward, generate, decode      logits, greedy decoding, decoding beside the memory's speed
+           serve                          NF4 and int8 beside llama.cpp's Q4_0 and Q8_0, and bitsandbytes
            sft, dpo, lora                 training steps: time and peak memory
            products (GPU too)             1 to 6,144 rows times a layer in 16 or 32 bits, int8 and NF4
            growth, start                  time against length, batch, width, depth; until the first step
@@ -46,6 +47,7 @@ ON_CPU = {
     "forward": inference.bench_forward,
     "generate": inference.bench_generate,
     "decode": inference.bench_decode,
+    "serve": inference.bench_serve,
     "sft": training.bench_sft,
     "dpo": training.bench_dpo,
     "lora": training.bench_lora,

@@ -6,6 +6,7 @@ whichever is faster, in turn in the same process; keys, values and one row of th
 GPU the limit is a copy in its memory, which reads and writes.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import torch
 
+import demo
 from bench import peers
 from bench.timing import alone, attempt, both_alone, copy_speed, medians, rates, row
 from bench.workloads import Bench, full_size_phi, prompts
+from data import ChatML
 from generate import generate
 from model import Phi, PhiConfig
+from publish.export import export
 from runtime.files import InputError
 
 
@@ -91,6 +95,32 @@ def bench_decode(bench: Bench) -> list[dict]:
         row(f"{case}, weights read / memory's limit", "GB/s", read, limit, ">= 0.8", note),
         row(f"{case} / transformers", "tokens/s", *rates(new_tokens, seconds["ours"], seconds["peer"]), note=missing),
     ]
+
+
+def bench_serve(bench: Bench) -> Iterator[dict]:
+    """One prompt with its answer: by us, by transformers with bitsandbytes, by llama.cpp's server from a GGUF file."""
+    wide, (tokens, new_tokens) = bench.directory / "wide", bench.short_answer
+    Phi(PhiConfig(**bench.wide)).init_weights(seed=0).save_pretrained(wide)
+    ids, chat, threads = (
+        prompts(1, tokens, bench.wide["vocab_size"]),
+        ChatML(demo.train_tokenizer([])),
+        torch.get_num_threads(),
+    )
+    body = {"prompt": ids[0].tolist(), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    for base, to in (("nf4", "gguf-q4_0"), ("int8", "gguf-q8_0")):
+        file = wide / f"{to}.gguf"
+        export(wide, file, to, chat)
+        theirs, why = attempt(peers.load_phi, wide, base=base, unless=bench.no_peer("bitsandbytes"))
+        with contextlib.ExitStack() as stack:
+            server = peers.llama_server(file, threads)
+            ask, missing = attempt(stack.enter_context, server, unless=bench.no_peer("xllamacpp"))
+            runs = {"ours": greedy(Phi.from_pretrained(wide, base=base), ids, new_tokens)}
+            runs |= {"bitsandbytes": theirs and greedy(theirs.eval(), ids, new_tokens)}
+            runs |= {"llama.cpp": ask and partial(ask, "completion", body)}
+            ours, bnb, llama = rates(new_tokens, *medians(runs, max(bench.repeats, 5)).values())
+        case = f"serve {base}, {tokens} + {new_tokens} tokens"
+        yield row(f"{case} / llama.cpp's server, {to}", "tokens/s", ours, llama, note=missing)
+        yield row(f"{case} / transformers + bitsandbytes", "tokens/s", ours, bnb, note=why)
 
 
 def decode_contender(contender: str, base: str | None, directory: str, bench: Bench) -> dict:

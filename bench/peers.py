@@ -3,7 +3,11 @@
 TRL's trainers ask for a tokenizer and a data set. Neither is used: the batch is ours, laid out as their collators do it.
 """
 
+import contextlib
+import json
 import logging
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +31,29 @@ def load_phi(directory: str | Path, dtype: torch.dtype = torch.float32, device: 
     config = transformers.BitsAndBytesConfig(**(four if base == "nf4" else {"load_in_8bit": True}))
     options = dict(dtype=dtype, device_map={"": device}, quantization_config=config)
     return transformers.PhiForCausalLM.from_pretrained(directory, **options)
+
+
+@contextlib.contextmanager
+def llama_server(file: Path, threads: int = 1, exact: bool = False) -> Iterator[Callable]:
+    """llama.cpp's server with a GGUF file; yields ask(route, body) -> the answer's JSON. `exact`: keys and values in fp32
+    instead of fp16, and attention in separate steps."""
+    import xllamacpp
+
+    how = xllamacpp.CommonParams()
+    how.model.path = str(file)
+    how.port, how.n_parallel, how.n_ctx, how.verbosity, how.warmup = 0, 1, 0, 1, False  # a free port, the model's window
+    how.cpuparams.n_threads = how.cpuparams_batch.n_threads = threads
+    if exact:
+        how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        how.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(how)
+
+    def ask(route: str, body: dict) -> dict:
+        url, headers = f"{server.listening_address}/{route}", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
+            return json.load(answer)
+
+    yield ask
 
 
 def nf4_layer(plain: torch.nn.Linear) -> torch.nn.Module:

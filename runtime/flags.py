@@ -22,6 +22,7 @@ from runtime.settings import (
     DEMO,
     DEMO_LORA_LR,
     FORMATS,
+    GGUF,
     LINEAR_LAYERS,
     LOSSES,
     METRICS,
@@ -206,7 +207,7 @@ def default_name(settings: Any) -> str:
     parts = [settings.stage, to, lora, base if base in FORMATS else None]
     if settings.stage == "merge":
         parts = ["merged"]
-    if settings.stage == "quantize":
+    if settings.stage in ("quantize", "export"):
         parts = [to]
     if settings.stage == "sweep" and settings.preset:
         parts = [settings.preset]
@@ -247,9 +248,11 @@ def check(command: Command) -> None:
     check_limits(settings)
     if stage in (*TRAINING, "sweep"):
         _check_training(settings, stage)
-    if stage in ("quantize", "qat") and settings.to is None and not getattr(settings, "resume", False):
-        raise InputError(f"--to FORMAT is missing; choose one of {', '.join(FORMATS)}")
-    if stage in ("quantize", "merge", "eval", "chat") and not settings.model:
+    if stage in ("quantize", "qat", "export") and settings.to is None and not getattr(settings, "resume", False):
+        raise InputError(f"--to FORMAT is missing; choose one of {', '.join(GGUF if stage == 'export' else FORMATS)}")
+    if stage == "push" and not settings.repo:
+        raise InputError("--repo USER/NAME is missing: where on the hub the model goes")
+    if stage in ("quantize", "merge", "export", "push", "eval", "chat") and not settings.model:
         raise InputError(f"--model is missing: --stage {stage} needs a model, such as --model out/demo-dpo")
     if stage == "sweep":
         _check_sweep(settings)
@@ -342,8 +345,8 @@ def _check_sweep(s: Any) -> None:
 
 def _check_eval(s: Any) -> None:
     for name in s.precisions.split(",") if s.precisions else ():
-        if name not in PRECISIONS:
-            raise InputError(f"--precisions: no {name!r}; choose from {', '.join(PRECISIONS)}")
+        if name not in (*PRECISIONS, *GGUF):
+            raise InputError(f"--precisions: no {name!r}; choose from {', '.join((*PRECISIONS, *GGUF))}")
     if s.precisions and len(s.model) > 1:
         raise InputError("--precisions compares the formats of one model; give one --model")
     if len(set(s.model)) < len(s.model):

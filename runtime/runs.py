@@ -94,6 +94,8 @@ def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) 
     if (run / "run.json").exists():
         os.replace(run, _set_aside(run))
     run.mkdir(parents=True, exist_ok=True)
+    if (card := _set_aside(run) / "README.md").exists():  # a person may have changed it; if not, the new run's replaces it
+        shutil.copyfile(card, run / card.name)
     remove_leftovers(run)
     read = write_inputs(run, inputs, files) if inputs else {}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 # The names in quant.FORMATS; quant.py needs torch, so they are repeated here, and a test compares the two.
 FORMATS = ("int8", "llm.int8", "nf4", "nf4-double", "fp4", "int4", "nf2")
 PRECISIONS = ("fp32", "bf16", *FORMATS)
+GGUF = ("gguf-f16", "gguf-q8_0", "gguf-q4_0")  # the number formats of llama.cpp
 # The names in dpo.LOSSES, and whether the loss takes eps; compared by the same test.
 LOSSES = {"sigmoid": False, "robust": True, "conservative": True, "ipo": False, "hinge": False}
 # The last parts of the names of model.Block's linear layers; a test compares them.
@@ -253,6 +254,27 @@ class Merge(Model, Run):
 
 
 @dataclass
+class Export(Run):
+    """Write a checkpoint as a GGUF file, for llama.cpp and Ollama"""
+
+    stage: ClassVar[str] = "export"
+    model: str | None = setting(None, "a directory, or a hub name such as microsoft/phi-2")
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    to: str | None = setting(None, "number format of the matrices", GGUF)
+
+
+@dataclass
+class Push:
+    """Send a model and its card to the Hugging Face hub"""
+
+    stage: ClassVar[str] = "push"
+    model: str | None = setting(None, "a directory, as a run leaves it")
+    repo: str | None = setting(None, "the repository on the hub, USER/NAME; made if there is none")
+    private: bool = setting(False, "make the repository private")
+    dry_run: bool = setting(False, "list what would be sent; send nothing")
+
+
+@dataclass
 class Eval(RunningModel, BadRows, Asking, Run):
     """Measure models side by side, or one model in several number formats"""
 
@@ -292,7 +314,7 @@ class Chat(RunningModel):
     max_new_tokens: int = setting(256, "tokens of an answer, at most", limit=POSITIVE)
 
 
-STAGES = {stage.stage: stage for stage in (Data, Sft, Dpo, Mcq, Qat, Quantize, Merge, Eval, Sweep, Chat)}
+STAGES = {stage.stage: stage for stage in (Data, Sft, Dpo, Mcq, Qat, Quantize, Merge, Export, Push, Eval, Sweep, Chat)}
 TRAINING = ("sft", "dpo", "mcq", "qat")
 
 

@@ -153,6 +153,40 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     return found
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint, matched with the module that they are the parameters of."""
+
+    directory: Path
+    plain: dict[str, Stored]  # by parameter
+    quantized: dict[str, dict[str, Stored]]  # layer: {"weight": ..., "weight.absmax": ...}, all but the bias
+    settings: dict  # config.json's `quantization_config`
+
+    def read_layer(self, name: str, plain: nn.Linear, device: str = "cpu") -> FrozenLinear:
+        """The quantized layer that replaces `plain`, with the bias of that. InputError if its tensors are damaged."""
+        read = {part: tensor.read(device, packed=part == "weight") for part, tensor in self.quantized[name].items()}
+        try:
+            return layer_from_tensors(read, plain, self.settings)
+        except InputError as error:
+            raise InputError(f"{self.directory}: {name}: {error}") from None
+
+
+def match(module: nn.Module, directory: Path) -> Checkpoint:
+    """Finds the tensor of every parameter without reading values. InputError if a name, a shape or a kind does not fit."""
+    stored, parameters = stored_tensors(directory), dict(module.named_parameters())
+    quantized: dict[str, dict[str, Stored]] = {}
+    for layer in quantized_layers(stored):
+        names = [name for name in stored if name.startswith(f"{layer}.") and name != f"{layer}.bias"]
+        quantized[layer] = {name.removeprefix(f"{layer}."): stored.pop(name) for name in names}
+        if parameters.pop(f"{layer}.weight", None) is None or not isinstance(module.get_submodule(layer), nn.Linear):
+            raise InputError(f"{directory}: {layer} is stored quantized, but the config has no such linear layer")
+    check_stored(stored, parameters, directory)
+    settings, config = {}, directory / "config.json"
+    if quantized:
+        settings = read_fields(read_json(config), {"quantization_config": dict}, config)["quantization_config"]
+    return Checkpoint(directory, {name: stored[name] for name in parameters}, quantized, settings)
+
+
 @torch.no_grad()
 def load_weights(
     module: nn.Module,
@@ -170,39 +204,22 @@ def load_weights(
 
     `to` quantizes the linear layers, but the output layer, to this number format as they are read, in blocks of `block`.
     """
-    stored = stored_tensors(directory)
-    wanted = dict(module.named_parameters())
-    quantized: dict[str, dict[str, Stored]] = {}  # layer: {"weight": ..., "weight.absmax": ...}, all but the bias
-    for layer in quantized_layers(stored):
-        names = [name for name in stored if name.startswith(f"{layer}.") and name != f"{layer}.bias"]
-        quantized[layer] = {name.removeprefix(f"{layer}."): stored.pop(name) for name in names}
-        if to:
-            raise InputError(f"{directory} is stored quantized already; leave out --base {to}")
-        if wanted.pop(f"{layer}.weight", None) is None or not isinstance(module.get_submodule(layer), nn.Linear):
-            raise InputError(f"{directory}: {layer} is stored quantized, but the config has no such linear layer")
-    check_stored(stored, wanted, directory)
+    checkpoint = match(module, directory)
+    if to and checkpoint.quantized:
+        raise InputError(f"{directory} is stored quantized already; leave out --base {to}")
+    parameters = dict(module.named_parameters())
+    for layer in checkpoint.quantized:
+        module.set_submodule(layer, checkpoint.read_layer(layer, module.get_submodule(layer), device))
 
-    settings = {}
-    if quantized:
-        config = directory / "config.json"
-        settings = read_fields(read_json(config), {"quantization_config": dict}, config)["quantization_config"]
-    for layer, tensors in quantized.items():
-        read = {name: tensor.read(device, packed=name == "weight") for name, tensor in tensors.items()}
-        try:
-            frozen = layer_from_tensors(read, module.get_submodule(layer), settings)
-        except InputError as error:
-            raise InputError(f"{directory}: {layer}: {error}") from None
-        module.set_submodule(layer, frozen)
-
-    for name, parameter in wanted.items():
-        if not parameter.is_meta:
-            stored[name].fill(parameter)
+    for name, stored in checkpoint.plain.items():
+        if not parameters[name].is_meta:
+            stored.fill(parameters[name])
             continue
         layer, _, leaf = name.rpartition(".")
         parent = module.get_submodule(layer)
-        tensor = stored[name].read(device, dtype)
+        tensor = stored.read(device, dtype)
         if to and leaf == "weight" and isinstance(parent, nn.Linear) and layer.rpartition(".")[2] not in SKIP:
-            where = f"{stored[name].file}: {name}"
+            where = f"{stored.file}: {name}"
             module.set_submodule(layer, quantize_layer(tensor, parent.bias, to, block, where))
         else:
             setattr(parent, leaf, nn.Parameter(tensor))

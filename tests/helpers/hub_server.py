@@ -1,11 +1,13 @@
-"""A local server that speaks as much of the Hugging Face hub's protocol as a download needs."""
+"""Local servers that speak as much of the Hugging Face hub's protocol as a download and an upload need."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -57,15 +59,91 @@ def hub(repositories):
             pass
 
     requests = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as address:
+        yield address, requests
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server that runs in a thread."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextlib.contextmanager
+def hub_to_write_to(token, cuts=()):
+    """A hub with one repository, which takes uploads from the bearer of `token`: yields its address and the repository
+    {"files": {name: content}, "stored": {sha256: content}, "private", "cuts"}. Weights are large files, which are stored
+    before the commit. `cuts`: for each part of a path, "/store/" or "/commit/", one request ends in a cut connection."""
+    repository = {"files": {}, "stored": {}, "private": None, "cuts": list(cuts)}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            bearer = self.headers.get("Authorization", "")
+            if bearer != f"Bearer {token}":
+                return self.answer(403 if bearer == "Bearer hf_reader" else 401, {"error": "no"})
+            if self.path.endswith("/repos/create"):
+                wanted, known = json.loads(body), repository["private"] is not None
+                repository["private"] = repository["private"] if known else wanted.get("visibility") == "private"
+                return self.answer(409 if known else 200, {"url": f"{self.base}/{wanted['organization']}/{wanted['name']}"})
+            if "/preupload/" in self.path:
+                modes = [(f["path"], f["path"].endswith((".safetensors", ".gguf"))) for f in json.loads(body)["files"]]
+                modes = [dict(path=p, uploadMode="lfs" if lfs else "regular", shouldIgnore=False) for p, lfs in modes]
+                return self.answer(200, {"files": modes})
+            if self.path.endswith("/objects/batch"):
+                objects = json.loads(body)["objects"]
+                for one in objects:
+                    if one["oid"] not in repository["stored"]:
+                        one["actions"] = {"upload": {"href": f"{self.base}/store/{one['oid']}"}}
+                return self.answer(200, {"transfer": "basic", "objects": objects})
+            if "/commit/" in self.path and not self.cut():
+                for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
+                    if line["key"] == "file":
+                        repository["files"][value["path"]] = base64.b64decode(value["content"])
+                    if line["key"] == "lfsFile":
+                        repository["files"][value["path"]] = repository["stored"][value["oid"]]
+                return self.answer(200, {"commitUrl": f"{self.base}/me/model/commit/{SHA}", "commitOid": SHA})
+            if "validate-yaml" in self.path:
+                self.answer(200, {"errors": [], "warnings": []})
+
+        def cut(self):
+            for part in [part for part in repository["cuts"] if part in self.path]:
+                repository["cuts"].remove(part)
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return True
+
+        def do_PUT(self):
+            if self.cut():
+                return
+            repository["stored"][self.path.split("/")[-1]] = self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(200, {})
+
+        @property
+        def base(self):
+            return f"http://127.0.0.1:{self.server.server_port}"
+
+        def answer(self, status, value):
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with serving(Handler) as address:
+        yield address, repository
 
 
 def hub_environment(endpoint, home, offline):
