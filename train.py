@@ -452,8 +452,7 @@ def dry_run(settings: Tuning, parent: Path) -> None:
     stepping, total = (f"{s / 60:,.1f} minutes ({s / 3600:,.2f} hours)" for s in spent)
     print(f"\nTime\n  {took.step:.2f} s for the first step, about {stepping} for {steps:,} steps")
     reference = " and the reference" if took.reference else ""
-    print(f"  {total} with {took.evaluations} evaluations{reference}, without the answers that are sampled")
-    print("Nothing was trained.")
+    print(f"  {total} with {took.evaluations} evaluations{reference}, without sampled answers\nNothing was trained.")
 
 
 @dataclass
@@ -491,9 +490,8 @@ def time_a_step(settings: Tuning, parent: Path, inputs: Inputs) -> Times:
 
 # ------------------------------------------------------------------------------------------------------------ the driver
 
-MODULES = dict.fromkeys(TRAINING, "train") | {"data": "prepare.build", "quantize": "convert", "merge": "convert"}
+MODULES = dict.fromkeys(TRAINING, "train") | {"data": "prepare.build", "quantize": "convert", "merge": "convert"}  # run(...)
 MODULES |= {"export": "publish.export", "push": "publish.push", "eval": "eval", "sweep": "experiments.sweep", "chat": "chat"}
-# A stage is run(settings) of its module.
 
 
 def main(argv: list[str]) -> int:
