@@ -35,7 +35,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from runtime.files import InputError, json_object, numbered_lines, printable, read_fields, write_json, write_jsonl
+from runtime.files import (
+    InputError,
+    json_object,
+    numbered_lines,
+    printable,
+    read_fields,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 LETTERS = "ABCDEFGHIJ"  # name the options of a multiple-choice question
 IM_START = "<|im_start|>"
@@ -134,7 +143,7 @@ class ChatML:
     def save(self, directory: Path) -> None:
         """Writes the tokenizer, and what transformers needs to ask and to stop as is done here: the template with the system
         prompt, and the tokens that end an answer."""
-        self.tokenizer.save(str(directory / "tokenizer.json"))
+        write_text(directory / "tokenizer.json", self.tokenizer.to_str(pretty=True))  # its own save has no OSError
         tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "chat_template": self.template()}
         write_json(directory / "tokenizer_config.json", tokens | {"clean_up_tokenization_spaces": False})
         ends = {"eos_token_id": sorted(self.control_ids), "pad_token_id": self.end}

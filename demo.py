@@ -36,7 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data import Row, Truth, write_truth
 from model import Phi, PhiConfig
 from runtime import parallel
-from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl
+from runtime.files import InputError, read_json, whole_directory, write_json, write_jsonl, write_text
 from runtime.flags import settle
 from runtime.runs import stored_settings
 
@@ -303,7 +303,7 @@ def write_world(directory: str | Path, seed: int = 0, flip_rate: float = 0.2, si
         tokenizer = train_tokenizer([f"{q['prompt']}\n{q[part]}" for q in questions[:2_000] for part in ("answer", "wrong")])
         config = PhiConfig.from_dict({**TINY_PHI, "vocab_size": tokenizer.get_vocab_size()})
         Phi(config).init_weights(seed).save_pretrained(made / "model")
-        tokenizer.save(str(made / "model" / "tokenizer.json"))
+        write_text(made / "model" / "tokenizer.json", tokenizer.to_str(pretty=True))
         left = iter(questions)
         for name, count in sizes.items():
             part = list(itertools.islice(left, count))

@@ -42,9 +42,15 @@ def teach(name: str, folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lessons", description="Small experiments, each with a picture.")
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*ROOMS, []], help=", ".join(ROOMS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROOMS))
     parser.add_argument("--out", type=Path, default=Path("out/lessons"), help="folder of the pictures (%(default)s)")
     args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in ROOMS]:
+        parser.error(f"there is no lesson {unknown[0]}; choose from {', '.join(ROOMS)}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     held = [teach(name, args.out) for name in args.names or ROOMS]
     return 0 if all(held) else 1
 

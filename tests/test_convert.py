@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import quantize_checkpoint, stored_dtype
+from convert import quantize_checkpoint, quantized_summary, stored_dtype
 from metrics.precisions import sizes
 from model import Phi, PhiConfig
 from quant import Int8Linear
@@ -80,6 +80,14 @@ def test_the_config_of_int8_says_how_the_activations_are_rounded(full, tmp_path,
 
 
 # ------------------------------------------------------------------------------------------------------------- the account
+
+
+def test_the_account_in_words(tmp_path):
+    """10 million weights in 5.16 MB are 4.13 bits each."""
+    write_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
+    did = {"bytes before": 42_000_000, "bytes after": 7_160_000, "weights": 10_000_000, "bytes of weights": 5_160_000}
+    told = quantized_summary(tmp_path, "nf4-double", did)
+    assert told.startswith("42.0 MB -> 7.2 MB; 10,000,000 weights at 4.13 bits, scales included\n")
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,13 @@ def test_no_bos_no_truncation_and_no_padding_even_if_the_tokenizer_s_file_asks_f
     assert chat.reply("long enough") == [*b"long enough", END]
 
 
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    """A file stands where the directory should be. The library's own `save` would raise a bare Exception."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        ChatML(make_tokenizer()).save(tmp_path / "file")
+
+
 def test_tokenizer_file_is_read_back_and_a_missing_or_broken_one_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(InputError, match="no such file") as error:

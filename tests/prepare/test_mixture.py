@@ -216,6 +216,12 @@ def test_match_lengths_balances_each_bin_of_each_source():
 # ----------------------------------------------------------------------------------------------------------------- mixing
 
 
+def test_the_order_of_a_mixture_by_hand():
+    """Shares of 2/3 and 1/3. Row 1: a lacks 2/3, b 1/3. Row 2: a 4/3 - 1, b 2/3. Row 3: a 2 - 1, b 1 - 1."""
+    mixed = mix(many(4, "a") + many(2, "b"), {"a": 2, "b": 1}, "source", "0")
+    assert "".join(r["source"] for r in mixed) == "abaaba"
+
+
 def test_every_beginning_of_a_mixture_has_its_shares():
     rows = many(300, "a") + many(300, "b") + many(40, "c")
     mixed = mix(rows, {"a": 2, "b": 1, "c": 1}, "source", "0")

@@ -120,6 +120,11 @@ def test_newer_models_and_questions_that_are_too_long(serve, asker):
     assert sum(server.attempts.values()) == 3 * 2 + 2
 
 
+def test_the_other_answers_to_true_or_false_are_known_without_choices():
+    assert argument("Is it?", [], "True").options == ("True", "False")
+    assert argument("What is 1 + 1?", [], "2").options == () and argument("Which?", ["a", "b"], "a").options == ("a", "b")
+
+
 def test_a_stop_ends_all_calls(serve, asker):
     server = serve(fault=lambda body, attempt: "403" if "0 + 0" in str(body) else "slow")
     with pytest.raises(InputError, match="cannot be used"):
