@@ -101,11 +101,8 @@ def bench_serve(bench: Bench) -> Iterator[dict]:
     """One prompt with its answer: by us, by transformers with bitsandbytes, by llama.cpp's server from a GGUF file."""
     wide, (tokens, new_tokens) = bench.directory / "wide", bench.short_answer
     Phi(PhiConfig(**bench.wide)).init_weights(seed=0).save_pretrained(wide)
-    ids, chat, threads = (
-        prompts(1, tokens, bench.wide["vocab_size"]),
-        ChatML(demo.train_tokenizer([])),
-        torch.get_num_threads(),
-    )
+    ids, threads = prompts(1, tokens, bench.wide["vocab_size"]), torch.get_num_threads()
+    chat = ChatML(demo.train_tokenizer([]))
     body = {"prompt": ids[0].tolist(), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     for base, to in (("nf4", "gguf-q4_0"), ("int8", "gguf-q8_0")):
         file = wide / f"{to}.gguf"

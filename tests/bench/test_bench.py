@@ -135,7 +135,7 @@ def test_steps_that_differ_are_not_timed(capsys):
         training.same_steps(same, (1.0, {"v": torch.ones(2)}), 1e-5)
 
 
-PEERS = ("transformers", "trl", "peft", "bitsandbytes", "datasets")
+PEERS = ("transformers", "trl", "peft", "bitsandbytes", "datasets", "xllamacpp")
 
 
 def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys):
@@ -146,7 +146,7 @@ def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys
     written = json.loads((tmp_path / "b.json").read_text())
     assert not written["failed"] and "torch" in written["hardware"]
     rows = {row["case"]: row for row in written["rows"]}
-    assert len(rows) == len(written["rows"]) == 34
+    assert len(rows) == len(written["rows"]) == 38
     assert all(row["ours"] is not None for row in rows.values())
     missing = "is not installed; pip install -r requirements-peers.txt"
     alone = {case for case, row in rows.items() if row["peer"] is None and missing in row["note"]}
