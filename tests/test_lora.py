@@ -443,6 +443,7 @@ def test_a_merged_model_stands_alone_and_answers_as_the_adapters_did(tiny, tmp_p
     assert merge(tmp_path / "adapters", tmp_path) == 0
     run = tmp_path / "merged"
     assert {p.name for p in run.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
