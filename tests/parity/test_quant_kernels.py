@@ -104,8 +104,8 @@ def test_the_step_in_one_kernel_is_that_of_adamw8bit(shape):
     plain = torch.nn.Parameter(normal(*shape).cpu())
     optimizer = AdamW8bit([plain], lr=0.01, weight_decay=0.1)
     for step in (1, 2, 3):
-        state = {key: value.flatten().to(DEVICE) for key, value in optimizer.state[plain].items()}
-        w = plain.detach().flatten().to(DEVICE)
+        state = {key: value.flatten().clone().to(DEVICE) for key, value in optimizer.state[plain].items()}
+        w = plain.detach().flatten().clone().to(DEVICE)
         plain.grad = (normal(*shape, seed=step) * 10 ** normal(*shape, seed=9)).cpu()
         plain.grad.masked_fill_(normal(*shape, seed=step + 20).cpu() > 1, 0).view(-1)[256:512] = 0
         triton_step(w, plain.grad.flatten().to(DEVICE), state, step, **optimizer.param_groups[0])
