@@ -278,7 +278,7 @@ def report(base: Dpo, runs: list[Run], results: list[Result], failed: dict[str, 
         *(part(name) for name in GRID),
         "\n".join(f"- {line}" for line in conclusions([r for r in results if "mixture" not in r.point])),
         "## Table 3: models by checkpoints",
-        f"Accuracy on the test pairs ({labels}).",
+        f"Accuracy on the test pairs ({labels}) of the checkpoint at that step; the other tables show each run's best one.",
         markdown(
             ["model", *(f"{quarter:.0%} of its steps" for quarter in QUARTERS)],
             [[r.name, *map(spread, r.quarters)] for r in results if r.quarters is not None],
