@@ -360,6 +360,7 @@ class Pty:
         os.close(self.main)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_quit_leaves(tiny):
     terminal = Pty([sys.executable, "-c", DRIVER, str(ROOT), str(tiny)])

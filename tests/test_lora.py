@@ -377,6 +377,7 @@ def dpo(out, model, name, *flags):
 LORA = ("--lora", "4", "--lora-alpha", "8", "--lora-dropout", "0.1")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_adapters_and_the_base_alone(tiny, tmp_path, capsys):
     base = fingerprint(Phi.from_pretrained(tiny))
     assert dpo(tmp_path, tiny, "run", *LORA, "--base", "nf4") == 0
@@ -392,6 +393,7 @@ def test_a_run_leaves_adapters_and_the_base_alone(tiny, tmp_path, capsys):
     assert first["drift/absolute"] == 0 and last["drift/absolute"] > 0
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_with_its_adapters(tiny, tmp_path, capsys):
     """The second run goes on with the first one's adapters. Its reference is the first run's model: at its first step no
     answer has drifted, which would not be so if the reference were the base, adapters off."""
@@ -414,6 +416,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path):
     assert fingerprint(Phi.from_pretrained(tmp_path / "whole")) == fingerprint(Phi.from_pretrained(tmp_path / "cut"))
 
 
+@pytest.mark.slow
 def test_merging_onto_4_bits_moves_the_outputs_a_little(tiny, tmp_path, capsys):
     assert dpo(tmp_path, tiny, "run", *LORA, "--base", "nf4") == 0
     assert main(["--stage", "merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
@@ -476,6 +479,7 @@ def test_merging_keeps_the_dtype_that_the_base_is_stored_in(tiny, tmp_path):
         assert torch.equal(tensors[name], tensor)
 
 
+@pytest.mark.slow
 def test_merging_needs_neither_the_rows_of_training_nor_those_held_out(tiny, tmp_path):
     words = ["--stage", "merge", "--model", str(tmp_path / "run"), "--out", str(tmp_path), "--name"]
     assert dpo(tmp_path, tiny, "run", *LORA, "--max-steps", "1") == 0
@@ -502,6 +506,7 @@ def test_adapters_that_differ_from_what_is_asked_for_are_refused(tiny, tmp_path,
     assert "--stage merge --model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_lora_adapters_are_merged_and_everything_is_tuned(tiny, tmp_path, capsys):
     stir(add_lora(Phi.from_pretrained(tiny), 4)).save_pretrained(tmp_path / "adapters")
     assert dpo(tmp_path, tmp_path / "adapters", "full") == 0
@@ -509,6 +514,7 @@ def test_without_lora_adapters_are_merged_and_everything_is_tuned(tiny, tmp_path
     assert (tmp_path / "full" / "model.safetensors").exists() and not (tmp_path / "full" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_tuned_through_adapters(tiny, tmp_path, capsys):
     assert main(["--stage", "quantize", "--to", "nf4", "--model", str(tiny), "--out", str(tmp_path), "--name", "q"]) == 0
     assert dpo(tmp_path, tmp_path / "q", "run") == 2

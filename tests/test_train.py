@@ -55,6 +55,7 @@ def weights(run: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ what a run leaves
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_metrics_ledger_figure_results_and_its_rows(tiny, pairs, tmp_path, capsys):
     truth = {row["prompt"]: Truth(i % 4 == 0, row["chosen"], {"short": ".{,9}"}) for i, row in enumerate(pair_rows(40))}
     rows = [Row([{"role": "user", "content": prompt}], [], "", {}, truth=known) for prompt, known in truth.items()]
@@ -93,6 +94,7 @@ def test_a_run_leaves_a_model_metrics_ledger_figure_results_and_its_rows(tiny, p
         assert part in printed
 
 
+@pytest.mark.slow
 def test_the_reference_is_reused_only_for_the_same_model_and_rows_and_checked_at_step_0(tiny, pairs, tmp_path, capsys):
     out = tmp_path / "out"
 
@@ -125,6 +127,7 @@ def test_sft_on_the_completion_and_on_the_whole_text_both_learn(tiny, sft_rows, 
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("extra", "answers"), [([], 2), (["--last-turn-only"], 1)])
 def test_dialogues_are_tuned_on_and_measured(tiny, tmp_path, extra, answers):
     rows = []
@@ -142,6 +145,7 @@ def test_dialogues_are_tuned_on_and_measured(tiny, tmp_path, extra, answers):
     assert measured["text"]["loss"]["value"] == pytest.approx(results["after"]["metrics"]["loss per token"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["--letter-only"]])
 def test_the_multiple_choice_stage(tiny, tmp_path, extra, capsys):
     rows = [
@@ -369,6 +373,7 @@ def test_the_demo_runs_sft_first_says_so_and_resumes_it_if_it_was_begun(small_de
 # ------------------------------------------------------------------------------------------------------------------- QAT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_quantizing_the_result_of_qat_changes_nothing_and_it_resumes_bit_for_bit(
     tiny, pairs, sft_rows, tmp_path, objective, capsys

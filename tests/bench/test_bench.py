@@ -138,6 +138,7 @@ def test_steps_that_differ_are_not_timed(capsys):
 PEERS = ("transformers", "trl", "peft", "bitsandbytes", "datasets", "xllamacpp")
 
 
+@pytest.mark.slow
 def test_without_the_peers_every_case_has_its_rows(tmp_path, monkeypatch, capsys):
     for name in PEERS:
         monkeypatch.setitem(sys.modules, name, None)  # importing it is a ModuleNotFoundError
@@ -237,6 +238,7 @@ def test_what_fails_alone_is_an_error_of_one_line():
         timing.alone(sorted, "cuda", key=None)
 
 
+@pytest.mark.slow
 def test_a_worker_says_in_one_line_why_it_failed():
     result, why = timing.in_worker(timing.exponent, sizes=[1], costs=[2])
     assert result is None and why.startswith("StatisticsError")

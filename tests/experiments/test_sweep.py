@@ -93,6 +93,7 @@ def test_names_are_fit_for_directories():
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
+@pytest.mark.slow
 def test_a_sweep_ranks_its_runs_and_skips_them_the_second_time(command, tmp_path, capsys):
     flags = command("--grid", "beta=0.1,0.3", "--seeds", "2")
     assert main(flags) == 0

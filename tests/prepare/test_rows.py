@@ -210,6 +210,7 @@ def test_which_files_of_a_data_set_are_a_split():
     )
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_read_once_and_then_without_a_connection(tmp_path):
     published = tmp_path / "published"
     for name in ("train_prefs", "test_prefs"):

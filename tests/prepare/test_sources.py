@@ -336,6 +336,7 @@ def test_unknown_and_private_sources():
         read_source("epfl")
 
 
+@pytest.mark.slow
 def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tmp_path):
     published = tmp_path / "sciq"
     (published / "data").mkdir(parents=True)

@@ -198,6 +198,7 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path, second):
     assert opened(settings_in(tmp_path, resume=True)) == 0
 
 
+@pytest.mark.slow
 def test_a_process_can_wait_for_the_one_that_holds_a_lock(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "demo")], cwd=ROOT, stdout=subprocess.PIPE, text=True
