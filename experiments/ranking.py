@@ -2,8 +2,8 @@
 
 **What picks**: the reward accuracy on evaluation rows, as they are labelled, wrong labels included: all that a user has.
 **What judges**: the accuracy on test pairs that no run saw, by clean labels where they are known (the demo), else debiased,
-with one flip rate for all runs. **What does neither**: the robust loss. It falls without bound as a run diverges, and its
-scale depends on beta and eps, so the lowest one names the most divergent run.
+with one flip rate for all runs. **What does neither**: the robust loss. It falls without bound as margins run away, and its
+scale depends on beta and eps.
 
 Two settings differ if two kinds of chance are ruled out. McNemar's test (1947) is about the choice of test pairs: it counts
 those that only one of the settings orders correctly, b for one and c for the other. If both were equally good, each such

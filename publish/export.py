@@ -138,11 +138,10 @@ def dense_tensors(source: Path) -> Iterator[tuple[str, Tensor]]:
         model = Phi(read_config(source))
     checkpoint, adapters, scale = weights.match(model, origin.directory), {}, 0.0
     parameters = dict(model.named_parameters())
+    layers = {name: model.get_submodule(name) for name in checkpoint.quantized}
     if origin.adapters:
         config, adapters = read_adapters(origin.adapters)
         scale = config["lora_alpha"] / config["r"]
-    layers = {name: model.get_submodule(name) for name in checkpoint.quantized}
-    if origin.adapters:
         load_lora(model, origin.adapters)  # without memory of its own, it only finds out whether they fit
     for name in parameters:
         layer, _, leaf = name.rpartition(".")
@@ -175,11 +174,7 @@ def add_config(writer: gguf.GGUFWriter, config: PhiConfig, name: str, to: str) -
     writer.add_rope_freq_base(config.rope_theta)
 
 
-SPLIT = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "use_regex": True,
-}  # as GPT-2
+SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # as GPT-2
 OTHER_BPE = "dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges".split()
 
 
