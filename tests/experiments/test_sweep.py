@@ -134,6 +134,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(command, tmp_path, ca
     assert "Traceback" in (tmp_path / "s" / "lr=1e+30.log").read_text()
 
 
+@pytest.mark.slow
 def test_data_sets_are_compared_on_given_test_rows(command, tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", pair_rows(60)[:30])
     write_jsonl(tmp_path / "b.jsonl", pair_rows(60)[10:50])
@@ -208,6 +209,7 @@ def test_mcnemar_by_hand():
     assert cannot_tell(many[None], ~many[None])  # 2,000 against 2,000: whole numbers that no float holds
 
 
+@pytest.mark.slow
 def test_losses_are_compared_each_with_the_eps_that_it_has(command, tmp_path):
     assert main(command("--grid", "loss=robust,sigmoid,ipo", "--max-steps", "1")) == 0
     runs = [read_json(tmp_path / "s" / name / "run.json") for name in ("defaults", "loss=sigmoid", "loss=ipo")]
@@ -215,6 +217,7 @@ def test_losses_are_compared_each_with_the_eps_that_it_has(command, tmp_path):
     assert losses == [("robust", 0.1), ("sigmoid", None), ("ipo", None)]
 
 
+@pytest.mark.slow
 def test_other_rows_under_the_same_name_are_an_error(command, tmp_path, capsys):
     assert main(command("--grid", "beta=0.1,0.3", "--max-steps", "1")) == 0
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(80))
