@@ -177,12 +177,11 @@ def measure_model(
             result["rewards"] = measure_rewards(policy, reference, lengths, flipped, settings.eps, settings.beta)
         result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
     if kind.startswith("mcq"):
-        scored = multiple_choice.score_options(model, examples, one.chat, *run_with)
-    answers = []
-    if asked:
+        picks = multiple_choice.score_options(model, examples, one.chat, *run_with)
+    answers, drawn = [], [examples[i] for i in asked]
+    if drawn:
         if settings.dtype == "bf16":  # the last use of the model: autocast would keep its weights and a copy of them
             model.bfloat16()
-        drawn = [examples[i] for i in asked]
         prompts = [e.prompt for e in drawn]
         length = min(settings.max_new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
         answers, ended = sample_answers(model, one.chat, prompts, length, settings.temperature, settings.seed)
@@ -193,8 +192,7 @@ def measure_model(
         graded = {"ends": ended} | grades(answers, drawn)  # grades: if a truth file is there
         result["answers"] |= {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
     if kind.startswith("mcq"):
-        answered = multiple_choice.generated(answers, [examples[i] for i in asked]) if asked else None
-        result |= multiple_choice.summary(scored, answered)
+        result |= multiple_choice.summary(examples, picks, drawn, answers)
     return result, answers
 
 
