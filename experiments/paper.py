@@ -89,20 +89,16 @@ def make_runs(settings: Sweep, directory: Path) -> list[Run]:
             path = Path(planned[0].settings.train).with_name(f"mixture-{part}-seed{seed}.jsonl")
             files[part, seed] = sweep.write_rows(path, drawn)
 
-    made = []
-    for run in planned:
-        seed = run.settings.seed
-        made.append(replace(run, settings=replace(run.settings, train=files[CHOSEN, seed])))
-        for part in PARTS if not run.point else ():
-            name = run.name.replace("defaults", f"mixture={part}")
-            one = replace(run.settings, train=files[part, seed], name=name)
-            made += [Run(name, {"mixture": part}, one)] if part != CHOSEN else []
     steps = settings.max_steps or settings.epochs * -(-samples // settings.batch_size)
-    for run in made:  # measured at each quarter of the training; those of Table 3 keep their checkpoints until then
-        run.settings = replace(run.settings, eval_every=max(1, steps // 4))
-        run.quarters = run.point in TABLE_3
-        if run.quarters:
-            run.settings = replace(run.settings, save_every=max(1, steps // 4), keep=1000)
+    quarter, made = max(1, steps // 4), []
+    for run in planned:
+        for part in (CHOSEN, *(part for part in PARTS if part != CHOSEN and not run.point)):
+            point = run.point if part == CHOSEN else {"mixture": part}
+            name = run.name if part == CHOSEN else run.name.replace("defaults", f"mixture={part}")
+            one = replace(run.settings, name=name, train=files[part, run.settings.seed], eval_every=quarter)
+            if point in TABLE_3:  # it keeps its checkpoints until they are measured
+                one = replace(one, save_every=quarter, keep=1000)
+            made.append(Run(name, point, one, quarters=point in TABLE_3))
     return made
 
 

@@ -209,19 +209,17 @@ def check_settings(planned: list[Run]) -> None:
 def dry_run(planned: list[Run]) -> None:
     """Prints what the runs would take, by a timed step of each setting, and their sum."""
     print("Time, without the answers that are sampled")
-    grouped: dict[str, list[Run]] = {}
-    for run in planned:
-        grouped.setdefault(point_name(run.point), []).append(run)
+    seeds = len({run.settings.seed for run in planned})
     spent, once = 0.0, {}
-    for name, (run, *others) in grouped.items():
+    for run in planned[::seeds]:  # one of each setting
         settings, parent = run.settings, Path(run.settings.model)
         chat = runs_on_disk.load_chat(parent, settings.system_prompt or "")
         took = train.time_a_step(settings, parent, train.load_inputs(settings, chat))
         testing = took.token * sum(map(len, read_test(run, chat)))
         seconds = took.training + took.evaluating + testing
-        spent += seconds * (1 + len(others))
+        spent += seeds * seconds
         once[settings.train] = took.reference + testing  # of the starting model: shared by the runs on the same rows
-        print(f"  {name}: {1 + len(others)} x {seconds / 60:,.1f} minutes, {took.step:.2f} s for the first step")
+        print(f"  {point_name(run.point)}: {seeds} x {seconds / 60:,.1f} minutes, {took.step:.2f} s for the first step")
     spent += sum(once.values())
     print(f"{len(planned)} runs and their references: {spent / 60:,.1f} minutes ({spent / 3600:,.2f} hours)")
     print("Nothing was trained.")
@@ -270,10 +268,11 @@ def measure_on_test(run: Run) -> dict:
     if not margin.isfinite().all():
         raise InputError("the model's log-probabilities of the test pairs are not finite")
     loss = dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)  # [E]
+    evaluated = {row["step"]: row[ACCURACY] for row in read_metrics(run.directory) if ACCURACY in row}
     record = {
         "accuracy": (margin > 0).double().mean().item(),
         "own loss": loss.double().mean().item(),
-        "validation": validation_accuracy(run.directory),
+        "validation": evaluated[read_json(run.directory / "results.json")["best_step"]],
         "margin": margin.tolist(),
         "reference": (reference[:, 0] - reference[:, 1]).tolist(),
         "longer": (lengths[:, 0] - lengths[:, 1]).sign().tolist(),
@@ -287,9 +286,3 @@ def measure_on_test(run: Run) -> dict:
             score = for_the_right(margins(runs_on_disk.checkpoint_directory(run.directory, step)), flipped)
             record["quarters"].append((score > 0).tolist())
     return record
-
-
-def validation_accuracy(directory: Path) -> float:
-    """The reward accuracy of a run's best checkpoint on its evaluation rows."""
-    best = read_json(directory / "results.json")["best_step"]
-    return next(row[ACCURACY] for row in read_metrics(directory) if row["step"] == best and ACCURACY in row)
