@@ -68,7 +68,7 @@ ON_A_GPU = {"rows": (1, 8, 64, 512, 6144), "repeats": 5}  # fields of Bench
 def card(device: str) -> str:
     """The name of a GPU, or of the CPU with its threads."""
     if device.startswith("cuda"):
-        return in_worker(torch.cuda.get_device_name, device=device)[0] or device
+        return in_worker(torch.cuda.get_device_name, device=device)
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None, **sizes) -> int:
     flags = parser.parse_args(argv)
     on_gpu = flags.device.startswith("cuda")
     sizes = (SMALL if flags.small else ON_A_GPU if on_gpu else {}) | sizes
-    if flags.device.startswith("cuda") and not torch.cuda.is_available():
+    if on_gpu and not torch.cuda.is_available():
         print("error: torch sees no CUDA GPU here; leave out --device cuda", file=sys.stderr)
         return 2
     # Batches differ in size, and blocks of fixed size would leave gaps; for the processes that are started from here.
@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None, **sizes) -> int:
     rows, failed = [], {}
     stamp = {"card": card(flags.device), "torch": torch.__version__, "date": str(datetime.date.today())}
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory), flags.device, quick=flags.quick, card=stamp["card"], **sizes)
+        no_peers = "left out by --quick" if flags.quick else ""
+        bench = Bench(Path(directory), flags.device, no_peers=no_peers, card=stamp["card"], **sizes)
         write_models(bench.directory, bench.model)
         for name in flags.only or (ON_GPU if on_gpu or flags.small else ON_CPU):
             print(f"{name} ...", flush=True)
