@@ -188,7 +188,7 @@ def measure_model(
         written = [e.texts[0] for e in drawn]
         result["answers"], result["BLEU signature"] = text.similarity(answers, written)
         if encoder:
-            result["answers"]["BERTScore"] = mean(bert_score(answers, written, *encoder, 64))
+            result["answers"]["BERTScore"] = mean(bert_score(answers, written, *encoder))
         graded = {"ends": ended} | grades(answers, drawn)  # grades: if a truth file is there
         result["answers"] |= {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
     if kind.startswith("mcq"):
