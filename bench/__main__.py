@@ -3,8 +3,7 @@
     pip install -r requirements-peers.txt
     python -m bench                                   the CPU cases, in 10 minutes on two cores
     python -m bench --only dpo generate               some of them
-    python -m bench --device cuda --json bench.json   the GPU cases
-    python -m bench --device cuda --quick             without the peers: minutes
+    python -m bench --device cuda --json bench.json   the GPU cases; --quick leaves out the peers
     python -m bench --small                           the GPU cases in tiny on a CPU, to see what they print
 
     CPU    forward, generate, decode      logits, greedy decoding, decoding beside the memory's speed
@@ -12,17 +11,13 @@
            sft, dpo, lora                 training steps: time and peak memory
            products (GPU too)             1 to 6,144 rows times a layer in 16 or 32 bits, int8 and NF4
            growth, start                  time against length, batch, width, depth; until the first step
-    GPU    attention                      by segment and by mask, and what the first batch of a new length costs
-           optimizers                     AdamW with moments in fp32 and in 8 bits
-           gpu-decode                     a full-size Phi-2 in bf16, int8 and NF4, beside the memory's speed
-           train                          its DPO steps: speed, MFU, memory beside the estimate, drift, costliest kernels
+    GPU    attention, optimizers          by segment and by mask; AdamW with moments in fp32 and in 8 bits
+           gpu-decode, train              a full-size Phi-2: decoding, and DPO steps
 
 Every row is printed as a line of JSON as soon as it is known, and at the end all of them as a table. Times are medians. The
 contenders take turns, so a noisy machine is noisy for both: read the ratios, not the seconds. Memory is a peak, in a process
-per contender. Losses, gradients and tokens are compared before anything is timed. Below 1 is better for seconds and bytes,
-above 1 for tokens a second; a row with a target says whether it was met. A peer that is not installed costs its own numbers;
-a case that fails is reported, and the others go on. What uses a GPU runs in a process of its own; this one holds none of its
-memory.
+per contender. A peer that is not installed costs its own numbers, a case that fails is reported, and the others go on. What
+uses a GPU runs in a process of its own; this one holds none of its memory. docs/speed.md explains rows and targets.
 """
 
 import argparse
@@ -80,8 +75,7 @@ def run_case(case: Callable, bench: Bench, stamp: dict, rows: list[dict]) -> Non
         print(json.dumps(rows[-1]), flush=True)
 
 
-def main(argv: list[str] | None = None, **sizes) -> int:
-    """`sizes` replace fields of Bench."""
+def main(argv: list[str] | None = None) -> int:
     as_written, cases = argparse.RawDescriptionHelpFormatter, ON_CPU | ON_GPU
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=as_written)
     parser.add_argument("--only", nargs="+", choices=cases, metavar="CASE", help=f"of {', '.join(cases)}")
@@ -91,7 +85,7 @@ def main(argv: list[str] | None = None, **sizes) -> int:
     parser.add_argument("--json", help="write the rows here too")
     flags = parser.parse_args(argv)
     on_gpu = flags.device.startswith("cuda")
-    sizes = (SMALL if flags.small else ON_A_GPU if on_gpu else {}) | sizes
+    sizes = SMALL if flags.small else ON_A_GPU if on_gpu else {}
     if on_gpu and not torch.cuda.is_available():
         print("error: torch sees no CUDA GPU here; leave out --device cuda", file=sys.stderr)
         return 2
