@@ -18,7 +18,6 @@ are written after each: an error in one, or of the judge, loses nothing that was
 
 import random
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,23 +88,22 @@ def run(settings: Eval) -> int:
 def gather(settings: Eval) -> tuple[Measured, list[Contestant], list[str]]:
     """The rows that every model can read, the models, and what a reader of the numbers must know. InputError if the rows are
     broken, a model is no model, or a flag does not go with the rows."""
-    read_rows = partial(rows_to_measure, settings.data, letter_only=settings.letter_only, on_bad_row=settings.on_bad_row)
-    measured = read_rows(None) if settings.data else None
+    first = None if settings.data else resolve(settings.model[0], settings.revision)
+    measured = rows_to_measure(settings.data, first, settings.letter_only, settings.on_bad_row)
+    for name in ("eps", "reference_model"):
+        if getattr(settings, name) is not None and measured.kind != "pairs":
+            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
     found: list[Contestant] = []
     trimmed: list[str] = []
     for name in settings.model:
         directory = resolve(name, settings.revision)
         if settings.precisions and (is_adapter(directory) or is_quantized(directory)):
             raise InputError(f"{directory} holds adapters or codes; --precisions needs a model in full precision")
-        measured = measured or read_rows(directory)
         chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
         reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
         found.append(Contestant(name, directory, chat, examples, reference))
         if ledger.trimmed:
             trimmed.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
-    for name in ("eps", "reference_model"):
-        if getattr(settings, name) is not None and measured.kind != "pairs":
-            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
     common = set.intersection(*({e.where for e in one.examples} for one in found))
     kept = [row for row in measured.rows if row.where in common]
     if not kept:
