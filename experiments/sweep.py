@@ -102,21 +102,18 @@ def single(settings: Sweep) -> Dpo:
     return Dpo(**{f.name: getattr(settings, f.name) for f in fields(Dpo)})
 
 
-def at_point(base: Dpo, point: dict) -> Dpo:
-    """The settings of a run at one point. A loss that is varied has an eps where it takes one. InputError if they make no
-    sense together."""
-    settings = replace(base, **point)
-    if "loss" in point and "eps" not in point:
-        settings = replace(settings, eps=(base.eps or 0.1) if LOSSES[settings.loss] else None)
-    check_limits(settings)
-    check_loss(settings)
-    return settings
-
-
 def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
-    """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`."""
+    """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`. InputError if settings make
+    no sense together."""
     base = single(settings)
-    configured = [(point, at_point(base, point)) for point in make_points(grid, base)]  # checks all before any runs
+    configured = []
+    for point in make_points(grid, base):  # all are checked before any runs
+        one = replace(base, **point)
+        if "loss" in point:  # it has an eps where it takes one
+            one.eps = (base.eps or 0.1) if LOSSES[one.loss] else None
+        check_limits(one)
+        check_loss(one)
+        configured.append((point, one))
     files = {one.train for _, one in configured}
     if len({Path(file).stem for file in files}) < len(files):
         raise InputError("--grid train=...: two files have the same name; rename one")
