@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from data import ChatML, Example, Row, grades, lengths_of, question_key
+from dpo import margin
 from generate import sample_answers
 from lora import find_origin, is_adapter
 from metrics import judge, multiple_choice, precisions, tables, text
@@ -172,7 +173,8 @@ def measure_model(
     if kind == "pairs":
         flipped = flips(examples)
         if reference is not None:
-            result["rewards"] = measure_rewards(policy, reference, lengths, flipped, settings.eps, settings.beta)
+            margins = margin(policy, reference)[None]  # [1, E]
+            result["rewards"] = measure_rewards(margins, flipped, settings.eps, settings.beta, lengths)
         result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
     if kind.startswith("mcq"):
         picks = multiple_choice.score_options(model, examples, one.chat, *run_with)

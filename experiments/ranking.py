@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metrics.intervals import Estimate
-from metrics.preferences import for_the_right, measure_margins
+from metrics.preferences import for_the_right, measure_rewards
 from metrics.tables import decimal, markdown, percent
 from runtime.files import picture, read_json, write_text
 from runtime.runs import read_metrics
@@ -104,7 +104,7 @@ def summarise(name: str, runs: list[Run], base: Dpo) -> Result:
 
     right = for_the_right(margin, flipped) > 0  # [seeds, E]
     scores = {"longer answer": longer, "starting model": reference, "tuned model": reference + margin[0]}
-    measures = measure_margins(margin, flipped, base.eps or 0.0, base.beta)
+    measures = measure_rewards(margin, flipped, base.eps or 0.0, base.beta)
     own_loss, validation = (sum(record[key] for record in records) / len(records) for key in ("own loss", "validation"))
     credits = {key: credit(score) for key, score in scores.items()}
     quarters = torch.tensor([record["quarters"] for record in records]).transpose(0, 1) if runs[0].quarters else None

@@ -14,6 +14,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import demo
 from data import LETTERS, ChatML, Ledger, encode, lengths_of, load_tokenizer
+from dpo import margin
 from metrics.multiple_choice import accuracy, score_options
 from metrics.preferences import measure_rewards
 from metrics.text import likelihood, similarity
@@ -56,7 +57,7 @@ def test_reward_accuracy_and_margin_are_trl_s(models, tmp_path):
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
     tables = [all_logprobs(model, examples, 7, "cpu", "fp32", "") for model in (policy, reference)]
-    ours = measure_rewards(*tables, lengths_of(examples), None, 0.2, beta)
+    ours = measure_rewards(margin(*tables)[None], None, 0.2, beta)
     assert 0 < theirs["rewards/accuracies"] < 1
     assert ours["reward accuracy"].value == pytest.approx(theirs["rewards/accuracies"], abs=1e-6)
     assert beta * ours["margin"].value == pytest.approx(theirs["rewards/margins"], rel=1e-4)
