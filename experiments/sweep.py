@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +32,7 @@ from model import Phi, all_logprobs
 from prepare.rows import read_rows
 from runtime import runs as runs_on_disk
 from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, write_json, write_jsonl
-from runtime.flags import check_limits, check_loss, flag_name, parser_of
+from runtime.flags import Command, check_limits, check_loss, flag_name, parser_of
 from runtime.runs import read_metrics
 from runtime.settings import LOSSES, Dpo, Sweep
 from runtime.weights import fingerprint, resolve
@@ -169,8 +169,11 @@ def split_rows(settings: Sweep, file: str, data: Path) -> dict[str, str]:
 
 def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
     """Makes and measures every run that is not finished. Returns the status of the signal that stopped a run, or 0, and
-    {run: error} of the runs that failed."""
-    check_settings(planned)
+    {run: error} of the runs that failed. InputError if an earlier call made one with other settings."""
+    every = {f.name for f in fields(Dpo)}
+    for run in planned:
+        if (run.directory / "run.json").exists():
+            runs_on_disk.resumed_settings(Command(run.settings, dict.fromkeys(every, "flag"), every))
     failed = {}
     for number, run in enumerate(planned, start=1):
         label = f"[{number}/{len(planned)}] {run.name}"
@@ -188,19 +191,6 @@ def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
         shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)  # the best one is the run's model
         print(f"{label}: reward accuracy {100 * read_json(run.tested)['accuracy']:.1f}%", flush=True)
     return 0, failed
-
-
-def check_settings(planned: list[Run]) -> None:
-    """InputError if a run of an earlier call was made with other settings than this call would give it."""
-    for run in planned:
-        begun = (run.directory / "run.json").exists()
-        stored = asdict(runs_on_disk.stored_settings(run.directory)) if begun else {}
-        for name in stored.keys() - {"resume", "device", "overwrite", "out"}:
-            if stored[name] != (value := getattr(run.settings, name)):
-                raise InputError(
-                    f"{run.directory} was made with {name} = {stored[name]}, now it would be {value}. Give this sweep "
-                    "another --name, or delete the earlier one with --overwrite."
-                )
 
 
 def dry_run(planned: list[Run]) -> None:

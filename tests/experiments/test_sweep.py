@@ -113,7 +113,7 @@ def test_a_sweep_ranks_its_runs_and_skips_them_the_second_time(command, tmp_path
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.iterdir()} == before
     capsys.readouterr()
     assert main([*flags, "--lr", "1e-4"]) == 2
-    assert "was made with lr = 0.001, now it would be 0.0001" in capsys.readouterr().err
+    assert "was started with lr = 0.001, now --lr 0.0001" in capsys.readouterr().err
 
 
 def test_no_question_is_on_two_sides(command, tmp_path):
