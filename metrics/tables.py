@@ -118,9 +118,8 @@ def report(results: Results) -> str:
 
 def write(results: Results, run: Path) -> None:
     """Writes eval.json, answers.jsonl and eval.md with what was measured so far."""
-    numbers = {"rows": len(results.rows), "of": results.where, "notes": results.notes}
-    numbers["results"] = results.models
-    write_json(run / "eval.json", numbers)
+    about = {"rows": len(results.rows), "of": results.where, "notes": results.notes}
+    write_json(run / "eval.json", about | {"results": results.models})
     records = []
     for n, i in enumerate(results.asked):
         row, answers = results.rows[i], {name: part[n] for name, part in results.answers.items()}
@@ -178,13 +177,6 @@ def summary(settings: Any, run: Path, examples: list[Example], results: dict) ->
         f"{len(examples):,} held-out examples, best step {results['best_step']} (by {metric}: {results['best_value']:.4f})",
         metrics_table({which: results[which]["metrics"] for which in kinds}),
     ]
-    if settings.stage == "qat" and settings.objective == "sft":
-        full, rounded, after = (results[which]["metrics"]["loss per token"] for which in kinds)
-        share = f" ({100 * (rounded - after) / (rounded - full):.0f}% won back)" if rounded - full > 0.01 else ""
-        lines.append(
-            f"  Rounding to {settings.to} changes the loss by {rounded - full:+.4f} nats per token; after training through "
-            f"the rounding {after - full:+.4f} are left{share}."
-        )
     lines += _showpieces(examples, results["before"]["answers"], results["after"]["answers"])
     used = results["memory"]
     if used["measured"]:
