@@ -77,11 +77,8 @@ def costliest(run: Callable, seconds: float, device: str) -> dict:
     on_cuda = device.startswith("cuda")
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
         timed(run, device)
-    cost = {}
-    for event in profiled.key_averages():
-        microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        if microseconds and not event.is_user_annotation:
-            cost[event.key[:100]] = microseconds
+    events = [event for event in profiled.key_averages() if not event.is_user_annotation]
+    cost = {e.key[:100]: e.self_device_time_total if on_cuda else e.self_cpu_time_total for e in events}  # microseconds
     total = sum(cost.values())
     five = sorted(cost, key=cost.get, reverse=True)[:5]
     return {"busy": total / 1e6 / seconds, "kernels": {name: round(cost[name] / total, 4) for name in five}}

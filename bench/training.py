@@ -6,8 +6,6 @@ reference log-probabilities are "cached" (known before the step, always so in ou
 default). Adapters (LoRA) have rank 16, on every linear layer but the output layer; in QLoRA on NF4 weights.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -257,22 +255,16 @@ def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
 
 def bench_start(bench: Bench) -> list[dict]:
     """Everything before the first step counts: imports, the demo's rows, the tokenizer, the reference's pass."""
-
-    def runs_in(name: str) -> tuple[Path, list[str]]:
-        out = bench.directory / name
-        if bench.world:
-            demo.write_world(out / "demo-seed0", sizes=bench.world)
-        return out, ["--out", str(out), "--device", bench.device]
-
-    fresh, tuned = [], []
-    for i in range(bench.repeats):
-        out, flags = runs_in(f"fresh-{i}")
-        fresh.append(timing.first_step(["--stage", "dpo", *flags], out / "demo-sft-seed0"))
-    out, flags = runs_in("tuned")
-    sft = ["--stage", "sft", "--name", "demo-sft-seed0", "--max-steps", "2", *flags]
-    subprocess.run([sys.executable, "train.py", *sft], cwd=timing.ROOT, check=True, capture_output=True)
-    for i in range(max(bench.repeats, 2)):
-        tuned.append(timing.first_step(["--stage", "dpo", "--name", f"dpo-{i}", *flags], out / f"dpo-{i}"))
+    first, *others = [bench.directory / f"start-{i}" for i in range(bench.repeats + 1)]
+    for out in (first, *others) if bench.world else ():
+        demo.write_world(out / "demo-seed0", sizes=bench.world)
+    flags = ["--stage", "dpo", "--device", bench.device, "--out"]
+    fresh = [timing.first_step([*flags, str(out)], out / "demo-sft-seed0") for out in others]
+    sft = ["--stage", "sft", "--name", "demo-sft-seed0", "--max-steps", "2", "--device", bench.device, "--out", str(first)]
+    if in_worker(train.main, argv=sft):
+        raise InputError("the demo's SFT failed")
+    names = [f"dpo-{i}" for i in range(max(bench.repeats, 2))]
+    tuned = [timing.first_step([*flags, str(first), "--name", name], first / name) for name in names]
     return [
         row("start of the demo until its first step (SFT)", "s", sorted(fresh)[len(fresh) // 2], target="ours <= 5"),
         row("  with an SFT model until DPO's first step", "s", tuned[0]),
