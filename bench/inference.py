@@ -6,7 +6,6 @@ whichever is faster, in turn in the same process; keys, values and one row of th
 GPU the limit is a copy in its memory, which reads and writes.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -107,13 +106,11 @@ def bench_serve(bench: Bench) -> Iterator[dict]:
         file = wide / f"{to}.gguf"
         export(wide, file, to, chat)
         theirs, why = attempt(peers.load_phi, wide, base=base, unless=bench.no_peers)
-        with contextlib.ExitStack() as stack:
-            server = peers.llama_server(file, threads)
-            ask, missing = attempt(stack.enter_context, server, unless=bench.no_peers)
-            runs = {"ours": greedy(Phi.from_pretrained(wide, base=base), ids, new_tokens)}
-            runs |= {"bitsandbytes": theirs and greedy(theirs.eval(), ids, new_tokens)}
-            runs |= {"llama.cpp": ask and partial(ask, "completion", body)}
-            ours, bnb, llama = rates(new_tokens, *medians(runs, max(bench.repeats, 5)).values())
+        ask, missing = attempt(peers.llama_server, file, threads, unless=bench.no_peers)
+        runs = {"ours": greedy(Phi.from_pretrained(wide, base=base), ids, new_tokens)}
+        runs |= {"bitsandbytes": theirs and greedy(theirs.eval(), ids, new_tokens)}
+        runs |= {"llama.cpp": ask and partial(ask, "completion", body)}
+        ours, bnb, llama = rates(new_tokens, *medians(runs, max(bench.repeats, 5)).values())
         case = f"serve {base}, {tokens} + {new_tokens} tokens"
         yield row(f"{case} / llama.cpp's server, {to}", "tokens/s", ours, llama, note=missing)
         yield row(f"{case} / transformers + bitsandbytes", "tokens/s", ours, bnb, note=why)
