@@ -139,13 +139,13 @@ def kind_of_fields(found: frozenset[str], letter_only: bool = False) -> str:
 # ------------------------------------------------------------------------------------------------------- text and messages
 
 
-def _text(value: object, name: str) -> str:
-    """Returns `value` if it is a non-empty string."""
+def as_text(value: object, name: str, blank: bool = False) -> str:
+    """`value` if it is a string, not empty unless `blank` ones will do; ValueError says what is wrong."""
     if value is None:
         raise ValueError(f'"{name}" is missing')
     if not isinstance(value, str):
         raise ValueError(f'"{name}" is {type(value).__name__}, not text')
-    if not value.strip():
+    if not (blank or value.strip()):
         raise ValueError(f'"{name}" is empty')
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
@@ -176,14 +176,15 @@ def _turns(text: str, name: str) -> list[dict] | None:
     return [{"role": role.lower(), "content": said} for role, said in turns]
 
 
-def _reply_text(text: str, name: str) -> str:
+def _reply_text(value: object, name: str) -> str:
     """An assistant's text without ChatML's end mark: `ChatML.reply` writes the token itself. The marks' characters must not
     be taught."""
+    text = as_text(value, name)
     while text.rstrip().endswith(IM_END):
         text = text.rstrip().removesuffix(IM_END)
     if _marked(text):
         raise ValueError(f'"{name}" has {IM_START} or {IM_END} inside; give the turns as messages')
-    return _text(text, name)
+    return as_text(text, name)
 
 
 def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
@@ -213,7 +214,7 @@ def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
         content = _joined(message.get("content", message.get("value")), place)
         if role == "system" and not str(content or "").strip():
             continue
-        content = _reply_text(content, place) if role == "assistant" and isinstance(content, str) else _text(content, place)
+        content = _reply_text(content, place) if role == "assistant" else as_text(content, place)
         learned = role == "assistant" and all(weights.values())
         messages.append({"role": role, "content": content, "learned": learned})
     return messages
@@ -235,10 +236,10 @@ def _prompt(row: dict, name: str) -> list[dict]:
     if name == "instruction":
         for more in ("input", "context"):
             if row.get(more, "") != "":
-                messages[-1]["content"] += "\n\n" + _text(row[more], more)
+                messages[-1]["content"] += "\n\n" + as_text(row[more], more)
     for system in ("system", "system_prompt"):
         if row.get(system, "") != "":
-            messages.insert(0, {"role": "system", "content": _text(row[system], system), "learned": False})
+            messages.insert(0, {"role": "system", "content": as_text(row[system], system), "learned": False})
     if sum(message["role"] == "system" for message in messages) > 1:
         raise ValueError("there are two system turns; give one of them")
     return messages
@@ -352,13 +353,13 @@ def named_options(value: object, name: str) -> dict[str, str]:
     counted = isinstance(texts, list) and isinstance(labels, list) and 2 <= len(texts) <= len(LETTERS)
     if not counted or len({str(label) for label in labels}) != len(texts):
         raise ValueError(f'"{name}" is not a list of 2 to {len(LETTERS)} texts, nor of texts with a label each')
-    return {str(label): _text(text, name) for label, text in zip(labels, texts)}
+    return {str(label): as_text(text, name) for label, text in zip(labels, texts)}
 
 
 def read_mcq(row: dict, form: Form, kind: str) -> Row:
     """A multiple-choice question. The reply is the explanation, if there is one, and then "Answer: C"."""
     (key,) = form.answers
-    question, answer = _text(row[form.prompt], form.prompt), row[key]
+    question, answer = as_text(row[form.prompt], form.prompt), row[key]
     if isinstance(answer, str):
         answer = answer.strip().strip("().").strip()  # "(B)", "B."
     if form.options:
@@ -380,7 +381,7 @@ def read_mcq(row: dict, form: Form, kind: str) -> Row:
     else:
         raise ValueError(f'"{key}" is {str(answer)[:60]!r}, not the letter of an option, nor its number from 0 on')
     explanation = row.get("explanation", "")
-    explanation = _text(explanation, "explanation").strip() if explanation != "" else ""
+    explanation = as_text(explanation, "explanation").strip() if explanation != "" else ""
     letter = LETTERS[right]
     reply = letter if kind == "mcq letter" else f"{explanation}\n\nAnswer: {letter}".strip()
     return Row([{"role": "user", "content": question}], [reply], "", {}, choices, right)

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -179,37 +179,39 @@ def reasons(bad: list[str]) -> list[str]:
     return lines + ([f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else [])
 
 
-def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
-    """The error for rows that cannot be used."""
-    lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:", *reasons(bad)]
-    skip = ", or leave them out with --on-bad-row skip" if len(bad) < total else ""
-    return InputError("\n  ".join(lines) + f"\nCorrect them{skip}.")
+def read_each(source: str | Path, files: dict[str, Path], read: Callable, on_bad_row: str, ledger: Ledger) -> list:
+    """What `read(record, "file:record")` makes of every record of the files; blank lines are none. `source`: what they are
+    called together.
 
-
-def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
-    """Reads the rows of a file, a folder or a data set of the hub, of a `kind` of `forms.read_row`. Blank lines are no rows.
-
-    Rows that cannot be used are reported as `file:record: reason`: with on_bad_row "stop" in one InputError after everything
-    was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
+    Where it raises a ValueError, the row cannot be used. Such rows are reported as `file:record: reason`: in one InputError
+    after everything was read or, with on_bad_row "skip" and if there are others, in `ledger.bad_rows`, counted under
+    `ledger.dropped["bad row"]`.
     """
-    rows, bad = [], ledger.bad_rows
-    for name, file in files_of(path).items():
+    made, bad = [], ledger.bad_rows
+    for name, file in files.items():
         for number, record in records(file):
             ledger.rows += 1
             where = f"{shown(name)}:{number}"
             try:
-                row = read_row(kind, parsed(record), where)
+                made.append(read(parsed(record), where))
             except (ValueError, RecursionError) as error:
                 ledger.drop("bad row")
                 bad.append(f"{where}: {error}")
-                continue
-            rows.append(row)
-            ledger.forms[row.form] = ledger.forms.get(row.form, 0) + 1
-            ledger.rendered += row.form.endswith(RENDERED)
     if not ledger.rows:
-        raise InputError(f"{path}: the file holds no rows")
-    if bad and on_bad_row == "stop":
-        raise bad_rows(bad, ledger.rows, path)
+        raise InputError(f"{source}: the file holds no rows")
+    if bad and (on_bad_row == "stop" or not made):
+        lines = [f"{len(bad):,} of {ledger.rows:,} rows of {source} cannot be used:", *reasons(bad)]
+        skip = ", or leave them out with --on-bad-row skip" if made else ""
+        raise InputError("\n  ".join(lines) + f"\nCorrect them{skip}.")
+    return made
+
+
+def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
+    """The rows of a file, a folder or a data set of the hub, of a `kind` of `forms.read_row`; see `read_each`."""
+    rows = read_each(path, files_of(path), functools.partial(read_row, kind), on_bad_row, ledger)
+    for row in rows:
+        ledger.forms[row.form] = ledger.forms.get(row.form, 0) + 1
+        ledger.rendered += row.form.endswith(RENDERED)
     if truths := data.read_truth(path):
         for row in rows:
             row.truth = truths.get(question_key(row))
@@ -367,10 +369,7 @@ def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = Fa
     if letter_only and kind != "mcq":
         raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
     kind = "mcq letter" if letter_only else kind
-    rows = read_rows(file, kind, on_bad_row, ledger)
-    if not rows:
-        raise bad_rows(ledger.bad_rows, ledger.rows, file)
-    return Measured(rows, kind, file, ledger)
+    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, file, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:

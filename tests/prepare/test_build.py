@@ -199,7 +199,7 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path):
         ((), "--sources is missing"),
         (("--sources", "theorem"), "no source 'theorem'"),
         (("--sources", "epfl"), "epfl=PATH"),
-        (("--sources", "sciq=nowhere"), "nowhere: no file like"),
+        (("--sources", "sciq=nowhere"), "nowhere: No such file"),
         (("--sources", "sciq=x", "--price", "1,2"), "add --teacher MODEL"),
         (("--sources", "OWN", "--sizes", "20k"), "--sizes 20000,30000"),
         (("--sources", "OWN", "--sizes", "5000"), "has 27 training rows"),
@@ -343,9 +343,7 @@ def test_bad_rows_of_every_source_are_in_the_ledger(tmp_path):
     ledger = read_json(tmp_path / "data" / "ledger.json")
     (read,) = ledger["read"].values()
     assert (read["records"], read["used"], read["not usable"]) == (32, 31, 1)
-    assert read["bad rows"] == [
-        f'{tmp_path}/mmlu.json:31: not a record of mmlu_stem ("choices" is not a list of 2 to 10 texts)'
-    ]
+    assert read["bad rows"] == [f'{tmp_path}/mmlu.json:31: "choices" is not a list of 2 to 10 texts']
     assert ledger["multiple choice"]["left out"] == {"empty question, answer or option": 1}
     assert ledger["rows"]["left out"] == {"empty question or answer": 1, "multiple choice alone": 30}
 
