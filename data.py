@@ -206,7 +206,6 @@ class Ledger:
     dropped: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)  # rows by how they were read
-    rendered: int = 0  # rows whose texts were in ChatML already
     prompts: dict[int, int] = field(default_factory=dict)  # rows by their whole prompt's tokens, in steps of BIN
     sizes: dict[int, int] = field(default_factory=dict)  # the same with the longest completion
 

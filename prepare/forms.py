@@ -22,17 +22,7 @@ from data import IM_END, IM_START, LETTERS, Row
 
 ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant", chatgpt="assistant")
 # What no row can teach as text, and what says with 0 or false that a message is not to be learned.
-NOT_TEXT = {
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "refusal",
-    "image",
-    "images",
-    "audio",
-}
+NOT_TEXT = {*"tool_calls function_call reasoning_content reasoning thinking refusal image images audio".split()}
 WEIGHTS = ("weight", "train", "loss", "loss_mask")
 CHATML = re.compile(r"<\|im_start\|>(\w+)(?:\n|\Z)(.*?)(?:<\|im_end\|>\s*|(?=<\|im_start\|>)|\Z)", re.DOTALL)
 SPOKEN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)

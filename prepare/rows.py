@@ -21,16 +21,15 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import data
 from data import ChatML, Example, Ledger, Row, question_key
 from model import read_config
 from prepare.forms import RENDERED, kind_of_fields, read_row
-from runtime import parallel, runs
-from runtime.files import InputError, first_line, json_object, numbered_lines, printable, write_json
+from runtime import runs
+from runtime.files import InputError, first_line, json_object, numbered_lines, printable
 from runtime.settings import Tuning
 from runtime.weights import hub_names, hub_snapshot
 
@@ -60,9 +59,8 @@ def files_of(source: str | Path) -> dict[str, Path]:
         raise InputError(f"{source}: holds several splits, such as {min(mixed)}; give a file, or a folder with one of them")
     others = choose_files([name for name in names if name not in found and Path(name).name not in ABOUT], split)
     if others:
-        raise InputError(
-            f"{source}: holds files in two formats, {found[0]} and {others[0]}; give a folder with those to read"
-        )
+        two = f"{found[0]} and {others[0]}"
+        raise InputError(f"{source}: holds files in two formats, {two}; give a folder with those to read")
     return {f"{source}/{name}": Path(source, name) for name in found}
 
 
@@ -116,14 +114,17 @@ def hub_files(source: str) -> dict[str, Path]:
 def records(path: Path) -> Iterator[tuple[int, object]]:
     """The records of a file with their numbers: the rows of parquet, the elements of a JSON array, or the lines. A line of
     JSON is still bytes (see `parsed`), so that a broken one is an error of its own."""
-    zipped, suffix = path.suffix == ".gz", Path(path.name.removesuffix(".gz")).suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
     try:
-        with gzip.open(path) if zipped else open(path, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             start = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
             file.seek(0)
             if suffix == ".parquet":
-                yield from parquet_records(io.BytesIO(file.read()) if zipped else path)
+                from pyarrow.parquet import ParquetFile
+
+                batches = ParquetFile(file).iter_batches(1000)  # no more rows at a time become objects
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
             elif suffix == ".csv":
                 # Strict, or a quote that is never closed would swallow the rows after it.
                 lines, first = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True), 2
@@ -137,22 +138,9 @@ def records(path: Path) -> Iterator[tuple[int, object]]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except csv.Error as error:
-        raise InputError(
-            f"{path}:{first}: a row that begins here cannot be read as csv ({error}); look at its quotes"
-        ) from None
+        raise InputError(f"{path}:{first}: the row that begins here is not csv ({error}); look at its quotes") from None
     except (ValueError, NotImplementedError, RecursionError, EOFError, zlib.error) as error:  # some are pyarrow's
         raise InputError(f"{path}: cannot be read as {suffix[1:]} ({first_line(error)})") from None
-
-
-def parquet_records(source: Path | BinaryIO) -> Iterator[tuple[int, dict]]:
-    """Rows with their numbers. A thousand at a time become objects."""
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    for batch in ParquetFile(source, memory_map=True, pre_buffer=False).iter_batches(1000):  # no copy of the file is kept
-        for record in batch.to_pylist():
-            number += 1
-            yield number, record
 
 
 def parsed(record: object) -> dict:
@@ -211,7 +199,6 @@ def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> l
     rows = read_each(path, files_of(path), functools.partial(read_row, kind), on_bad_row, ledger)
     for row in rows:
         ledger.forms[row.form] = ledger.forms.get(row.form, 0) + 1
-        ledger.rendered += row.form.endswith(RENDERED)
     if truths := data.read_truth(path):
         for row in rows:
             row.truth = truths.get(question_key(row))
@@ -264,25 +251,20 @@ def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
         source = sources.get(side, settings.train)
         examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[source])
         if not examples:
-            raise nothing_left(settings, side, source, ledgers)
+            raise nothing_left(settings, side, source, ledgers[source])
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
     files = {side: list(files_of(source).values()) for side, source in sources.items()}
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers, files)
 
 
-def nothing_left(settings: Tuning, side: str, source: str, ledgers: dict[str, Ledger]) -> InputError:
-    """The error for a side without examples. It writes the ledger, too, since there will be no run that does."""
-    ledger, run = ledgers[source], Path(settings.out) / settings.name
-    told = ""
-    if parallel.is_main() and not settings.dry_run and not (run / "run.json").exists():
-        write_json(run / "ledger.json", {name: asdict(one) for name, one in ledgers.items()})
-        told = f" The ledger is {run}/ledger.json."
+def nothing_left(settings: Tuning, side: str, source: str, ledger: Ledger) -> InputError:
+    """The error for a side without examples."""
     limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
     causes = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items())
     left_out = f"left out of {ledger.rows:,} with {limits}: {causes or 'none'}"
     lines = [f"{source}: no row is left for the {side} side; {left_out}", *reasons(ledger.bad_rows)]
     lines += [line.strip() for line in describe_sizes(ledger)]
-    return InputError("\n  ".join(lines) + f"\nGive other rows or limits.{told}")
+    return InputError("\n  ".join(lines) + "\nGive other rows or limits.")
 
 
 def describe_ledgers(ledgers: dict[str, Ledger], window: int) -> str:
@@ -301,9 +283,9 @@ def describe_ledgers(ledgers: dict[str, Ledger], window: int) -> str:
 def describe_reading(ledger: Ledger) -> list[str]:
     """How rows were read, a line for each form."""
     lines = [f"  read as: {form}, {count:,} rows" for form, count in ledger.forms.items()]
-    if ledger.rendered:
+    if rendered := sum(count for form, count in ledger.forms.items() if form.endswith(RENDERED)):
         told = "Turns were read from them and end marks removed: the program adds those. --dry-run shows two rows."
-        lines.append(f"  Warning: {ledger.rendered:,} rows hold ChatML's marks as text. {told}")
+        lines.append(f"  Warning: {rendered:,} rows hold ChatML's marks as text. {told}")
     return lines
 
 
@@ -357,19 +339,19 @@ class Measured:
 
 def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = False, on_bad_row: str = "stop") -> Measured:
     """The rows of `file` or, without one, those that the run of the model in the directory `model` held out."""
-    ledger = Ledger()
+    ledger, where = Ledger(), file
     if file is None:
         run = runs.training_run(model)
         if run is None or not (run / "held_out.jsonl").exists():
             raise InputError(f"--data FILE.jsonl is missing: {model} is no run of this program with rows that it held out")
+        file, where = run / "held_out.jsonl", f"the rows that {run} held out"
         kind = row_kind(runs.stored_settings(run))
-        rows = read_rows(run / "held_out.jsonl", kind, "stop", ledger)
-        return Measured(rows, kind, f"the rows that {run} held out", ledger)
-    kind = kind_of(file, letter_only)
-    if letter_only and kind != "mcq":
-        raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
-    kind = "mcq letter" if letter_only else kind
-    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, file, ledger)
+    else:
+        kind = kind_of(file, letter_only)
+        if letter_only and kind != "mcq":
+            raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
+        kind = "mcq letter" if letter_only else kind
+    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, where, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:
