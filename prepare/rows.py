@@ -15,6 +15,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -316,6 +317,26 @@ def covering(sizes: dict[int, int], share: float) -> int:
         if left <= 0:
             return size
     raise ValueError("there are no rows")
+
+
+def spelled_out(example: Example, chat: ChatML) -> str:
+    """An example token by token, each in brackets, in parts that are learned or not: the first four, and of a part of more
+    than 40 tokens the first and the last 20."""
+    parts = [(f"prompt ({len(example.prompt)} tokens, no loss), {printable(example.where)}", example.prompt)]
+    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
+    for name, ids in zip(names, example.completions):
+        flags = example.learned or [True] * len(ids)
+        for learned, pairs in itertools.groupby(zip(flags, ids), key=lambda pair: pair[0]):  # one run, or a dialogue's
+            run = [token for _, token in pairs]
+            heading = f"{name} ({len(run)} tokens, supervised)" if learned else f"context ({len(run)} tokens, no loss)"
+            parts.append((heading, run))
+    lines = []
+    for heading, ids in parts[:4]:
+        tokens = [f"[{chat.decode([i])}]" for i in ids]
+        if len(tokens) > 40:
+            tokens[20:-20] = [f" ... {len(ids) - 40} tokens ... "]
+        lines += [heading, printable("".join(tokens)).replace("\n", "\\n")]
+    return "\n".join(lines + [f"... {len(parts) - 4} more parts"] * (len(parts) > 4))
 
 
 def row_kind(settings: Tuning) -> str:
