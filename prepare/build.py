@@ -18,21 +18,22 @@ from prepare import card, mixture
 from prepare.sources import Item, Reading, read_source
 from prepare.teacher import Request, Teacher, ask_all, estimate, open_teacher
 from runtime.files import InputError, printable, read_json, whole_directory, write_json, write_jsonl, write_text
+from runtime.runs import check_name
 from runtime.settings import Data
 
 
 def run(settings: Data) -> int:
     """Builds the data sets. A dry run only says what the teacher would be asked."""
     folder = Path(settings.out) / settings.name
-    check_output(folder, settings)
+    if not settings.dry_run:
+        check_name(settings)
     sizes, shares = sizes_and_shares(settings)
     teacher = open_teacher(settings)
 
     sources = read_sources(settings)
     every = [item for source in sources.values() for item in source.items]
     items = [item for item in every if not mixture.is_empty(item)]
-    topics = bool(teacher) or settings.shares_by == "topic"
-    jobs = mixture.jobs(items, settings.seed, settings.what, topics)
+    jobs = mixture.jobs(items, settings.seed, settings.what)
     if settings.dry_run:
         requests = [request for job in jobs.values() for _, request in job]
         missing = f"{len(requests):,} answers are missing; --teacher MODEL asks"
@@ -114,16 +115,6 @@ def read_counts(source: Reading) -> dict:
     """What became of the records of a source, for the ledger."""
     licences = Counter(item.licence for item in source.items)
     return {"from": source.origin, **source.counts, "items": len(source.items), "licences": licences, "bad rows": source.bad}
-
-
-def check_output(folder: Path, settings: Data) -> None:
-    """InputError if the folder holds something that may not be replaced."""
-    if settings.dry_run or not folder.exists() or not any(folder.iterdir()):
-        return
-    if not settings.overwrite:
-        raise InputError(f"{folder} already holds data sets. Replace them with --overwrite, or give these another --name.")
-    if not (folder / "ledger.json").exists():
-        raise InputError(f"{folder}: has no ledger.json, so this program did not make it, and it is not replaced")
 
 
 def sizes_and_shares(settings: Data) -> tuple[list[int], dict[str, float]]:

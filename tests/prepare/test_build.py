@@ -12,7 +12,7 @@ from hub_server import SHA, hub, hub_environment
 from openai_server import Server
 
 from prepare import build
-from prepare.build import account, check_output, multiple_choice, sizes_and_shares
+from prepare.build import account, multiple_choice, sizes_and_shares
 from prepare.mixture import mixtures
 from prepare.sources import Item
 from prepare.teacher import open_teacher
@@ -229,7 +229,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main(command) == 0
     assert len(lines(tmp_path / "data" / "train.jsonl")) + len(lines(tmp_path / "data" / "test.jsonl")) == 30
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/data already holds data sets.")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/data already holds a run.")
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--lr", "1"])
     assert stopped.value.code == 2 and "--lr belongs to --stage" in capsys.readouterr().err
@@ -238,17 +238,11 @@ def test_the_command_line(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- parts, without a build
 
 
-def test_a_folder_that_this_program_did_not_make_is_not_replaced(tmp_path):
-    settings = Data(out=str(tmp_path), name="data", overwrite=True)
-    check_output(tmp_path / "data", settings)  # nothing is there
+def test_a_folder_that_this_program_did_not_make_is_not_replaced(files, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="has no ledger.json, so this program did not make it"):
-        check_output(tmp_path / "data", settings)
-    (tmp_path / "data" / "ledger.json").write_text("{}")
-    check_output(tmp_path / "data", settings)
-    with pytest.raises(InputError, match="--overwrite"):
-        check_output(tmp_path / "data", Data(out=str(tmp_path), name="data"))
+    with pytest.raises(InputError, match="data has no run.json, so it is not a run of this program"):
+        run("--sources", files, "--out", tmp_path, "--overwrite")
 
 
 def test_the_price_is_in_then_out(tmp_path):
