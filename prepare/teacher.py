@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -236,15 +235,12 @@ def open_teacher(settings: Data | Eval) -> Teacher | None:
         return None
     if settings.budget is not None and not settings.price:
         raise InputError("--budget needs --price IN,OUT: per million tokens in and out")
-    try:
-        price = tuple(float(part) for part in (settings.price or "0,0").split(","))
-    except ValueError:
-        price = ()
-    if len(price) != 2 or not all(0 <= value < math.inf for value in price):
-        raise InputError(f"--price {settings.price}: two numbers, per million tokens in and out, such as 0.5,1.5")
+    price = settings.price or "0,0"
+    if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", price):
+        raise InputError(f"--price {price}: two numbers, per million tokens in and out, such as 0.5,1.5")
     journal = Journal(Path(settings.out) / "teacher" / "journal.jsonl")
     budget = math.inf if settings.budget is None else settings.budget
-    return Teacher(settings.teacher, journal, settings.concurrency, price, budget)
+    return Teacher(settings.teacher, journal, settings.concurrency, tuple(map(float, price.split(","))), budget)
 
 
 def estimate(requests: list[Request], teacher: Teacher) -> str:
@@ -277,17 +273,12 @@ def ask_all(requests: list[Request], teacher: Teacher, label: str) -> list[str |
 
 def check_environment() -> None:
     """InputError if the key or the address cannot be used, before the client tries them eight times for each request."""
-    if not (key := os.environ.get("OPENAI_API_KEY")):
+    key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
+    if not key:
         raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
     if not re.fullmatch("[!-~]+", key):
         raise InputError("OPENAI_API_KEY holds a blank, a line break or another character that no key has; set it anew")
-    url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    try:
-        parts = urlsplit(url)
-        usable = re.fullmatch("[!-~]+", url) and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
+    if url and not re.fullmatch(r"https?://([!-~]+@)?[^\s/@]+(/[!-~]*)?", url):  # user, host and port, path
         raise InputError(f"OPENAI_BASE_URL {url!r} is no address such as http://localhost:8000/v1")
 
 

@@ -209,7 +209,6 @@ def test_a_server_that_always_fails_is_not_asked_everything(serve, asker):
         ("OPENAI_API_KEY", "sk-\u00e9-secret", "OPENAI_API_KEY holds"),
         ("OPENAI_BASE_URL", "localhost:8000/v1", "'localhost:8000/v1' is no address such as http"),
         ("OPENAI_BASE_URL", "http://me:hunter2two@", r"'http://\*\*\*@' is no address"),
-        ("OPENAI_BASE_URL", "http://h:99999/v1", "is no address"),
         ("OPENAI_BASE_URL", "http://localhost:8000/v1\n", "is no address"),
     ],
 )
