@@ -353,7 +353,7 @@ def test_matched_lengths_are_printed_before_and_after(tmp_path, capsys):
     assert before["longer answer wins"] == after["longer answer wins"].replace("5.6%", "4.0%") == "50.0% ± 4.0%"
     assert before["pairs"] == 160 and after["pairs"] == 80
     assert float(before["lengths alone"][:4]) > 60 > float(after["lengths alone"][:4])
-    assert "| own    | matched | 80 " in capsys.readouterr().out
+    assert "| own    | matched |    80 |" in capsys.readouterr().out
 
 
 def test_the_card_says_what_the_hub_asks_and_no_text_of_the_data_gets_into_its_metadata(tmp_path):
@@ -364,10 +364,10 @@ def test_the_card_says_what_the_hub_asks_and_no_text_of_the_data_gets_into_its_m
     sources = f"pairs={tmp_path}/own.jsonl,mmlu_stem={tmp_path}/mmlu.json"
     assert run("--sources", sources, "--out", tmp_path, "--name", "mine") == 0
     head, text = (tmp_path / "mine" / "README.md").read_text().split("---\n")[1:]
-    assert head.startswith("license:\n- mit\n- other\nsize_categories:\n- n<1K\ntags:\n- dpo\n- multiple-choice\nconfigs:\n")
+    assert head.startswith("license:\n- mit\n- other\ntags:\n- dpo\n- multiple-choice\nconfigs:\n")
     assert "- config_name: train\n  data_files:\n  - split: train\n    path: train.jsonl\n" in head
     assert "    path: mcq-test.jsonl\n" in head and "CC0" not in head
     assert "a local copy, own.jsonl" in text and str(tmp_path) not in text
-    assert "| CC0 --- license: mit; that of the file |" in text and "| my    b  own  x1b 2J |" in text and "\x1b" not in text
+    assert "| CC0 --- license: mit; that of the file |" in text and "| my b own x1b 2J |" in text and "\x1b" not in text
     assert "source, source" in text and "too few pairs" in text
-    assert "| 50 | 20       | multiple choice alone |" in text
+    assert "| 50 |       20 | multiple choice alone |" in text
