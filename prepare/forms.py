@@ -197,16 +197,17 @@ def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
             raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
         if unlearned := [part for part in NOT_TEXT & message.keys() if message[part]]:
             raise ValueError(f'"{name}"[{i}] has {unlearned[0]}, which cannot be learned as text')
-        weights = {part: message[part] for part in WEIGHTS if part in message}
-        for part, weight in weights.items():
-            if type(weight) not in (int, float, bool) or weight not in (0, 1):
-                raise ValueError(f'"{name}"[{i}] has a {part} other than 0 and 1, or false and true')
+        weights = [message[part] for part in WEIGHTS if part in message]
+        if any(type(weight) not in (int, float, bool) or weight not in (0, 1) for weight in weights):
+            raise ValueError(f'"{name}"[{i}] has a weight other than 0 and 1, or false and true')
         content = _joined(message.get("content", message.get("value")), place)
         if role == "system" and not str(content or "").strip():
             continue
         content = _reply_text(content, place) if role == "assistant" else as_text(content, place)
-        learned = role == "assistant" and all(weights.values())
+        learned = role == "assistant" and all(weights)
         messages.append({"role": role, "content": content, "learned": learned})
+    if not messages:
+        raise ValueError(f'"{name}" holds nothing but an empty system message')
     return messages
 
 
@@ -362,10 +363,9 @@ def read_mcq(row: dict, form: Form, kind: str) -> Row:
     for i, choice in enumerate(choices):
         if (same := [text.strip() for text in choices].index(choice.strip())) < i:
             raise ValueError(f"options {LETTERS[same]} and {LETTERS[i]} are the same text, so no letter is right alone")
-    if isinstance(answer, str | int) and type(answer) is not bool and str(answer) in labels:
-        right = labels.index(str(answer))
-    elif isinstance(answer, str) and answer.upper() in labels:
-        right = labels.index(answer.upper())
+    said = next((text for text in (str(answer), str(answer).upper()) if text in labels), None)
+    if said and type(answer) in (str, int):
+        right = labels.index(said)
     elif type(answer) is int and 0 <= answer < len(choices) and not labels[0].isdigit():
         right = answer
     else:

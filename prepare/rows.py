@@ -94,21 +94,18 @@ def hub_files(source: str) -> dict[str, Path]:
     if not named:
         raise InputError(f"{source}: write hub:ORG/NAME, hub:ORG/NAME:SPLIT or hub:ORG/NAME@REVISION:SPLIT")
     repo, revision, split = named["repo"], named["revision"], named["split"]
-    names, name = hub_names(repo, revision), split or "train"
-    wanted = [f"{start}{name}{end}" for start in ("", "*/") for end in ("-*", ".*", "/*")]
-    if names is not None:
-        wanted = choose_files(names, name)
-        splits = sorted({re.sub(r"(-\d+-of-\d+.*)?(\.\w+)+$", "", Path(file).name) for file in choose_files(names)})
-        if not wanted and not split and len(splits) == 1:
-            wanted = choose_files(names)
-        if not wanted:
-            there = f"there are {', '.join(splits[:10])}" if splits else f"none of its files ends in {', '.join(SUFFIXES)}"
-            raise InputError(f"{source}: no split {name}; {there}. Name one: hub:{repo}:SPLIT")
-    folder = hub_snapshot(repo, revision, wanted, "dataset")  # without a connection: what is in the cache
-    names = file_names(folder)
-    found = choose_files(names, name) or ([] if split else choose_files(names))
+    names, there = hub_names(repo, revision), "there are"
+    if names is None:
+        names = file_names(hub_snapshot(repo, revision, [], "dataset"))
+        there = "the hub cannot be reached, and on this machine are"
+    found = choose_files(names, split or "train")
+    splits = sorted({re.sub(r"(-\d+-of-\d+.*)?(\.\w+)+$", "", Path(file).name) for file in choose_files(names)})
+    if not found and not split and len(splits) == 1:
+        found = choose_files(names)
     if not found:
-        raise InputError(f"{source}: the hub cannot be reached, and the copy on this machine lacks this split")
+        there += f" {', '.join(splits[:10]) or 'none'}"
+        raise InputError(f"{source}: no split {split or 'train'}; {there}. Name one: hub:{repo}:SPLIT")
+    folder = hub_snapshot(repo, revision, found, "dataset")
     return {f"hub:{repo}/{name}": folder / name for name in found}
 
 
