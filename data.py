@@ -26,7 +26,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import compress
 from pathlib import Path
@@ -152,6 +152,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise InputError(f"{path}: not a tokenizer file ({error!s:.200})") from None
+
+
+def lettered(choices: Iterable[str]) -> str:
+    """The options of a question as text: "A. ...", "B. ...", one a line."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 @dataclass

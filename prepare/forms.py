@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from data import IM_END, IM_START, LETTERS, Row
+from data import IM_END, IM_START, LETTERS, Row, lettered
 
 ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant", chatgpt="assistant")
 # What no row can teach as text, and what says with 0 or false that a message is not to be learned.
@@ -355,8 +355,7 @@ def read_mcq(row: dict, form: Form, kind: str) -> Row:
         answer = answer.strip().strip("().").strip()  # "(B)", "B."
     if form.options:
         options = named_options(row[form.options], form.options)
-        listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, options.values())]
-        question = "\n".join([f"Question: {question}", "", "Options:", *listed, "", "Answer:"])
+        question = f"Question: {question}\n\nOptions:\n{lettered(options.values())}\n\nAnswer:"
     else:
         options = dict(zip(LETTERS, written_options(question)))
     labels, choices = list(options), list(options.values())

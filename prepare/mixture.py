@@ -12,9 +12,9 @@ import math
 import random
 from collections import Counter, defaultdict
 
-from data import Row, question_key, split_by_question
+from data import Row, lettered, question_key, split_by_question
 from prepare.sources import EECS, Item
-from prepare.teacher import Request, argument, attempt, lettered, topic
+from prepare.teacher import Request, argument, attempt, topic
 from runtime.files import InputError
 
 SHORTEST = 10  # characters of an answer

@@ -1,8 +1,8 @@
 """The report's data sets. Each has its own columns; a short function turns one of its records into an `Item`.
 
     --sources theoremqa            from the Hugging Face hub, downloaded once, then read from the cache
-    --sources theoremqa=PATH       a local copy: a parquet, JSON, JSON lines or CSV file, or a directory of them
-    --sources pairs=FILE           your own pairs, in any form that --train takes (prepare/rows.py)
+    --sources theoremqa=PATH       a copy: a file or a folder as for --train (prepare/rows.py)
+    --sources pairs=PATH           your own pairs, in any form that --train takes
 
 A missing column is an error that lists the columns that were found. Every field is checked where it is read.
 """

@@ -25,12 +25,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import LETTERS
+from data import lettered
 from metrics.multiple_choice import parse_choice, parse_letter
 from runtime import runs
 from runtime.files import InputError, first_line, json_object, read_fields, redact
 from runtime.settings import Data, Eval
 
+TRIES = 3  # unusable answers after which a request is given up for good
 RETRIES = 8  # by the client, of a call that fails on its way; the growing waits add up to some 40 seconds
 TIMEOUT = 120.0  # seconds for one answer
 FAILURES = 20  # calls in a row without an answer after which nothing else is asked
@@ -62,10 +63,6 @@ class Request:
 
     def key(self, model: str) -> str:
         return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()[:32]
-
-    def tries(self) -> int:
-        """Unusable answers after which the request is given up for good."""
-        return 2 if self.names else 3
 
     def parse(self, answer: str) -> str | None:
         """The text of an answer or, with names, the one that it chooses. None if it cannot be used."""
@@ -121,11 +118,6 @@ def concludes(text: str, answer: str, options: Sequence[str] = ()) -> bool:
         return options[letter] == answer and named <= {answer}
     numbers = {term for before, term in zip(["", *said], said) if re.fullmatch(NUMBER, term) and before not in ("^", "_")}
     return named == {answer} and (bool(options) or numbers <= set(wanted[answer]))
-
-
-def lettered(choices: list[str]) -> str:
-    """The options of a question as text: "A. ...", "B. ...", one a line."""
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 END = 'End with a sentence of its own: "The answer is", and the answer word for word. Do not name options by their letters.'
@@ -309,7 +301,7 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
     import openai
 
     journal, body, useless = teacher.journal, request.body(teacher.model), 0
-    while useless < request.tries():
+    while useless < TRIES:
         bound = teacher.cost(request.at_most())
         while (spent := teacher.cost(journal.tokens)) + sum(teacher.open_calls) + bound > teacher.budget:
             if not teacher.open_calls:
@@ -341,7 +333,7 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
         teacher.failures = 0
         usable = text is not None and request.parse(text) is not None
         useless += not usable
-        final = usable or refused or useless == request.tries()
+        final = usable or refused or useless == TRIES
         body["messages"] = request.body(teacher.model, again=True)["messages"]
         journal.add(key=key if final else "", answer=text if usable else None, tokens=tokens or request.at_most())
         if final:

@@ -317,11 +317,11 @@ def test_calls_at_a_time(serve, asker, monkeypatch, budget, at_once):
 
 
 def test_answers_of_no_use_are_given_up_after_three_attempts(serve, asker):
-    """Three for a text; for a name the question and, once, the question with the forms that an answer may have."""
+    """The question, and twice the question with what an answer has to end in or may be."""
     server = serve(answer=lambda body: "It is fast." if "1 + 1" in str(body) else "perhaps")
     asked = [judgement("Q?", "a", "b"), argument("What is 1 + 1?", [], "2")]
     assert ask_all(asked, asker(), "x") == ask_all(asked, asker(), "x") == [None, None]
-    assert sorted(server.attempts.values()) == [1, 1, 1, 2]  # the last one is a reminder, given twice
+    assert sorted(server.attempts.values()) == [1, 1, 2, 2]  # the last two are reminders, given twice
 
 
 def test_an_unreadable_answer_is_asked_for_once_more_in_its_bare_form(serve, asker):
