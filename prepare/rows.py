@@ -249,23 +249,15 @@ def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
         source = sources.get(side, settings.train)
         examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[source])
         if not examples:
-            raise nothing_left(settings, side, source, ledgers[source])
+            limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
+            told = describe_ledgers({source: ledgers[source]}, math.inf)
+            raise InputError(f"no row is left for the {side} side with {limits}.\n{told}\nGive other rows or limits.")
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
     files = {side: list(files_of(source).values()) for side, source in sources.items()}
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers, files)
 
 
-def nothing_left(settings: Tuning, side: str, source: str, ledger: Ledger) -> InputError:
-    """The error for a side without examples."""
-    limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
-    causes = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items())
-    left_out = f"left out of {ledger.rows:,} with {limits}: {causes or 'none'}"
-    lines = [f"{source}: no row is left for the {side} side; {left_out}", *reasons(ledger.bad_rows)]
-    lines += [line.strip() for line in describe_sizes(ledger)]
-    return InputError("\n  ".join(lines) + "\nGive other rows or limits.")
-
-
-def describe_ledgers(ledgers: dict[str, Ledger], window: int) -> str:
+def describe_ledgers(ledgers: dict[str, Ledger], window: float) -> str:
     """Where the rows of each file went, in words. `window`: the most tokens that the model takes."""
     lines = []
     for name, ledger in ledgers.items():
@@ -287,7 +279,7 @@ def describe_reading(ledger: Ledger) -> list[str]:
     return lines
 
 
-def describe_sizes(ledger: Ledger, window: float = math.inf) -> list[str]:
+def describe_sizes(ledger: Ledger, window: float) -> list[str]:
     """How many tokens rows have and, where some were cut or dropped, the limits that would keep them whole, if the model's
     window allows."""
     if not ledger.sizes:
@@ -308,12 +300,9 @@ def describe_sizes(ledger: Ledger, window: float = math.inf) -> list[str]:
 
 def covering(sizes: dict[int, int], share: float) -> int:
     """The least size that at least this share of the rows do not exceed."""
-    left = math.ceil(share * sum(sizes.values()))
-    for size in sorted(sizes):
-        left -= sizes[size]
-        if left <= 0:
-            return size
-    raise ValueError("there are no rows")
+    ordered = sorted(sizes)
+    totals = itertools.accumulate(sizes[size] for size in ordered)
+    return next(size for size, total in zip(ordered, totals) if total >= share * sum(sizes.values()))
 
 
 def spelled_out(example: Example, chat: ChatML) -> str:

@@ -399,10 +399,10 @@ def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Like a sailor?", "completion": "Ahoy"}])
     assert len(sides(tiny, tmp_path, eval=str(tmp_path / "eval.jsonl")).train) == 9
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "?"}, {"prompt": "!", "completion": "x" * 99}, {"prompt": ""}])
-    with pytest.raises(InputError, match="left out of 3 with .*: 2 bad row, 1 completion does not fit\n") as error:
+    with pytest.raises(InputError, match="(?s)no row is left .*, dropped: 2 bad row, 1 completion does not fit\n") as error:
         sides(tiny, tmp_path, on_bad_row="skip", eval=str(tmp_path / "eval.jsonl"), out=str(tmp_path), name="run")
     reason = '"completion" is missing: the fields are prompt; the nearest form is prompt, completion'
-    assert f"\n  {tmp_path}/train.jsonl:1, 3: {reason}\n" in str(error.value)
+    assert f"\n  left out: {tmp_path}/train.jsonl:1, 3: {reason}\n" in str(error.value)
     assert "--max-prompt-length 32 would keep 100% of the rows whole" in str(error.value)
 
 
