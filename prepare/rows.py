@@ -239,19 +239,15 @@ def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
         data.check_no_leak(*parts)
     else:
         parts = data.split_by_question(parts[0], settings.eval_share, settings.seed)
-        if sum(map(len, parts)) and not all(parts):
-            questions = len({question_key(row) for part in parts for row in part})
-            asked = "one question" if questions == 1 else f"{questions:,} questions, which one side got"
-            hint = "give other rows to evaluate on with --eval FILE, or more questions"
-            raise InputError(f"{settings.train}: all rows ask {asked}, so they cannot be split; {hint}")
     sides = []
     for side, rows in zip(("train", "eval"), parts):
         source = sources.get(side, settings.train)
         examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[source])
         if not examples:
             limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
-            told = describe_ledgers({source: ledgers[source]}, math.inf)
-            raise InputError(f"no row is left for the {side} side with {limits}.\n{told}\nGive other rows or limits.")
+            had = f"it had {len(rows):,} (all rows of a question are on one side), and none fits {limits}."
+            told = f"{describe_ledgers({source: ledgers[source]}, math.inf)}\nGive other rows or limits, or --eval FILE."
+            raise InputError(f"no row is left for the {side} side: {had}\n{told}")
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
     files = {side: list(files_of(source).values()) for side, source in sources.items()}
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers, files)

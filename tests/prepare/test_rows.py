@@ -394,7 +394,9 @@ def test_a_file_for_evaluation_is_read_beside_and_must_not_repeat_a_question(tin
 def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
     rows = [{"prompt": "Like a pirate?", "completion": f"Arr, {i}"} for i in range(9)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    with pytest.raises(InputError, match="all rows ask one question, so they cannot be split; .* with --eval FILE"):
+    with pytest.raises(
+        InputError, match="(?s)no row is left for the .* side: it had 0 .*Give other rows or limits, or --eval FILE"
+    ):
         sides(tiny, tmp_path)
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Like a sailor?", "completion": "Ahoy"}])
     assert len(sides(tiny, tmp_path, eval=str(tmp_path / "eval.jsonl")).train) == 9
