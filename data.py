@@ -144,14 +144,12 @@ class ChatML:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model's directory; InputError if there is none."""
     path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the model's directory needs its tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises the bare Exception class, or panics, which is not even one
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise InputError(f"{path}: not a tokenizer file ({error!s:.200})") from None
+        raise InputError(f"{path}: not a tokenizer file, which every model needs ({error!s:.200})") from None
 
 
 def lettered(choices: Iterable[str]) -> str:

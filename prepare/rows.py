@@ -359,7 +359,7 @@ def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = Fa
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:
     """The rows that fit a model's window, with its own tokenizer and, unless another is given, the system prompt that it was
-    tuned with; the ledger says what became of the others. InputError if none fits."""
+    tuned with; the ledger says what became of the others."""
     chat, ledger = runs.load_chat(directory, system_prompt), Ledger()
     window = read_config(directory).max_position_embeddings
     examples = [
@@ -367,6 +367,4 @@ def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = Non
         for example in data.encode(rows, chat, window, window // 2, ledger)
         if len(example.prompt) + max((len(chat.reply(choice)) for choice in example.choices), default=0) <= window
     ]
-    if not examples:
-        raise InputError(f"{directory}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
     return chat, examples, ledger

@@ -100,12 +100,12 @@ def label(record: dict, name: str) -> str:
     return "" if value is None else text({name: str(value)}, name)
 
 
-def letter(record: dict, name: str, count: int) -> int:
-    """The index of the option that a letter names."""
-    named = text(record, name).strip().upper()
-    if count < 2 or named not in tuple(LETTERS[:count]):
-        raise ValueError(f"the right option is {named[:20]!r}, but there are {count}")
-    return LETTERS.index(named)
+def option(named: str, names: str, count: int) -> int:
+    """The index of the option, of `count`, that a letter or a digit names."""
+    names, named = names[:count], named.strip().upper()
+    if len(names) < 2 or named not in tuple(names):
+        raise ValueError(f"the right option is {named[:20]!r}, but there are {count}: {', '.join(names)}")
+    return names.index(named)
 
 
 def without_letters(options: list[str]) -> list[str]:
@@ -118,11 +118,10 @@ def without_letters(options: list[str]) -> list[str]:
 
 def mmlu_stem(record: dict) -> list[Item]:
     """question, choices (list), answer (0-3), subject."""
-    choices, subject, right = texts(record, "choices"), text(record, "subject"), label(record, "answer")
-    if not right.isdecimal() or int(right) >= len(choices):
-        raise ValueError(f"the right option is {right[:20]!r}, but there are {len(choices)}, counted from 0")
+    choices, subject = texts(record, "choices"), text(record, "subject")
+    right = option(label(record, "answer"), "0123456789", len(choices))
     topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
-    return [Item(text(record, "question"), choices[int(right)], choices, int(right), topic=topic)]
+    return [Item(text(record, "question"), choices[right], choices, right, topic=topic)]
 
 
 def theoremqa(record: dict) -> list[Item]:
@@ -139,7 +138,7 @@ def math_qa(record: dict) -> list[Item]:
     """Problem, Rationale, options (one text: "a ) 24 , b ) 120 , ..."), correct (a letter), category."""
     options = re.split(r"(?:^|,)\s*(?=[a-e]\s*\))", text(record, "options").strip("[]'\" "))
     choices = without_letters([option.strip(" ,") for option in options if option.strip()])
-    right = letter(record, "correct", len(choices))
+    right = option(text(record, "correct"), LETTERS, len(choices))
     rationale = text(record, "Rationale").strip("\"' ")
     return [Item(text(record, "Problem"), choices[right], choices, right, rationale, topic="Mathematics")]
 
@@ -173,7 +172,7 @@ def sciq(record: dict) -> list[Item]:
 def aqua_rat(record: dict) -> list[Item]:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
     choices = without_letters(texts(record, "options"))
-    right = letter(record, "correct", len(choices))
+    right = option(text(record, "correct"), LETTERS, len(choices))
     question = re.sub(r"\s*\bOptions\s*:?\s*$", "", text(record, "question"))  # some end with the heading of their options
     return [Item(question, choices[right], choices, right, text(record, "rationale"), topic="Mathematics")]
 

@@ -184,13 +184,10 @@ class Journal:
     def add(self, key: str, answer: str | None, tokens: list[int]) -> None:
         entry = {"key": key, "answer": answer and redact(answer), "tokens": tokens}
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        try:
-            with open(self.path, "r+b") as file:
-                file.truncate(self.size)
-                file.seek(self.size)
-                file.write(line)
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; an answer that was paid for is lost") from None
+        with open(self.path, "r+b") as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            file.write(line)
         self.size += len(line)
         self._take(entry)
 
@@ -254,7 +251,7 @@ def ask_all(requests: list[Request], teacher: Teacher, label: str) -> list[str |
         if todo := teacher.missing(requests):
             try:
                 asyncio.run(_ask_missing(todo, teacher, label))
-            except InputError as error:
+            except (InputError, OSError) as error:  # a full disk, for example
                 stop = redact(str(error))
     if missing := len(teacher.missing(requests)):
         left = f"{missing:,} of {len(requests):,} answers are missing; the same command asks only for those"

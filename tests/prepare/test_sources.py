@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from hub_server import SHA, hub, lines_printed
 
-from prepare.sources import SOURCES, letter, read_source, without_letters
+from prepare.sources import SOURCES, option, read_source, without_letters
 from runtime.files import InputError
 
 RECORDS = {
@@ -138,7 +138,7 @@ def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
         ("sciq", {"drop": "support"}, r"x\.json:1: sciq has no column 'support'; found: question, "),
         ("aqua_rat", {"correct": "F"}, r"x\.json:1: the right option is .F., but there are 5"),
         ("epfl", {"preference": [{"A": "a", "B": "b", "overall": "C"}]}, "neither A nor B"),
-        ("mmlu_stem", {"answer": 9}, "the right option is '9', but there are 4, counted from 0"),
+        ("mmlu_stem", {"answer": 9}, "the right option is '9', but there are 4: 0, 1, 2, 3"),
     ],
 )
 def test_what_does_not_fit_names_file_record_and_columns(name, change, message, tmp_path):
@@ -226,10 +226,10 @@ def test_whatever_stands_in_a_field_the_record_is_used_or_bad(name, tmp_path):
 
 
 def test_the_right_option_by_its_letter():
-    assert [letter({"x": given}, "x", 2) for given in ("A", " b ", "B")] == [0, 1, 1]
+    assert [option(given, "ABC", 2) for given in ("A", " b ", "B")] == [0, 1, 1]
     for given in ("C", "", "AB", "1"):
         with pytest.raises(ValueError, match="there are 2"):
-            letter({"x": given}, "x", 2)
+            option(given, "ABC", 2)
 
 
 def test_letters_before_the_options_have_to_run_in_order():
