@@ -62,11 +62,11 @@ def run(settings: Data) -> int:
     with whole_directory(folder) as temporary:
         write_json(temporary / "run.json", {"stage": "data", "settings": asdict(settings)})
         write_json(temporary / "ledger.json", ledger)
-        write_text(temporary / "README.md", card.readme(settings.name, ledger, settings.teacher))
+        about = card.readme(settings.name, ledger, settings.teacher)
+        write_text(temporary / "README.md", f"{card.metadata(ledger)}\n\n{about}")
         for name, part in files.items():
             write_jsonl(temporary / f"{name}.jsonl", part)
-    written = [f"{name}.jsonl ({len(part):,})" for name, part in files.items()]
-    print(f"Written to {folder}/: {', '.join(written)}, ledger.json, README.md")
+    print(f"{about}\nWritten to {folder}/")
     return 0
 
 
@@ -84,8 +84,8 @@ def ask(jobs: dict[str, list[tuple[Item, Request]]], teacher: Teacher) -> None:
 
 
 def training_rows(items: list[Item], settings: Data, ledger: dict, read: int) -> list[dict]:
-    """The pairs or SFT rows, cleaned and, if asked for, matched in length. Prints and notes what became of all `read` items
-    and, of pairs, what gives the chosen answers away."""
+    """The pairs or SFT rows, cleaned and, if asked for, matched in length. Notes what became of all `read` items and, of
+    pairs, what gives the chosen answers away."""
     left_out = Counter({"empty question or answer": read - len(items)})
     if settings.what == "pairs" and not settings.teacher:
         for_pairs = [item for item in items if not item.choices]
@@ -97,10 +97,7 @@ def training_rows(items: list[Item], settings: Data, ledger: dict, read: int) ->
         rows = mixture.match_lengths(rows, settings.seed, left_out)
         stages["matched"] = rows
     ledger["rows"] = account(read, left_out, len(rows))
-    print(f"{settings.what}: {len(rows):,} of {read:,}; left out: {in_words(left_out)}")
     ledger["scores"] = card.scores(stages) if rows and settings.what == "pairs" else []
-    if rows and settings.what == "pairs":
-        print(card.table(ledger["scores"]))
     return rows
 
 
@@ -161,8 +158,6 @@ def multiple_choice(items: list[Item], settings: Data, ledger: dict, read: int) 
         left_out["the same question with the same options"] += key in unique
         unique.setdefault(key, row)
     ledger["multiple choice"] = account(read, left_out, len(unique))
-    if read:
-        print(f"multiple choice: {len(unique):,} of {read:,}; left out: {in_words(left_out)}")
     train, test = mixture.split(list(unique.values()), settings.eval_share, settings.seed)
     return {"mcq-train": train, "mcq-test": test} if unique else {}
 

@@ -1,4 +1,4 @@
-"""What a built data set says about itself: the tables that are printed, and the README.md that is published with it."""
+"""What a built data set says about itself, on the terminal and in its README.md."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def metadata(ledger: dict) -> str:
 
 
 def readme(name: str, ledger: dict, teacher: str | None) -> str:
-    """The README.md of a data set, from its ledger."""
+    """What a data set says about itself: the text that is printed, and its README.md below the `metadata`."""
     sources, left_out = [], []
     for label, read in ledger["read"].items():
         ours = "=" in label and not read["from"].startswith("hub:")
@@ -64,7 +64,7 @@ def readme(name: str, ledger: dict, teacher: str | None) -> str:
     for kind in (ledger["rows"], ledger["multiple choice"]):
         left_out += [{"of": kind["items"], "left out": count, "because": why} for why, count in kind["left out"].items()]
     files = [{"file": f"{file}.jsonl", "rows": part["rows"]} for file, part in ledger["files"].items()]
-    parts = [metadata(ledger), f"# {plain(name)}", table(files), "## Sources", table(sources)]
+    parts = [f"# {plain(name)}", table(files), "## Sources", table(sources)]
     if ledger["scores"]:
         by = f"The teacher is {plain(teacher)}. " if teacher else ""
         parts += ["## Who wrote the answers, and what gives them away", by + ABOUT_SCORES, table(ledger["scores"])]
