@@ -28,23 +28,14 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate, compress, groupby
+from itertools import compress
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from runtime.files import (
-    InputError,
-    json_object,
-    numbered_lines,
-    printable,
-    read_fields,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from runtime.files import InputError, json_object, numbered_lines, read_fields, write_json, write_jsonl, write_text
 
 LETTERS = "ABCDEFGHIJ"  # name the options of a multiple-choice question
 IM_START = "<|im_start|>"
@@ -153,14 +144,17 @@ class ChatML:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model's directory; InputError if there is none."""
     path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the model's directory needs its tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises the bare Exception class, or panics, which is not even one
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise InputError(f"{path}: not a tokenizer file ({error!s:.200})") from None
+        raise InputError(f"{path}: not a tokenizer file, which every model needs ({error!s:.200})") from None
+
+
+def lettered(choices: Iterable[str]) -> str:
+    """The options of a question as text: "A. ...", "B. ...", one a line."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 @dataclass
@@ -206,7 +200,6 @@ class Ledger:
     dropped: dict[str, int] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)  # rows by how they were read
-    rendered: int = 0  # rows whose texts were in ChatML already
     prompts: dict[int, int] = field(default_factory=dict)  # rows by their whole prompt's tokens, in steps of BIN
     sizes: dict[int, int] = field(default_factory=dict)  # the same with the longest completion
 
@@ -372,51 +365,6 @@ def grades(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, lis
     graded = [e.truth.grade(answer) if e.truth else {} for answer, e in zip(answers, examples, strict=True)]
     shared = [name for name in (graded[0] if graded else ()) if all(name in one for one in graded)]
     return {name: [one[name] for one in graded] for name in shared}
-
-
-ROLE_COLOURS = {"system": "33", "user": "34", "assistant": "36"}  # ANSI: yellow, blue, cyan
-
-
-def coloured(example: Example, chat: ChatML, colour: bool) -> str:
-    """An example token by token, in at most 9 lines of 120 characters: the prompt coloured by role, supervised tokens
-    underlined in green and red, control tokens inverse. Without colour, every token stands in brackets. The middle of a long
-    text is left out, and so is what follows the fourth part of a dialogue."""
-
-    def tokens(ids: list[int], code: str) -> list[tuple[str, str]]:
-        texts = [(i, printable(chat.decode([i])).replace("\n", "\\n")) for i in ids]
-        if not colour:
-            return [(f"[{text}]", "") for _, text in texts]
-        return [(text, code + ";7" * (i in chat.control_ids)) for i, text in texts]
-
-    prompt, starts = [], [i for i, token in enumerate(example.prompt) if token == chat.start]
-    for start, end in zip(starts, [*starts[1:], len(example.prompt)]):
-        turn = example.prompt[start:end]
-        role = chat.decode(turn[1:]).partition("\n")[0]
-        prompt += tokens(turn, ROLE_COLOURS.get(role, "90"))
-    parts = [(f"prompt ({len(example.prompt)} tokens, no loss), {printable(example.where)}", prompt)]
-    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
-    for name, ids, code in zip(names, example.completions, ("32;4", "31;4")):
-        flags = example.learned or [True] * len(ids)
-        for learned, pairs in groupby(zip(flags, ids), key=lambda pair: pair[0]):  # several runs in a dialogue, else one
-            run = [token for _, token in pairs]
-            heading = f"{name} ({len(run)} tokens, supervised)" if learned else f"context ({len(run)} tokens, no loss)"
-            parts.append((heading, tokens(run, code if learned else "90")))
-    room = 240 if len(parts) < 4 else 120
-    lines = [line for heading, shown in parts[:4] for line in (heading, shorten(shown, room))]
-    return "\n".join(lines + [f"... {len(parts) - 4} more parts"] * (len(parts) > 4))
-
-
-def shorten(tokens: list[tuple[str, str]], room: int) -> str:
-    """Tokens (text, ANSI colour or "") as one text of at most `room` visible characters, its middle left out if need be."""
-
-    def fitting(some: Iterable[tuple[str, str]]) -> int:  # tokens that fit into half of the room
-        return sum(total <= (room - 24) // 2 for total in accumulate(len(text) for text, _ in some))
-
-    painted = [f"\x1b[{code}m{text}\x1b[0m" if code else text for text, code in tokens]
-    if sum(len(text) for text, _ in tokens) <= room:
-        return "".join(painted)
-    head, tail = fitting(tokens), len(tokens) - fitting(reversed(tokens))
-    return "".join([*painted[:head], f" ... {tail - head} tokens ... ", *painted[tail:]])
 
 
 def supervise_everything(example: Example) -> Example:

@@ -49,13 +49,13 @@ from torch.optim import Optimizer
 import demo
 import dpo
 import sft
-from data import ChatML, Example, by_length, collate, coloured, epoch_order, grades, lengths_of
+from data import ChatML, Example, by_length, collate, epoch_order, grades, lengths_of
 from generate import sample_answers
 from lora import add_lora, find_origin, load_lora, lora_layers, merge_lora, refuse_adapters
 from metrics import tables
 from metrics.preferences import flips, training_summary
 from model import Phi, all_logprobs, autocast, completion_logprobs, fit_window, read_config
-from prepare.rows import Inputs, describe_ledgers, load_inputs
+from prepare.rows import Inputs, describe_ledgers, load_inputs, spelled_out
 from publish.card import write_card
 from quant import FORMATS, SKIP, linear_layers, round_to, train_quantized
 from runtime import memory, parallel, runs, weights
@@ -441,7 +441,7 @@ def dry_run(settings: Tuning, parent: Path) -> None:
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
     print(f"Data\n{describe_ledgers(inputs.ledgers, read_config(parent).max_position_embeddings)}")
     for example in inputs.train[:2]:
-        print("\n" + coloured(example, inputs.chat, colour=sys.stdout.isatty()))
+        print("\n" + spelled_out(example, inputs.chat))
     batches = epoch_order(inputs.train, settings.batch_size, settings.seed, epoch=0)
     steps = settings.max_steps or settings.epochs * len(batches)
     size = f"{settings.batch_size} examples a step, in micro-batches of {settings.micro_batch_size}"

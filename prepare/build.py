@@ -18,21 +18,22 @@ from prepare import card, mixture
 from prepare.sources import Item, Reading, read_source
 from prepare.teacher import Request, Teacher, ask_all, estimate, open_teacher
 from runtime.files import InputError, printable, read_json, whole_directory, write_json, write_jsonl, write_text
+from runtime.runs import check_name
 from runtime.settings import Data
 
 
 def run(settings: Data) -> int:
     """Builds the data sets. A dry run only says what the teacher would be asked."""
     folder = Path(settings.out) / settings.name
-    check_output(folder, settings)
+    if not settings.dry_run:
+        check_name(settings)
     sizes, shares = sizes_and_shares(settings)
     teacher = open_teacher(settings)
 
     sources = read_sources(settings)
     every = [item for source in sources.values() for item in source.items]
     items = [item for item in every if not mixture.is_empty(item)]
-    topics = bool(teacher) or settings.shares_by == "topic"
-    jobs = mixture.jobs(items, settings.seed, settings.what, topics)
+    jobs = mixture.jobs(items, settings.seed, settings.what)
     if settings.dry_run:
         requests = [request for job in jobs.values() for _, request in job]
         missing = f"{len(requests):,} answers are missing; --teacher MODEL asks"
@@ -61,11 +62,11 @@ def run(settings: Data) -> int:
     with whole_directory(folder) as temporary:
         write_json(temporary / "run.json", {"stage": "data", "settings": asdict(settings)})
         write_json(temporary / "ledger.json", ledger)
-        write_text(temporary / "README.md", card.readme(settings.name, ledger, settings.teacher))
+        about = card.readme(settings.name, ledger, settings.teacher)
+        write_text(temporary / "README.md", f"{card.metadata(ledger)}\n\n{about}")
         for name, part in files.items():
             write_jsonl(temporary / f"{name}.jsonl", part)
-    written = [f"{name}.jsonl ({len(part):,})" for name, part in files.items()]
-    print(f"Written to {folder}/: {', '.join(written)}, ledger.json, README.md")
+    print(f"{about}\nWritten to {folder}/")
     return 0
 
 
@@ -83,8 +84,8 @@ def ask(jobs: dict[str, list[tuple[Item, Request]]], teacher: Teacher) -> None:
 
 
 def training_rows(items: list[Item], settings: Data, ledger: dict, read: int) -> list[dict]:
-    """The pairs or SFT rows, cleaned and, if asked for, matched in length. Prints and notes what became of all `read` items
-    and, of pairs, what gives the chosen answers away."""
+    """The pairs or SFT rows, cleaned and, if asked for, matched in length. Notes what became of all `read` items and, of
+    pairs, what gives the chosen answers away."""
     left_out = Counter({"empty question or answer": read - len(items)})
     if settings.what == "pairs" and not settings.teacher:
         for_pairs = [item for item in items if not item.choices]
@@ -96,10 +97,7 @@ def training_rows(items: list[Item], settings: Data, ledger: dict, read: int) ->
         rows = mixture.match_lengths(rows, settings.seed, left_out)
         stages["matched"] = rows
     ledger["rows"] = account(read, left_out, len(rows))
-    print(f"{settings.what}: {len(rows):,} of {read:,}; left out: {in_words(left_out)}")
     ledger["scores"] = card.scores(stages) if rows and settings.what == "pairs" else []
-    if rows and settings.what == "pairs":
-        print(card.table(ledger["scores"]))
     return rows
 
 
@@ -114,16 +112,6 @@ def read_counts(source: Reading) -> dict:
     """What became of the records of a source, for the ledger."""
     licences = Counter(item.licence for item in source.items)
     return {"from": source.origin, **source.counts, "items": len(source.items), "licences": licences, "bad rows": source.bad}
-
-
-def check_output(folder: Path, settings: Data) -> None:
-    """InputError if the folder holds something that may not be replaced."""
-    if settings.dry_run or not folder.exists() or not any(folder.iterdir()):
-        return
-    if not settings.overwrite:
-        raise InputError(f"{folder} already holds data sets. Replace them with --overwrite, or give these another --name.")
-    if not (folder / "ledger.json").exists():
-        raise InputError(f"{folder}: has no ledger.json, so this program did not make it, and it is not replaced")
 
 
 def sizes_and_shares(settings: Data) -> tuple[list[int], dict[str, float]]:
@@ -170,8 +158,6 @@ def multiple_choice(items: list[Item], settings: Data, ledger: dict, read: int) 
         left_out["the same question with the same options"] += key in unique
         unique.setdefault(key, row)
     ledger["multiple choice"] = account(read, left_out, len(unique))
-    if read:
-        print(f"multiple choice: {len(unique):,} of {read:,}; left out: {in_words(left_out)}")
     train, test = mixture.split(list(unique.values()), settings.eval_share, settings.seed)
     return {"mcq-train": train, "mcq-test": test} if unique else {}
 

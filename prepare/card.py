@@ -1,30 +1,22 @@
-"""What a built data set says about itself: the tables that are printed, and the README.md that is published with it."""
+"""What a built data set says about itself, on the terminal and in its README.md."""
 
-import re
 from pathlib import Path
 
+from metrics.tables import markdown
 from prepare import giveaways
-from runtime.files import printable
+from publish.card import plain
 
 HUB = {"MIT": "mit", "Apache-2.0": "apache-2.0", "CC BY-NC 3.0": "cc-by-nc-3.0", "none stated": "unknown"}  # licence names
-SIZES = {1000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 ABOUT_SCORES = (
     "A score says how often the chosen answer is found without its content: by taking the longer one, by the two lengths "
     "alone, by a bag of words; on questions that it was not fitted on, with its standard error. Guessing reaches 50%."
 )
 
 
-def plain(text: str) -> str:
-    """Text of others in one line, without the signs of Markdown and HTML."""
-    return re.sub(r"[|<>`\[\]*\\]|\s+", " ", printable(text)).strip()
-
-
 def table(lines: list[dict]) -> str:
     """Dictionaries with the same keys as a Markdown table."""
-    cells = [[f"{v:,}" if isinstance(v, int) else plain(str(v)) for v in line] for line in map(dict.values, lines)]
-    widths = [max(map(len, column)) for column in zip(lines[0], *cells)]
-    rows = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in (lines[0], ["-" * w for w in widths], *cells)]
-    return "\n".join(rows)
+    cells = [[f"{v:,}" if isinstance(v, int) else plain(str(v)) for v in line.values()] for line in lines]
+    return markdown(list(lines[0]), cells)
 
 
 def scores(stages: dict[str, list[dict]]) -> list[dict]:
@@ -43,39 +35,36 @@ def scores(stages: dict[str, list[dict]]) -> list[dict]:
 
 
 def metadata(ledger: dict) -> str:
-    """What the hub reads, in YAML: licences, language, size, tags, and which file is which split. Only names of this program
-    are in it, no text of the data."""
+    """The YAML that the hub reads: licences, language, tags, and which file is which split. Only names of this program are
+    in it, no text of the data."""
+    from huggingface_hub import DatasetCardData
+
     files, ours = ledger["files"], "pairs" not in {label.partition("=")[0] for label in ledger["read"]}
-    most = max(part["rows"] for part in files.values())
-    lists = {
-        "license": sorted({HUB.get(licence, "other") for part in files.values() for licence in part["by licence"]}),
-        "language": ["en"] if ours else [],
-        "size_categories": [next((name for limit, name in SIZES.items() if most < limit), "n>1M")],
-        "tags": ["dpo" if ledger["what"] == "pairs" else "sft", *(["multiple-choice"] if "mcq-train" in files else [])],
-    }
-    lines = [line for name, values in lists.items() if values for line in (f"{name}:", *(f"- {value}" for value in values))]
-    lines.append("configs:")
+    configs = []
     for name in (name for name in files if "train" in name):
-        test = "mcq-test" if name == "mcq-train" else "test"
-        lines.append(f"- config_name: {name}\n  data_files:")
-        lines += [f"  - split: {split}\n    path: {file}.jsonl" for split, file in (("train", name), ("test", test))]
-    return "\n".join(["---", *lines, "---"])
+        paths = {"train": f"{name}.jsonl", "test": "mcq-test.jsonl" if name == "mcq-train" else "test.jsonl"}
+        configs.append({"config_name": name, "data_files": [{"split": s, "path": path} for s, path in paths.items()]})
+    values = DatasetCardData(
+        license=sorted({HUB.get(licence, "other") for part in files.values() for licence in part["by licence"]}),
+        language="en" if ours else None,
+        tags=["dpo" if ledger["what"] == "pairs" else "sft", *(["multiple-choice"] if "mcq-train" in files else [])],
+        configs=configs,
+    )
+    return f"---\n{values.to_yaml()}\n---"
 
 
 def readme(name: str, ledger: dict, teacher: str | None) -> str:
-    """The README.md of a data set, from its ledger."""
+    """What a data set says about itself: the text that is printed, and its README.md below the `metadata`."""
     sources, left_out = [], []
     for label, read in ledger["read"].items():
         ours = "=" in label and not read["from"].startswith("hub:")
         origin = f"a local copy, {Path(read['from']).name}" if ours else read["from"]
-        sources.append(
-            {"source": label.partition("=")[0], "from": origin, "licence": "; ".join(sorted(read["licences"])[:5])}
-        )
-        sources[-1] |= {"records": read["records"], "used": read["used"]}
+        line = {"source": label.partition("=")[0], "from": origin, "licence": "; ".join(sorted(read["licences"])[:5])}
+        sources.append(line | {"records": read["records"], "used": read["used"]})
     for kind in (ledger["rows"], ledger["multiple choice"]):
         left_out += [{"of": kind["items"], "left out": count, "because": why} for why, count in kind["left out"].items()]
     files = [{"file": f"{file}.jsonl", "rows": part["rows"]} for file, part in ledger["files"].items()]
-    parts = [metadata(ledger), f"# {plain(name)}", table(files), "## Sources", table(sources)]
+    parts = [f"# {plain(name)}", table(files), "## Sources", table(sources)]
     if ledger["scores"]:
         by = f"The teacher is {plain(teacher)}. " if teacher else ""
         parts += ["## Who wrote the answers, and what gives them away", by + ABOUT_SCORES, table(ledger["scores"])]

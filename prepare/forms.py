@@ -18,21 +18,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from data import IM_END, IM_START, LETTERS, Row
+from data import IM_END, IM_START, LETTERS, Row, lettered
 
 ROLES = dict(system="system", user="user", human="user", assistant="assistant", gpt="assistant", chatgpt="assistant")
 # What no row can teach as text, and what says with 0 or false that a message is not to be learned.
-NOT_TEXT = {
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "refusal",
-    "image",
-    "images",
-    "audio",
-}
+NOT_TEXT = {*"tool_calls function_call reasoning_content reasoning thinking refusal image images audio".split()}
 WEIGHTS = ("weight", "train", "loss", "loss_mask")
 CHATML = re.compile(r"<\|im_start\|>(\w+)(?:\n|\Z)(.*?)(?:<\|im_end\|>\s*|(?=<\|im_start\|>)|\Z)", re.DOTALL)
 SPOKEN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)
@@ -139,13 +129,13 @@ def kind_of_fields(found: frozenset[str], letter_only: bool = False) -> str:
 # ------------------------------------------------------------------------------------------------------- text and messages
 
 
-def _text(value: object, name: str) -> str:
-    """Returns `value` if it is a non-empty string."""
+def as_text(value: object, name: str, blank: bool = False) -> str:
+    """`value` if it is a string, not empty unless `blank` ones will do; ValueError says what is wrong."""
     if value is None:
         raise ValueError(f'"{name}" is missing')
     if not isinstance(value, str):
         raise ValueError(f'"{name}" is {type(value).__name__}, not text')
-    if not value.strip():
+    if not (blank or value.strip()):
         raise ValueError(f'"{name}" is empty')
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
@@ -176,14 +166,15 @@ def _turns(text: str, name: str) -> list[dict] | None:
     return [{"role": role.lower(), "content": said} for role, said in turns]
 
 
-def _reply_text(text: str, name: str) -> str:
+def _reply_text(value: object, name: str) -> str:
     """An assistant's text without ChatML's end mark: `ChatML.reply` writes the token itself. The marks' characters must not
     be taught."""
+    text = as_text(value, name)
     while text.rstrip().endswith(IM_END):
         text = text.rstrip().removesuffix(IM_END)
     if _marked(text):
         raise ValueError(f'"{name}" has {IM_START} or {IM_END} inside; give the turns as messages')
-    return _text(text, name)
+    return as_text(text, name)
 
 
 def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
@@ -206,16 +197,17 @@ def _messages(row: dict, name: str, speaker: str = "user") -> list[dict]:
             raise ValueError(f'"{name}"[{i}] is no message of the user, the assistant or, as the first, the system')
         if unlearned := [part for part in NOT_TEXT & message.keys() if message[part]]:
             raise ValueError(f'"{name}"[{i}] has {unlearned[0]}, which cannot be learned as text')
-        weights = {part: message[part] for part in WEIGHTS if part in message}
-        for part, weight in weights.items():
-            if type(weight) not in (int, float, bool) or weight not in (0, 1):
-                raise ValueError(f'"{name}"[{i}] has a {part} other than 0 and 1, or false and true')
+        weights = [message[part] for part in WEIGHTS if part in message]
+        if any(type(weight) not in (int, float, bool) or weight not in (0, 1) for weight in weights):
+            raise ValueError(f'"{name}"[{i}] has a weight other than 0 and 1, or false and true')
         content = _joined(message.get("content", message.get("value")), place)
         if role == "system" and not str(content or "").strip():
             continue
-        content = _reply_text(content, place) if role == "assistant" and isinstance(content, str) else _text(content, place)
-        learned = role == "assistant" and all(weights.values())
+        content = _reply_text(content, place) if role == "assistant" else as_text(content, place)
+        learned = role == "assistant" and all(weights)
         messages.append({"role": role, "content": content, "learned": learned})
+    if not messages:
+        raise ValueError(f'"{name}" holds nothing but an empty system message')
     return messages
 
 
@@ -235,10 +227,10 @@ def _prompt(row: dict, name: str) -> list[dict]:
     if name == "instruction":
         for more in ("input", "context"):
             if row.get(more, "") != "":
-                messages[-1]["content"] += "\n\n" + _text(row[more], more)
+                messages[-1]["content"] += "\n\n" + as_text(row[more], more)
     for system in ("system", "system_prompt"):
         if row.get(system, "") != "":
-            messages.insert(0, {"role": "system", "content": _text(row[system], system), "learned": False})
+            messages.insert(0, {"role": "system", "content": as_text(row[system], system), "learned": False})
     if sum(message["role"] == "system" for message in messages) > 1:
         raise ValueError("there are two system turns; give one of them")
     return messages
@@ -352,35 +344,33 @@ def named_options(value: object, name: str) -> dict[str, str]:
     counted = isinstance(texts, list) and isinstance(labels, list) and 2 <= len(texts) <= len(LETTERS)
     if not counted or len({str(label) for label in labels}) != len(texts):
         raise ValueError(f'"{name}" is not a list of 2 to {len(LETTERS)} texts, nor of texts with a label each')
-    return {str(label): _text(text, name) for label, text in zip(labels, texts)}
+    return {str(label): as_text(text, name) for label, text in zip(labels, texts)}
 
 
 def read_mcq(row: dict, form: Form, kind: str) -> Row:
     """A multiple-choice question. The reply is the explanation, if there is one, and then "Answer: C"."""
     (key,) = form.answers
-    question, answer = _text(row[form.prompt], form.prompt), row[key]
+    question, answer = as_text(row[form.prompt], form.prompt), row[key]
     if isinstance(answer, str):
         answer = answer.strip().strip("().").strip()  # "(B)", "B."
     if form.options:
         options = named_options(row[form.options], form.options)
-        listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, options.values())]
-        question = "\n".join([f"Question: {question}", "", "Options:", *listed, "", "Answer:"])
+        question = f"Question: {question}\n\nOptions:\n{lettered(options.values())}\n\nAnswer:"
     else:
         options = dict(zip(LETTERS, written_options(question)))
     labels, choices = list(options), list(options.values())
     for i, choice in enumerate(choices):
         if (same := [text.strip() for text in choices].index(choice.strip())) < i:
             raise ValueError(f"options {LETTERS[same]} and {LETTERS[i]} are the same text, so no letter is right alone")
-    if isinstance(answer, str | int) and type(answer) is not bool and str(answer) in labels:
-        right = labels.index(str(answer))
-    elif isinstance(answer, str) and answer.upper() in labels:
-        right = labels.index(answer.upper())
+    said = next((text for text in (str(answer), str(answer).upper()) if text in labels), None)
+    if said and type(answer) in (str, int):
+        right = labels.index(said)
     elif type(answer) is int and 0 <= answer < len(choices) and not labels[0].isdigit():
         right = answer
     else:
         raise ValueError(f'"{key}" is {str(answer)[:60]!r}, not the letter of an option, nor its number from 0 on')
     explanation = row.get("explanation", "")
-    explanation = _text(explanation, "explanation").strip() if explanation != "" else ""
+    explanation = as_text(explanation, "explanation").strip() if explanation != "" else ""
     letter = LETTERS[right]
     reply = letter if kind == "mcq letter" else f"{explanation}\n\nAnswer: {letter}".strip()
     return Row([{"role": "user", "content": question}], [reply], "", {}, choices, right)

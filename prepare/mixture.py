@@ -12,9 +12,9 @@ import math
 import random
 from collections import Counter, defaultdict
 
-from data import Row, question_key, split_by_question
+from data import Row, lettered, question_key, split_by_question
 from prepare.sources import EECS, Item
-from prepare.teacher import Request, argument, attempt, lettered, topic
+from prepare.teacher import Request, argument, attempt, topic
 from runtime.files import InputError
 
 SHORTEST = 10  # characters of an answer
@@ -46,18 +46,19 @@ def prompt_text(item: Item) -> str:
     return f"{question}\n\n{lettered(item.choices)}" if item.choices else question
 
 
-def jobs(items: list[Item], seed: int, what: str, topics: bool) -> dict[str, list[tuple[Item, Request]]]:
+def jobs(items: list[Item], seed: int, what: str) -> dict[str, list[tuple[Item, Request]]]:
     """What to ask the teacher, by the field of the items that the answers go into: explanations of bare answers, for pairs
-    rejected answers, and `topics` if they are wanted."""
-    bare = [i for i in items if is_bare(i)]
-    made = {"explanation": [(i, argument(i.question, i.choices, i.answer)) for i in bare], "rejected": [], "topic": []}
+    rejected answers, and topics."""
+    made = {
+        "explanation": [(i, argument(i.question, i.choices, i.answer)) for i in items if is_bare(i)],
+        "rejected": [],
+        "topic": [(i, topic(i.question, TOPICS)) for i in items if not i.topic],
+    }
     for item in items if what == "pairs" else ():
         if wrong := wrong_option(item, seed):
             made["rejected"].append((item, argument(item.question, item.choices, wrong)))
         elif not item.chosen and not item.choices:
             made["rejected"].append((item, attempt(item.question, item.answer if is_bare(item) else "")))
-    if topics:
-        made["topic"] = [(i, topic(i.question, TOPICS)) for i in items if not i.topic]
     return made
 
 

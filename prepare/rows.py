@@ -15,22 +15,22 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import data
 from data import ChatML, Example, Ledger, Row, question_key
 from model import read_config
 from prepare.forms import RENDERED, kind_of_fields, read_row
-from runtime import parallel, runs
-from runtime.files import InputError, first_line, json_object, numbered_lines, printable, write_json
+from runtime import runs
+from runtime.files import InputError, first_line, json_object, numbered_lines, printable
 from runtime.settings import Tuning
 from runtime.weights import hub_names, hub_snapshot
 
@@ -60,9 +60,8 @@ def files_of(source: str | Path) -> dict[str, Path]:
         raise InputError(f"{source}: holds several splits, such as {min(mixed)}; give a file, or a folder with one of them")
     others = choose_files([name for name in names if name not in found and Path(name).name not in ABOUT], split)
     if others:
-        raise InputError(
-            f"{source}: holds files in two formats, {found[0]} and {others[0]}; give a folder with those to read"
-        )
+        two = f"{found[0]} and {others[0]}"
+        raise InputError(f"{source}: holds files in two formats, {two}; give a folder with those to read")
     return {f"{source}/{name}": Path(source, name) for name in found}
 
 
@@ -95,35 +94,35 @@ def hub_files(source: str) -> dict[str, Path]:
     if not named:
         raise InputError(f"{source}: write hub:ORG/NAME, hub:ORG/NAME:SPLIT or hub:ORG/NAME@REVISION:SPLIT")
     repo, revision, split = named["repo"], named["revision"], named["split"]
-    names, name = hub_names(repo, revision), split or "train"
-    wanted = [f"{start}{name}{end}" for start in ("", "*/") for end in ("-*", ".*", "/*")]
-    if names is not None:
-        wanted = choose_files(names, name)
-        splits = sorted({re.sub(r"(-\d+-of-\d+.*)?(\.\w+)+$", "", Path(file).name) for file in choose_files(names)})
-        if not wanted and not split and len(splits) == 1:
-            wanted = choose_files(names)
-        if not wanted:
-            there = f"there are {', '.join(splits[:10])}" if splits else f"none of its files ends in {', '.join(SUFFIXES)}"
-            raise InputError(f"{source}: no split {name}; {there}. Name one: hub:{repo}:SPLIT")
-    folder = hub_snapshot(repo, revision, wanted, "dataset")  # without a connection: what is in the cache
-    names = file_names(folder)
-    found = choose_files(names, name) or ([] if split else choose_files(names))
+    names, there = hub_names(repo, revision), "there are"
+    if names is None:
+        names = file_names(hub_snapshot(repo, revision, [], "dataset"))
+        there = "the hub cannot be reached, and on this machine are"
+    found = choose_files(names, split or "train")
+    splits = sorted({re.sub(r"(-\d+-of-\d+.*)?(\.\w+)+$", "", Path(file).name) for file in choose_files(names)})
+    if not found and not split and len(splits) == 1:
+        found = choose_files(names)
     if not found:
-        raise InputError(f"{source}: the hub cannot be reached, and the copy on this machine lacks this split")
+        there += f" {', '.join(splits[:10]) or 'none'}"
+        raise InputError(f"{source}: no split {split or 'train'}; {there}. Name one: hub:{repo}:SPLIT")
+    folder = hub_snapshot(repo, revision, found, "dataset")
     return {f"hub:{repo}/{name}": folder / name for name in found}
 
 
 def records(path: Path) -> Iterator[tuple[int, object]]:
     """The records of a file with their numbers: the rows of parquet, the elements of a JSON array, or the lines. A line of
     JSON is still bytes (see `parsed`), so that a broken one is an error of its own."""
-    zipped, suffix = path.suffix == ".gz", Path(path.name.removesuffix(".gz")).suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
     try:
-        with gzip.open(path) if zipped else open(path, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             start = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
             file.seek(0)
             if suffix == ".parquet":
-                yield from parquet_records(io.BytesIO(file.read()) if zipped else path)
+                from pyarrow.parquet import ParquetFile
+
+                batches = ParquetFile(file).iter_batches(1000)  # no more rows at a time become objects
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
             elif suffix == ".csv":
                 # Strict, or a quote that is never closed would swallow the rows after it.
                 lines, first = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True), 2
@@ -137,22 +136,9 @@ def records(path: Path) -> Iterator[tuple[int, object]]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except csv.Error as error:
-        raise InputError(
-            f"{path}:{first}: a row that begins here cannot be read as csv ({error}); look at its quotes"
-        ) from None
+        raise InputError(f"{path}:{first}: the row that begins here is not csv ({error}); look at its quotes") from None
     except (ValueError, NotImplementedError, RecursionError, EOFError, zlib.error) as error:  # some are pyarrow's
         raise InputError(f"{path}: cannot be read as {suffix[1:]} ({first_line(error)})") from None
-
-
-def parquet_records(source: Path | BinaryIO) -> Iterator[tuple[int, dict]]:
-    """Rows with their numbers. A thousand at a time become objects."""
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    for batch in ParquetFile(source, memory_map=True, pre_buffer=False).iter_batches(1000):  # no copy of the file is kept
-        for record in batch.to_pylist():
-            number += 1
-            yield number, record
 
 
 def parsed(record: object) -> dict:
@@ -179,37 +165,38 @@ def reasons(bad: list[str]) -> list[str]:
     return lines + ([f"... and {len(places) - SHOWN:,} more reasons"] if len(places) > SHOWN else [])
 
 
-def bad_rows(bad: list[str], total: int, where: str | Path) -> InputError:
-    """The error for rows that cannot be used."""
-    lines = [f"{len(bad):,} of {total:,} rows of {where} cannot be used:", *reasons(bad)]
-    skip = ", or leave them out with --on-bad-row skip" if len(bad) < total else ""
-    return InputError("\n  ".join(lines) + f"\nCorrect them{skip}.")
+def read_each(source: str | Path, files: dict[str, Path], read: Callable, on_bad_row: str, ledger: Ledger) -> list:
+    """What `read(record, "file:record")` makes of every record of the files; blank lines are none. `source`: what they are
+    called together.
 
-
-def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
-    """Reads the rows of a file, a folder or a data set of the hub, of a `kind` of `forms.read_row`. Blank lines are no rows.
-
-    Rows that cannot be used are reported as `file:record: reason`: with on_bad_row "stop" in one InputError after everything
-    was read, with "skip" in `ledger.bad_rows`, counted under `ledger.dropped["bad row"]`.
+    Where it raises a ValueError, the row cannot be used. Such rows are reported as `file:record: reason`: in one InputError
+    after everything was read or, with on_bad_row "skip" and if there are others, in `ledger.bad_rows`, counted under
+    `ledger.dropped["bad row"]`.
     """
-    rows, bad = [], ledger.bad_rows
-    for name, file in files_of(path).items():
+    made, bad = [], ledger.bad_rows
+    for name, file in files.items():
         for number, record in records(file):
             ledger.rows += 1
             where = f"{shown(name)}:{number}"
             try:
-                row = read_row(kind, parsed(record), where)
+                made.append(read(parsed(record), where))
             except (ValueError, RecursionError) as error:
                 ledger.drop("bad row")
                 bad.append(f"{where}: {error}")
-                continue
-            rows.append(row)
-            ledger.forms[row.form] = ledger.forms.get(row.form, 0) + 1
-            ledger.rendered += row.form.endswith(RENDERED)
     if not ledger.rows:
-        raise InputError(f"{path}: the file holds no rows")
-    if bad and on_bad_row == "stop":
-        raise bad_rows(bad, ledger.rows, path)
+        raise InputError(f"{source}: the file holds no rows")
+    if bad and (on_bad_row == "stop" or not made):
+        lines = [f"{len(bad):,} of {ledger.rows:,} rows of {source} cannot be used:", *reasons(bad)]
+        skip = ", or leave them out with --on-bad-row skip" if made else ""
+        raise InputError("\n  ".join(lines) + f"\nCorrect them{skip}.")
+    return made
+
+
+def read_rows(path: str | Path, kind: str, on_bad_row: str, ledger: Ledger) -> list[Row]:
+    """The rows of a file, a folder or a data set of the hub, of a `kind` of `forms.read_row`; see `read_each`."""
+    rows = read_each(path, files_of(path), functools.partial(read_row, kind), on_bad_row, ledger)
+    for row in rows:
+        ledger.forms[row.form] = ledger.forms.get(row.form, 0) + 1
     if truths := data.read_truth(path):
         for row in rows:
             row.truth = truths.get(question_key(row))
@@ -252,38 +239,21 @@ def load_inputs(settings: Tuning, chat: ChatML) -> Inputs:
         data.check_no_leak(*parts)
     else:
         parts = data.split_by_question(parts[0], settings.eval_share, settings.seed)
-        if sum(map(len, parts)) and not all(parts):
-            questions = len({question_key(row) for part in parts for row in part})
-            asked = "one question" if questions == 1 else f"{questions:,} questions, which one side got"
-            hint = "give other rows to evaluate on with --eval FILE, or more questions"
-            raise InputError(f"{settings.train}: all rows ask {asked}, so they cannot be split; {hint}")
     sides = []
     for side, rows in zip(("train", "eval"), parts):
         source = sources.get(side, settings.train)
         examples = data.encode(rows, chat, settings.max_length, settings.max_prompt_length, ledgers[source])
         if not examples:
-            raise nothing_left(settings, side, source, ledgers)
+            limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
+            had = f"it had {len(rows):,} (all rows of a question are on one side), and none fits {limits}."
+            told = f"{describe_ledgers({source: ledgers[source]}, math.inf)}\nGive other rows or limits, or --eval FILE."
+            raise InputError(f"no row is left for the {side} side: {had}\n{told}")
         sides.append([data.supervise_everything(e) for e in examples] if settings.whole_text else examples)
     files = {side: list(files_of(source).values()) for side, source in sources.items()}
     return Inputs(chat, *sides, [*parts[0], *parts[1]], ledgers, files)
 
 
-def nothing_left(settings: Tuning, side: str, source: str, ledgers: dict[str, Ledger]) -> InputError:
-    """The error for a side without examples. It writes the ledger, too, since there will be no run that does."""
-    ledger, run = ledgers[source], Path(settings.out) / settings.name
-    told = ""
-    if parallel.is_main() and not settings.dry_run and not (run / "run.json").exists():
-        write_json(run / "ledger.json", {name: asdict(one) for name, one in ledgers.items()})
-        told = f" The ledger is {run}/ledger.json."
-    limits = f"--max-length {settings.max_length}, --max-prompt-length {settings.max_prompt_length}"
-    causes = ", ".join(f"{count:,} {cause}" for cause, count in ledger.dropped.items())
-    left_out = f"left out of {ledger.rows:,} with {limits}: {causes or 'none'}"
-    lines = [f"{source}: no row is left for the {side} side; {left_out}", *reasons(ledger.bad_rows)]
-    lines += [line.strip() for line in describe_sizes(ledger)]
-    return InputError("\n  ".join(lines) + f"\nGive other rows or limits.{told}")
-
-
-def describe_ledgers(ledgers: dict[str, Ledger], window: int) -> str:
+def describe_ledgers(ledgers: dict[str, Ledger], window: float) -> str:
     """Where the rows of each file went, in words. `window`: the most tokens that the model takes."""
     lines = []
     for name, ledger in ledgers.items():
@@ -299,13 +269,13 @@ def describe_ledgers(ledgers: dict[str, Ledger], window: int) -> str:
 def describe_reading(ledger: Ledger) -> list[str]:
     """How rows were read, a line for each form."""
     lines = [f"  read as: {form}, {count:,} rows" for form, count in ledger.forms.items()]
-    if ledger.rendered:
+    if rendered := sum(count for form, count in ledger.forms.items() if form.endswith(RENDERED)):
         told = "Turns were read from them and end marks removed: the program adds those. --dry-run shows two rows."
-        lines.append(f"  Warning: {ledger.rendered:,} rows hold ChatML's marks as text. {told}")
+        lines.append(f"  Warning: {rendered:,} rows hold ChatML's marks as text. {told}")
     return lines
 
 
-def describe_sizes(ledger: Ledger, window: float = math.inf) -> list[str]:
+def describe_sizes(ledger: Ledger, window: float) -> list[str]:
     """How many tokens rows have and, where some were cut or dropped, the limits that would keep them whole, if the model's
     window allows."""
     if not ledger.sizes:
@@ -326,12 +296,29 @@ def describe_sizes(ledger: Ledger, window: float = math.inf) -> list[str]:
 
 def covering(sizes: dict[int, int], share: float) -> int:
     """The least size that at least this share of the rows do not exceed."""
-    left = math.ceil(share * sum(sizes.values()))
-    for size in sorted(sizes):
-        left -= sizes[size]
-        if left <= 0:
-            return size
-    raise ValueError("there are no rows")
+    ordered = sorted(sizes)
+    totals = itertools.accumulate(sizes[size] for size in ordered)
+    return next(size for size, total in zip(ordered, totals) if total >= share * sum(sizes.values()))
+
+
+def spelled_out(example: Example, chat: ChatML) -> str:
+    """An example token by token, each in brackets, in parts that are learned or not: the first four, and of a part of more
+    than 40 tokens the first and the last 20."""
+    parts = [(f"prompt ({len(example.prompt)} tokens, no loss), {printable(example.where)}", example.prompt)]
+    names = ["completion"] if len(example.completions) == 1 else ["chosen", "rejected"]
+    for name, ids in zip(names, example.completions):
+        flags = example.learned or [True] * len(ids)
+        for learned, pairs in itertools.groupby(zip(flags, ids), key=lambda pair: pair[0]):  # one run, or a dialogue's
+            run = [token for _, token in pairs]
+            heading = f"{name} ({len(run)} tokens, supervised)" if learned else f"context ({len(run)} tokens, no loss)"
+            parts.append((heading, run))
+    lines = []
+    for heading, ids in parts[:4]:
+        tokens = [f"[{chat.decode([i])}]" for i in ids]
+        if len(tokens) > 40:
+            tokens[20:-20] = [f" ... {len(ids) - 40} tokens ... "]
+        lines += [heading, printable("".join(tokens)).replace("\n", "\\n")]
+    return "\n".join(lines + [f"... {len(parts) - 4} more parts"] * (len(parts) > 4))
 
 
 def row_kind(settings: Tuning) -> str:
@@ -355,27 +342,24 @@ class Measured:
 
 def rows_to_measure(file: str | None, model: Path | None, letter_only: bool = False, on_bad_row: str = "stop") -> Measured:
     """The rows of `file` or, without one, those that the run of the model in the directory `model` held out."""
-    ledger = Ledger()
+    ledger, where = Ledger(), file
     if file is None:
         run = runs.training_run(model)
         if run is None or not (run / "held_out.jsonl").exists():
             raise InputError(f"--data FILE.jsonl is missing: {model} is no run of this program with rows that it held out")
+        file, where = run / "held_out.jsonl", f"the rows that {run} held out"
         kind = row_kind(runs.stored_settings(run))
-        rows = read_rows(run / "held_out.jsonl", kind, "stop", ledger)
-        return Measured(rows, kind, f"the rows that {run} held out", ledger)
-    kind = kind_of(file, letter_only)
-    if letter_only and kind != "mcq":
-        raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
-    kind = "mcq letter" if letter_only else kind
-    rows = read_rows(file, kind, on_bad_row, ledger)
-    if not rows:
-        raise bad_rows(ledger.bad_rows, ledger.rows, file)
-    return Measured(rows, kind, file, ledger)
+    else:
+        kind = kind_of(file, letter_only)
+        if letter_only and kind != "mcq":
+            raise InputError(f"--letter-only is for multiple-choice questions, and {file} holds none; leave it out")
+        kind = "mcq letter" if letter_only else kind
+    return Measured(read_rows(file, kind, on_bad_row, ledger), kind, where, ledger)
 
 
 def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = None) -> tuple[ChatML, list[Example], Ledger]:
     """The rows that fit a model's window, with its own tokenizer and, unless another is given, the system prompt that it was
-    tuned with; the ledger says what became of the others. InputError if none fits."""
+    tuned with; the ledger says what became of the others."""
     chat, ledger = runs.load_chat(directory, system_prompt), Ledger()
     window = read_config(directory).max_position_embeddings
     examples = [
@@ -383,6 +367,4 @@ def encode_for(directory: Path, rows: list[Row], system_prompt: str | None = Non
         for example in data.encode(rows, chat, window, window // 2, ledger)
         if len(example.prompt) + max((len(chat.reply(choice)) for choice in example.choices), default=0) <= window
     ]
-    if not examples:
-        raise InputError(f"{directory}: none of the {len(rows):,} rows fits into its window of {window:,} tokens")
     return chat, examples, ledger

@@ -1,8 +1,8 @@
 """The report's data sets. Each has its own columns; a short function turns one of its records into an `Item`.
 
     --sources theoremqa            from the Hugging Face hub, downloaded once, then read from the cache
-    --sources theoremqa=PATH       a local copy: a parquet, JSON, JSON lines or CSV file, or a directory of them
-    --sources pairs=FILE           your own pairs, in any form that --train takes (prepare/rows.py)
+    --sources theoremqa=PATH       a copy: a file or a folder as for --train (prepare/rows.py)
+    --sources pairs=PATH           your own pairs, in any form that --train takes
 
 A missing column is an error that lists the columns that were found. Every field is checked where it is read.
 """
@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import LETTERS, Ledger, Row
-from prepare.rows import bad_rows, parsed, read_rows, records
+from data import LETTERS, Ledger
+from prepare.forms import as_text, read_row
+from prepare.rows import files_of, read_each
 from runtime.files import InputError
 from runtime.weights import hub_snapshot
 
@@ -41,13 +42,12 @@ class Item:
 
 @dataclass
 class Source:
-    """Where a data set is and how to read it. `read(record)` returns None for a record that the set's rule skips.
-    For your own pairs it is given a checked row."""
+    """Where a data set is and how to read it. `read(record)` returns nothing of a record that the set's rule skips."""
 
     repo: str  # on the hub; empty if it is not there
     files: tuple[str, ...]  # patterns of file names on the hub; the first that matches any file counts
     licence: str
-    read: Callable[..., Item | list[Item] | None]
+    read: Callable[[dict], list[Item]]
     skips: str = "left out by the source's rule"
 
 
@@ -82,13 +82,8 @@ NAMES_OTHERS = r"\b[A-J]\W*(?:,|and|or|&)\W*[A-J]\b|(?i:\b(?:all|none|both|neith
 
 
 def text(record: dict, name: str) -> str:
-    """A field that has to be text; ValueError says what it is instead."""
-    value = record[name]
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" is {"null" if value is None else type(value).__name__}, not text')
-    if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f'"{name}" holds half of a surrogate pair, which is no character')
-    return value
+    """A field that has to be text, perhaps an empty one."""
+    return as_text(record[name], name, blank=True)
 
 
 def texts(record: dict, name: str) -> list[str]:
@@ -100,19 +95,17 @@ def texts(record: dict, name: str) -> list[str]:
 
 
 def label(record: dict, name: str) -> str:
-    """A number or text by which something is called, as text; empty if it is null or absent."""
+    """What something is called, as text; empty if it is null or absent."""
     value = record.get(name)
-    if isinstance(value, str | None) or type(value) in (int, float):
-        return text({name: "" if value is None else str(value)}, name)
-    raise ValueError(f'"{name}" is {type(value).__name__}, neither text nor a number')
+    return "" if value is None else text({name: str(value)}, name)
 
 
-def letter(record: dict, name: str, count: int) -> int:
-    """The index of the option that a letter names."""
-    named = text(record, name).strip().upper()
-    if count < 2 or named not in tuple(LETTERS[:count]):
-        raise ValueError(f"the right option is {named[:20]!r}, but there are {count}")
-    return LETTERS.index(named)
+def option(named: str, names: str, count: int) -> int:
+    """The index of the option, of `count`, that a letter or a digit names."""
+    names, named = names[:count], named.strip().upper()
+    if len(names) < 2 or named not in tuple(names):
+        raise ValueError(f"the right option is {named[:20]!r}, but there are {count}: {', '.join(names)}")
+    return names.index(named)
 
 
 def without_letters(options: list[str]) -> list[str]:
@@ -123,54 +116,49 @@ def without_letters(options: list[str]) -> list[str]:
     return [one[2].strip() for one in found]
 
 
-def mmlu_stem(record: dict) -> Item:
+def mmlu_stem(record: dict) -> list[Item]:
     """question, choices (list), answer (0-3), subject."""
-    choices, subject, right = texts(record, "choices"), text(record, "subject"), label(record, "answer")
-    if not right.isdecimal() or int(right) >= len(choices):
-        raise ValueError(f"the right option is {right[:20]!r}, but there are {len(choices)}, counted from 0")
+    choices, subject = texts(record, "choices"), text(record, "subject")
+    right = option(label(record, "answer"), "0123456789", len(choices))
     topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
-    return Item(text(record, "question"), choices[int(right)], choices, int(right), topic=topic)
+    return [Item(text(record, "question"), choices[right], choices, right, topic=topic)]
 
 
-def theoremqa(record: dict) -> Item | None:
+def theoremqa(record: dict) -> list[Item]:
     """Question, Answer (text on the hub, a JSON value on GitHub), Picture, field. Questions with a picture are left out."""
     if record["Picture"] not in (None, ""):
-        return None
-    answer = record["Answer"]
-    if not isinstance(answer, str | int | float | list):
-        raise ValueError(f'"Answer" is {"null" if answer is None else type(answer).__name__}, not text, number or list')
-    answer = json.dumps(answer) if isinstance(answer, list) else str(answer)
-    branch = label(record, "field")
+        return []
+    answer, branch = record["Answer"], label(record, "field")
+    answer = json.dumps(answer) if isinstance(answer, list) else label(record, "Answer")
     topic = {"Math": "Mathematics", "EECS": EECS}.get(branch, branch)
-    question, answer = text(record, "Question"), text({"Answer": answer}, "Answer")
-    return Item(question, answer, topic=topic, question_id=label(record, "id"))
+    return [Item(text(record, "Question"), answer, topic=topic, question_id=label(record, "id"))]
 
 
-def math_qa(record: dict) -> Item:
+def math_qa(record: dict) -> list[Item]:
     """Problem, Rationale, options (one text: "a ) 24 , b ) 120 , ..."), correct (a letter), category."""
     options = re.split(r"(?:^|,)\s*(?=[a-e]\s*\))", text(record, "options").strip("[]'\" "))
     choices = without_letters([option.strip(" ,") for option in options if option.strip()])
-    right = letter(record, "correct", len(choices))
+    right = option(text(record, "correct"), LETTERS, len(choices))
     rationale = text(record, "Rationale").strip("\"' ")
-    return Item(text(record, "Problem"), choices[right], choices, right, rationale, topic="Mathematics")
+    return [Item(text(record, "Problem"), choices[right], choices, right, rationale, topic="Mathematics")]
 
 
-def arxiv_physics(record: dict) -> Item:
+def arxiv_physics(record: dict) -> list[Item]:
     """question, answer."""
-    return Item(text(record, "question"), text(record, "answer"), topic="Physics")
+    return [Item(text(record, "question"), text(record, "answer"), topic="Physics")]
 
 
-def open_platypus(record: dict) -> Item | None:
+def open_platypus(record: dict) -> list[Item]:
     """instruction, input (often empty), output, data_source (the set it was taken from, on which the licence depends)."""
     origin = text(record, "data_source")
     if origin not in PLATYPUS_TOPICS:
-        return None
+        return []
     parts = (text(record, "instruction"), text(record, "input"))
     question = "\n\n".join(part for part in parts if part.strip())
-    return Item(question, text(record, "output"), topic=PLATYPUS_TOPICS[origin], licence=f"mixed, as of {origin}")
+    return [Item(question, text(record, "output"), topic=PLATYPUS_TOPICS[origin], licence=f"mixed, as of {origin}")]
 
 
-def sciq(record: dict) -> Item:
+def sciq(record: dict) -> list[Item]:
     """question, distractor1 ... distractor3, correct_answer, support (may be empty)."""
     choices = [text(record, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
     support = "" if record["support"] is None else text(record, "support")
@@ -178,15 +166,15 @@ def sciq(record: dict) -> Item:
     in_order = re.search(NAMES_A_POSITION, support) or re.search(f"{NAMES_A_POSITION}|{NAMES_OTHERS}", "\n".join(choices))
     if not in_order:
         order.sort(key=choices.__getitem__)  # by the alphabet, because the right one would always be the last
-    return Item(text(record, "question"), choices[3], [choices[i] for i in order], order.index(3), support)
+    return [Item(text(record, "question"), choices[3], [choices[i] for i in order], order.index(3), support)]
 
 
-def aqua_rat(record: dict) -> Item:
+def aqua_rat(record: dict) -> list[Item]:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
     choices = without_letters(texts(record, "options"))
-    right = letter(record, "correct", len(choices))
+    right = option(text(record, "correct"), LETTERS, len(choices))
     question = re.sub(r"\s*\bOptions\s*:?\s*$", "", text(record, "question"))  # some end with the heading of their options
-    return Item(question, choices[right], choices, right, text(record, "rationale"), topic="Mathematics")
+    return [Item(question, choices[right], choices, right, text(record, "rationale"), topic="Mathematics")]
 
 
 def epfl(record: dict) -> list[Item]:
@@ -206,18 +194,16 @@ def epfl(record: dict) -> list[Item]:
     return items
 
 
-def pair(row: Row, file: str) -> Item:
-    """One of your own pairs, with its topic, source, question_id and licence if it has them, whatever their types."""
+def pair(record: dict) -> list[Item]:
+    """One of your own pairs, in any form that --train takes; topic, source, question_id and licence if it has them."""
+    row = read_row("pairs", record)
     chosen, rejected = row.completions
     item = Item(row.messages[-1]["content"], chosen, chosen=chosen, rejected=rejected)
     item.messages = row.messages if len(row.messages) > 1 else []
     for name in ("topic", "source", "question_id", "licence"):
-        value = row.raw.get(name)
-        said = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        setattr(item, name, said.encode("utf-8", "replace").decode())
+        setattr(item, name, label(record, name))
     item.topic = "" if item.topic == "Unknown" else item.topic
-    item.source = item.source or Path(file).name.partition(".")[0]
-    return item
+    return [item]
 
 
 ARXIV = "ArtifactAI/arxiv-physics-instruct-tune-30k"
@@ -252,57 +238,32 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
     """
     if name not in SOURCES:
         raise InputError(f"no source {name!r}; there are {', '.join(SOURCES)}")
-    source = SOURCES[name]
-    if not path and not source.repo:
+    source, ledger, called = SOURCES[name], Ledger(), name
+    if path:
+        files, origin = files_of(path), path
+        called = Path(path).name.partition(".")[0] if name == "pairs" else name
+    elif source.repo:
+        folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
+        origin = f"{source.repo}@{folder.name}"
+        found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in source.files)), [])
+        files = {str(file): file for file in found}
+    else:
         raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
-    reading = own_pairs(path, on_bad_row) if name == "pairs" else published(name, path, revision)
-    if reading.bad and (on_bad_row == "stop" or not reading.items):
-        raise bad_rows(reading.bad, reading.counts["records"], reading.origin)
-    if not reading.items:
-        raise InputError(f"{reading.origin}: has no row of {name}")
-    for i, item in enumerate(reading.items):
-        item.source = item.source or name
+
+    def read(record: dict, where: str) -> list[Item]:
+        try:
+            return source.read(record)
+        except KeyError as error:
+            raise ValueError(f"{name} has no column {error}; found: {', '.join(map(str, record))}") from None
+
+    made = read_each(origin, files, read, on_bad_row, ledger)
+    items = [item for one in made for item in one]
+    if not items:
+        raise InputError(f"{origin}: has no row of {name}")
+    for i, item in enumerate(items):
+        item.source = item.source or called
         item.licence = item.licence or source.licence
         item.question_id = item.question_id or f"{name}-{i}"
-    return reading
-
-
-def own_pairs(path: str, on_bad_row: str) -> Reading:
-    """Pairs as --train takes them, in the same forms and with the same checks."""
-    ledger = Ledger()
-    rows = read_rows(path, "pairs", on_bad_row, ledger)
-    counts = Counter({"records": ledger.rows, "used": len(rows), "not usable": ledger.rows - len(rows)})
-    return Reading([pair(row, path) for row in rows], path, +counts, ledger.bad_rows)
-
-
-def published(name: str, path: str | None, revision: str | None) -> Reading:
-    """The records of one of the report's sets."""
-    source = SOURCES[name]
-    if path:
-        origin, wanted = path, ("*.parquet", "*.json", "*.jsonl", "*.csv")
-        found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-        files = [file for file in found if f"*{file.suffix}" in wanted and file.exists()]
-    else:
-        folder = hub_snapshot(source.repo, revision, list(source.files), "dataset")
-        origin, wanted = f"{source.repo}@{folder.name}", source.files
-        files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in wanted)), [])
-    if not files:
-        raise InputError(f"{origin}: no file like {' or '.join(wanted)} is there; give a copy as {name}=PATH")
-
-    reading = Reading([], origin, Counter())
-    for file, number, record in ((one, *numbered) for one in files for numbered in records(one)):
-        reading.counts["records"] += 1
-        became = "used"
-        try:
-            record = parsed(record)
-            made = source.read(record)
-            became = "used" if made else source.skips
-            reading.items += [made] if isinstance(made, Item) else made or []
-        except KeyError as error:
-            became, wrong = "not usable", f"{name} has no column {error}; found: {', '.join(map(str, record))}"
-        except ValueError as error:
-            became, wrong = "not usable", f"not a record of {name} ({error})"
-        reading.counts[became] += 1
-        if became == "not usable":
-            reading.bad.append(f"{file}:{number}: {wrong}")
-    return reading
+    used = sum(map(bool, made))
+    counts = {"records": ledger.rows, "used": used, source.skips: len(made) - used, "not usable": len(ledger.bad_rows)}
+    return Reading(items, origin, +Counter(counts), ledger.bad_rows)

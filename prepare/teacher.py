@@ -22,16 +22,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import LETTERS
+from data import lettered
 from metrics.multiple_choice import parse_choice, parse_letter
 from runtime import runs
 from runtime.files import InputError, first_line, json_object, read_fields, redact
 from runtime.settings import Data, Eval
 
+TRIES = 3  # unusable answers after which a request is given up for good
 RETRIES = 8  # by the client, of a call that fails on its way; the growing waits add up to some 40 seconds
 TIMEOUT = 120.0  # seconds for one answer
 FAILURES = 20  # calls in a row without an answer after which nothing else is asked
@@ -63,10 +63,6 @@ class Request:
 
     def key(self, model: str) -> str:
         return hashlib.sha256(json.dumps(self.body(model), sort_keys=True).encode()).hexdigest()[:32]
-
-    def tries(self) -> int:
-        """Unusable answers after which the request is given up for good."""
-        return 2 if self.names else 3
 
     def parse(self, answer: str) -> str | None:
         """The text of an answer or, with names, the one that it chooses. None if it cannot be used."""
@@ -122,11 +118,6 @@ def concludes(text: str, answer: str, options: Sequence[str] = ()) -> bool:
         return options[letter] == answer and named <= {answer}
     numbers = {term for before, term in zip(["", *said], said) if re.fullmatch(NUMBER, term) and before not in ("^", "_")}
     return named == {answer} and (bool(options) or numbers <= set(wanted[answer]))
-
-
-def lettered(choices: list[str]) -> str:
-    """The options of a question as text: "A. ...", "B. ...", one a line."""
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 END = 'End with a sentence of its own: "The answer is", and the answer word for word. Do not name options by their letters.'
@@ -193,13 +184,10 @@ class Journal:
     def add(self, key: str, answer: str | None, tokens: list[int]) -> None:
         entry = {"key": key, "answer": answer and redact(answer), "tokens": tokens}
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        try:
-            with open(self.path, "r+b") as file:
-                file.truncate(self.size)
-                file.seek(self.size)
-                file.write(line)
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; an answer that was paid for is lost") from None
+        with open(self.path, "r+b") as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            file.write(line)
         self.size += len(line)
         self._take(entry)
 
@@ -236,15 +224,12 @@ def open_teacher(settings: Data | Eval) -> Teacher | None:
         return None
     if settings.budget is not None and not settings.price:
         raise InputError("--budget needs --price IN,OUT: per million tokens in and out")
-    try:
-        price = tuple(float(part) for part in (settings.price or "0,0").split(","))
-    except ValueError:
-        price = ()
-    if len(price) != 2 or not all(0 <= value < math.inf for value in price):
-        raise InputError(f"--price {settings.price}: two numbers, per million tokens in and out, such as 0.5,1.5")
+    price = settings.price or "0,0"
+    if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", price):
+        raise InputError(f"--price {price}: two numbers, per million tokens in and out, such as 0.5,1.5")
     journal = Journal(Path(settings.out) / "teacher" / "journal.jsonl")
     budget = math.inf if settings.budget is None else settings.budget
-    return Teacher(settings.teacher, journal, settings.concurrency, price, budget)
+    return Teacher(settings.teacher, journal, settings.concurrency, tuple(map(float, price.split(","))), budget)
 
 
 def estimate(requests: list[Request], teacher: Teacher) -> str:
@@ -266,7 +251,7 @@ def ask_all(requests: list[Request], teacher: Teacher, label: str) -> list[str |
         if todo := teacher.missing(requests):
             try:
                 asyncio.run(_ask_missing(todo, teacher, label))
-            except InputError as error:
+            except (InputError, OSError) as error:  # a full disk, for example
                 stop = redact(str(error))
     if missing := len(teacher.missing(requests)):
         left = f"{missing:,} of {len(requests):,} answers are missing; the same command asks only for those"
@@ -277,17 +262,12 @@ def ask_all(requests: list[Request], teacher: Teacher, label: str) -> list[str |
 
 def check_environment() -> None:
     """InputError if the key or the address cannot be used, before the client tries them eight times for each request."""
-    if not (key := os.environ.get("OPENAI_API_KEY")):
+    key, url = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
+    if not key:
         raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
     if not re.fullmatch("[!-~]+", key):
         raise InputError("OPENAI_API_KEY holds a blank, a line break or another character that no key has; set it anew")
-    url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    try:
-        parts = urlsplit(url)
-        usable = re.fullmatch("[!-~]+", url) and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
+    if url and not re.fullmatch(r"https?://([!-~]+@)?[^\s/@]+(/[!-~]*)?", url):  # user, host and port, path
         raise InputError(f"OPENAI_BASE_URL {url!r} is no address such as http://localhost:8000/v1")
 
 
@@ -318,7 +298,7 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
     import openai
 
     journal, body, useless = teacher.journal, request.body(teacher.model), 0
-    while useless < request.tries():
+    while useless < TRIES:
         bound = teacher.cost(request.at_most())
         while (spent := teacher.cost(journal.tokens)) + sum(teacher.open_calls) + bound > teacher.budget:
             if not teacher.open_calls:
@@ -350,7 +330,7 @@ async def _ask(api, key: str, request: Request, teacher: Teacher) -> None:
         teacher.failures = 0
         usable = text is not None and request.parse(text) is not None
         useless += not usable
-        final = usable or refused or useless == request.tries()
+        final = usable or refused or useless == TRIES
         body["messages"] = request.body(teacher.model, again=True)["messages"]
         journal.add(key=key if final else "", answer=text if usable else None, tokens=tokens or request.at_most())
         if final:

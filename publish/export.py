@@ -116,17 +116,15 @@ def encode(values: Tensor, kind: Type, where: str = "the matrix") -> np.ndarray:
 def round_weights(model: Phi, to: str) -> dict[str, float]:
     """Rounds a model's weights, in place, to the values in its GGUF file. Returns the file's tensors in megabytes, and bits
     per weight of the linear layers but the output layer, as `precisions.sizes` does for other formats."""
-    stored = {}
+    stored = 0
     for name, parameter in model.named_parameters():
         kind = type_of(name, tuple(parameter.shape), to)
         data = encode(parameter.cpu(), kind, name)
         values = torch.from_numpy(gguf.dequantize(data, kind).copy())
         parameter.copy_(values.view_as(parameter))
-        stored[name] = data.nbytes
-    layers = [name for name, p in model.named_parameters() if p.dim() == 2 and name.split(".")[-2] not in ENDS]
-    weights_in = sum(model.get_parameter(name).numel() for name in layers)
-    bits = 8 * sum(stored[name] for name in layers) / weights_in
-    return {"memory, MB": sum(stored.values()) / 1e6, "bits per weight": bits}
+        stored += data.nbytes
+    block, size = gguf.GGML_QUANT_SIZES[TYPES[to]]  # values, and the bytes that they take
+    return {"memory, MB": stored / 1e6, "bits per weight": 8 * size / block}
 
 
 @torch.no_grad()

@@ -35,11 +35,9 @@ def run(settings: Push) -> int:
 
 def files_to_send(directory: Path) -> list[Path]:
     """The files of a model and nothing else; InputError if there is no model, or if it is of no use to others."""
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory")
     files = sorted({file for pattern in SENT for file in directory.glob(pattern) if file.is_file() and file.name != STAYS})
     if not any(file.suffix in (".safetensors", ".gguf") for file in files):
-        raise InputError(f"{directory} holds no model; a training run has one when it has come to its end")
+        raise InputError(f"there is no model in {directory}; a training run has one when it has come to its end")
     if is_adapter(directory) and not hub_name(base := read_adapters(directory)[0]["base_model_name_or_path"]):
         way_out = f"merge them (--stage merge), or send that model first and write its name on the hub into {ADAPTER_CONFIG}"
         raise InputError(f"{directory} holds adapters of {base}, which only this machine has; {way_out}")

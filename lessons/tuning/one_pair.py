@@ -28,10 +28,10 @@ from torch import Tensor
 import demo
 import dpo
 import sft
-from data import Batch, ChatML, Example, Ledger, collate, coloured, encode, epoch_order, load_tokenizer
+from data import Batch, ChatML, Example, Ledger, collate, encode, epoch_order, load_tokenizer
 from lessons.lesson import Claim, print_table
 from model import Phi, completion_logprobs, sibling_mask
-from prepare.rows import read_rows
+from prepare.rows import read_rows, spelled_out
 from runtime.files import picture
 from runtime.flags import settle
 from runtime.optimizer import make_optimizer
@@ -116,7 +116,7 @@ def run(figure: Path) -> list[Claim]:
     model, chat, pair = prepare()
     settings: Dpo = settle("dpo", {"model": "demo"}).settings
     batch = collate([pair])
-    print(coloured(pair, chat, colour=False), "\n")
+    print(spelled_out(pair, chat), "\n")
     for name, part in turns(pair, chat).items():
         segment, position = batch.segment[0, part], batch.position[0, part]
         print(f"  {name:9}  tokens {part[0]:2}-{part[-1]}  segment {segment[0]}  position {position[0]:2}-{position[-1]}")

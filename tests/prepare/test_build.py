@@ -12,7 +12,7 @@ from hub_server import SHA, hub, hub_environment
 from openai_server import Server
 
 from prepare import build
-from prepare.build import account, check_output, multiple_choice, sizes_and_shares
+from prepare.build import account, multiple_choice, sizes_and_shares
 from prepare.mixture import mixtures
 from prepare.sources import Item
 from prepare.teacher import open_teacher
@@ -199,7 +199,7 @@ def test_without_a_teacher_only_pairs_are_left_and_it_says_so(files, tmp_path):
         ((), "--sources is missing"),
         (("--sources", "theorem"), "no source 'theorem'"),
         (("--sources", "epfl"), "epfl=PATH"),
-        (("--sources", "sciq=nowhere"), "nowhere: no file like"),
+        (("--sources", "sciq=nowhere"), "nowhere: No such file"),
         (("--sources", "sciq=x", "--price", "1,2"), "add --teacher MODEL"),
         (("--sources", "OWN", "--sizes", "20k"), "--sizes 20000,30000"),
         (("--sources", "OWN", "--sizes", "5000"), "has 27 training rows"),
@@ -229,7 +229,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main(command) == 0
     assert len(lines(tmp_path / "data" / "train.jsonl")) + len(lines(tmp_path / "data" / "test.jsonl")) == 30
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/data already holds data sets.")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/data already holds a run.")
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--lr", "1"])
     assert stopped.value.code == 2 and "--lr belongs to --stage" in capsys.readouterr().err
@@ -238,17 +238,11 @@ def test_the_command_line(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- parts, without a build
 
 
-def test_a_folder_that_this_program_did_not_make_is_not_replaced(tmp_path):
-    settings = Data(out=str(tmp_path), name="data", overwrite=True)
-    check_output(tmp_path / "data", settings)  # nothing is there
+def test_a_folder_that_this_program_did_not_make_is_not_replaced(files, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="has no ledger.json, so this program did not make it"):
-        check_output(tmp_path / "data", settings)
-    (tmp_path / "data" / "ledger.json").write_text("{}")
-    check_output(tmp_path / "data", settings)
-    with pytest.raises(InputError, match="--overwrite"):
-        check_output(tmp_path / "data", Data(out=str(tmp_path), name="data"))
+    with pytest.raises(InputError, match="data has no run.json, so it is not a run of this program"):
+        run("--sources", files, "--out", tmp_path, "--overwrite")
 
 
 def test_the_price_is_in_then_out(tmp_path):
@@ -343,9 +337,7 @@ def test_bad_rows_of_every_source_are_in_the_ledger(tmp_path):
     ledger = read_json(tmp_path / "data" / "ledger.json")
     (read,) = ledger["read"].values()
     assert (read["records"], read["used"], read["not usable"]) == (32, 31, 1)
-    assert read["bad rows"] == [
-        f'{tmp_path}/mmlu.json:31: not a record of mmlu_stem ("choices" is not a list of 2 to 10 texts)'
-    ]
+    assert read["bad rows"] == [f'{tmp_path}/mmlu.json:31: "choices" is not a list of 2 to 10 texts']
     assert ledger["multiple choice"]["left out"] == {"empty question, answer or option": 1}
     assert ledger["rows"]["left out"] == {"empty question or answer": 1, "multiple choice alone": 30}
 
@@ -361,7 +353,7 @@ def test_matched_lengths_are_printed_before_and_after(tmp_path, capsys):
     assert before["longer answer wins"] == after["longer answer wins"].replace("5.6%", "4.0%") == "50.0% ± 4.0%"
     assert before["pairs"] == 160 and after["pairs"] == 80
     assert float(before["lengths alone"][:4]) > 60 > float(after["lengths alone"][:4])
-    assert "| own    | matched | 80 " in capsys.readouterr().out
+    assert "| own    | matched |    80 |" in capsys.readouterr().out
 
 
 def test_the_card_says_what_the_hub_asks_and_no_text_of_the_data_gets_into_its_metadata(tmp_path):
@@ -372,10 +364,10 @@ def test_the_card_says_what_the_hub_asks_and_no_text_of_the_data_gets_into_its_m
     sources = f"pairs={tmp_path}/own.jsonl,mmlu_stem={tmp_path}/mmlu.json"
     assert run("--sources", sources, "--out", tmp_path, "--name", "mine") == 0
     head, text = (tmp_path / "mine" / "README.md").read_text().split("---\n")[1:]
-    assert head.startswith("license:\n- mit\n- other\nsize_categories:\n- n<1K\ntags:\n- dpo\n- multiple-choice\nconfigs:\n")
+    assert head.startswith("license:\n- mit\n- other\ntags:\n- dpo\n- multiple-choice\nconfigs:\n")
     assert "- config_name: train\n  data_files:\n  - split: train\n    path: train.jsonl\n" in head
     assert "    path: mcq-test.jsonl\n" in head and "CC0" not in head
     assert "a local copy, own.jsonl" in text and str(tmp_path) not in text
-    assert "| CC0 --- license: mit; that of the file |" in text and "| my    b  own  x1b 2J |" in text and "\x1b" not in text
+    assert "| CC0 --- license: mit; that of the file |" in text and "| my b own x1b 2J |" in text and "\x1b" not in text
     assert "source, source" in text and "too few pairs" in text
-    assert "| 50 | 20       | multiple choice alone |" in text
+    assert "| 50 |       20 | multiple choice alone |" in text

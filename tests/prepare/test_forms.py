@@ -95,6 +95,7 @@ def parted(chosen, rejected):
         (parted([assistant("4")], []), '"rejected" ends with the user'),
         (PAIR | {"chosen": [user("3 + 3?"), assistant("4")]}, "a whole dialogue, but the prompt is not in it"),
         (ANSWERS, '"chosen" is an answer without its question'),
+        (PAIR | {"chosen": [{"role": "system", "content": ""}]}, '"chosen" holds nothing but an empty system message'),
         (PAIR | {"prompt": [*ASKED, assistant("!")]}, '"prompt" ends with the assistant'),
         (PAIR | {"prompt": [BRIEF, *ASKED], "system": "Be long."}, "there are two system turns"),
         (PAIR | {"system": ["Be brief."]}, '"system" is list, not text'),

@@ -48,7 +48,7 @@ def test_what_is_asked_of_the_teacher():
     option = Item("Which?", "blue", ["red", "blue"], 1, topic="Physics")
     essay = Item("Why?", "Because of a long chain of reasons, one after the other.")
     pair = Item("How?", "So.", chosen="So it goes.", rejected="Otherwise.", topic="Physics")
-    asking = jobs([option, essay, pair], 0, "pairs", topics=True)
+    asking = jobs([option, essay, pair], 0, "pairs")
     asked = [request.messages for job in asking.values() for _, request in job]
     assert [m[-1][1] for m in asked] == [
         "Which?\n\nOptions:\nA. red\nB. blue\n\nAnswer: blue",
@@ -73,20 +73,20 @@ def test_what_is_asked_of_the_teacher():
     assert rows[0]["prompt"] == "Which?\n\nA. red\nB. blue" == prompt_text(option)
 
 
-def test_what_is_asked_for_sft_and_without_topics():
-    items = [Item("Which?", "blue", ["red", "blue"], 1), Item("Why?", "Because of a long chain of reasons, link by link.")]
-    asked = jobs(items, 0, "sft", topics=False)
-    assert {field: len(job) for field, job in asked.items()} == {"explanation": 1, "rejected": 0, "topic": 0}
+def test_what_is_asked_for_sft():
+    known = Item("Why?", "Because of a long chain of reasons, link by link.", topic="Physics")
+    asked = jobs([Item("Which?", "blue", ["red", "blue"], 1), known], 0, "sft")
+    assert {field: len(job) for field, job in asked.items()} == {"explanation": 1, "rejected": 0, "topic": 1}
 
 
 def test_a_pair_with_an_empty_answer_is_not_completed_nor_a_question_without_a_wrong_option():
     """Some questions of AQUA-RAT have lost the numbers of their options."""
     items = [Item("How?", "So.", chosen="So it goes."), Item("How long is the train?", "m", ["m", "m", "m", "m", "m "], 2)]
-    assert jobs(items, 0, "pairs", topics=False)["rejected"] == []
+    assert jobs(items, 0, "pairs")["rejected"] == []
 
 
 def test_the_attempt_at_a_question_with_a_bare_answer_may_not_be_right():
-    ((_, request),) = jobs([Item("1 + 1?", "2")], 0, "pairs", topics=False)["rejected"]
+    ((_, request),) = jobs([Item("1 + 1?", "2")], 0, "pairs")["rejected"]
     assert request.parse("The answer is 2.") is None and request.parse("The answer is 3.")
 
 
@@ -102,7 +102,7 @@ def test_a_bare_option_is_never_chosen_against_an_argued_one():
 
 def test_bare_answers_are_those_under_40_characters_and_options():
     def bare(*items):
-        return [item.question for item, _ in jobs(list(items), 0, "pairs", topics=False)["explanation"]]
+        return [item.question for item, _ in jobs(list(items), 0, "pairs")["explanation"]]
 
     assert bare(Item("a?", "x" * 39), Item("b?", "x" * 40), Item("c?", "x" * 40, ["x" * 40, "y"])) == ["a?", "c?"]
     assert bare(Item("d?", "x", explanation="because"), Item("e?", "x", chosen="because")) == []

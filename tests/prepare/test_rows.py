@@ -41,7 +41,7 @@ from prepare.rows import (
     read_rows,
     rows_to_measure,
 )
-from runtime.files import InputError, read_json, write_jsonl
+from runtime.files import InputError, write_jsonl
 from runtime.flags import settle
 from runtime.runs import load_chat
 
@@ -128,7 +128,7 @@ def test_files_of_every_form_keep_every_character(tmp_path):
             "prompt,chosen,rejected\nQ\na,b,c,d\n",
             'csv:2: "chosen" is missing.*\n.*csv:3: more cells than the first',
         ),
-        ("a.csv", 'prompt,chosen\nQ,A\nQ,"A\nQ,"A"\n', "a.csv:3: a row that begins here cannot be read as csv"),
+        ("a.csv", 'prompt,chosen\nQ,A\nQ,"A\nQ,"A"\n', "a.csv:3: the row that begins here is not csv"),
         ("a.csv", "", "the file holds no rows"),
         ("a.jsonl.gz", "not gzipped", r"a\.jsonl\.gz: Not a gzipped file"),
         ("none.json", None, "none.json: No such file"),
@@ -394,18 +394,18 @@ def test_a_file_for_evaluation_is_read_beside_and_must_not_repeat_a_question(tin
 def test_rows_that_cannot_be_split_or_are_all_left_out_say_why(tiny, tmp_path):
     rows = [{"prompt": "Like a pirate?", "completion": f"Arr, {i}"} for i in range(9)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    with pytest.raises(InputError, match="all rows ask one question, so they cannot be split; .* with --eval FILE"):
+    with pytest.raises(
+        InputError, match="(?s)no row is left for the .* side: it had 0 .*Give other rows or limits, or --eval FILE"
+    ):
         sides(tiny, tmp_path)
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Like a sailor?", "completion": "Ahoy"}])
     assert len(sides(tiny, tmp_path, eval=str(tmp_path / "eval.jsonl")).train) == 9
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": "?"}, {"prompt": "!", "completion": "x" * 99}, {"prompt": ""}])
-    with pytest.raises(InputError, match="left out of 3 with .*: 2 bad row, 1 completion does not fit\n") as error:
+    with pytest.raises(InputError, match="(?s)no row is left .*, dropped: 2 bad row, 1 completion does not fit\n") as error:
         sides(tiny, tmp_path, on_bad_row="skip", eval=str(tmp_path / "eval.jsonl"), out=str(tmp_path), name="run")
     reason = '"completion" is missing: the fields are prompt; the nearest form is prompt, completion'
-    assert f"\n  {tmp_path}/train.jsonl:1, 3: {reason}\n" in str(error.value)
+    assert f"\n  left out: {tmp_path}/train.jsonl:1, 3: {reason}\n" in str(error.value)
     assert "--max-prompt-length 32 would keep 100% of the rows whole" in str(error.value)
-    assert f"The ledger is {tmp_path}/run/ledger.json." in str(error.value)
-    assert read_json(tmp_path / "run" / "ledger.json")[f"{tmp_path}/train.jsonl"]["dropped"]["bad row"] == 2
 
 
 def test_a_prompt_may_take_half_of_the_window_to_be_measured_on(tiny):

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from hub_server import SHA, hub, lines_printed
 
-from prepare.sources import SOURCES, letter, read_source, without_letters
+from prepare.sources import SOURCES, option, read_source, without_letters
 from runtime.files import InputError
 
 RECORDS = {
@@ -136,9 +136,9 @@ def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
     ("name", "change", "message"),
     [
         ("sciq", {"drop": "support"}, r"x\.json:1: sciq has no column 'support'; found: question, "),
-        ("aqua_rat", {"correct": "F"}, r"x\.json:1: not a record of aqua_rat \(the right option is .F., but"),
+        ("aqua_rat", {"correct": "F"}, r"x\.json:1: the right option is .F., but there are 5"),
         ("epfl", {"preference": [{"A": "a", "B": "b", "overall": "C"}]}, "neither A nor B"),
-        ("mmlu_stem", {"answer": 9}, "not a record of mmlu_stem"),
+        ("mmlu_stem", {"answer": 9}, "the right option is '9', but there are 4: 0, 1, 2, 3"),
     ],
 )
 def test_what_does_not_fit_names_file_record_and_columns(name, change, message, tmp_path):
@@ -183,7 +183,7 @@ def test_unusable_fields_are_named_or_counted_in_every_source(name, tmp_path):
 
 def test_own_pairs_may_have_odd_fields_of_their_own(tmp_path):
     (item,) = read("pairs", tmp_path, {"licence": ["MIT"], "topic": 7, "source": None, "question_id": None})
-    assert (item.licence, item.topic, item.source, item.question_id) == ('["MIT"]', "7", "x", "pairs-0")
+    assert (item.licence, item.topic, item.source, item.question_id) == ("['MIT']", "7", "x", "pairs-0")
 
 
 def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
@@ -195,13 +195,12 @@ def test_records_that_make_no_sense_are_skipped_if_asked(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("x.json", b"[1, 2]", r"x\.json:1, 2: not a record of sciq"),
+        ("x.json", b"[1, 2]", r"x\.json:1, 2: a JSON int, not an object"),
         ("x.json", b"[{", "cannot be read as json"),
         ("x.parquet", b"PAR1 no", "cannot be read as parquet"),
         ("x.jsonl", json.dumps(RECORDS["sciq"]).encode() + b"\n\n{", r"x\.jsonl:3: .*not JSON"),
-        ("x.jsonl", b"[1]\n", r"x\.jsonl:1: not a record of sciq"),
-        ("x.json", b"[]", "has no row"),
-        ("x.txt", b"", "no file like .* is there"),
+        ("x.jsonl", b"[1]\n", r"x\.jsonl:1: a JSON list, not an object"),
+        ("x.json", b"[]", "the file holds no rows"),
     ],
 )
 def test_broken_files_are_named(file, content, message, tmp_path):
@@ -227,10 +226,10 @@ def test_whatever_stands_in_a_field_the_record_is_used_or_bad(name, tmp_path):
 
 
 def test_the_right_option_by_its_letter():
-    assert [letter({"x": given}, "x", 2) for given in ("A", " b ", "B")] == [0, 1, 1]
+    assert [option(given, "ABC", 2) for given in ("A", " b ", "B")] == [0, 1, 1]
     for given in ("C", "", "AB", "1"):
         with pytest.raises(ValueError, match="there are 2"):
-            letter({"x": given}, "x", 2)
+            option(given, "ABC", 2)
 
 
 def test_letters_before_the_options_have_to_run_in_order():
