@@ -80,7 +80,7 @@ def train(
         first = state["step"] + 1
         for step in range(first, total + 1):
             if settings.patience and state["evaluations_since_best"] >= settings.patience:
-                record.say(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
+                record.bar.write(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
                 break
 
             # Which examples: this depends only on the seed, the epoch and the step's position in it.
@@ -504,7 +504,7 @@ def main(argv: list[str]) -> int:
                 settings = runs.resumed_settings(command)
             settings = parallel.on_this_machine(settings)
             with parallel.main_first():  # the demo's files are written once
-                *before, last = demo.stages(settings)
+                *before, last = demo.stages(settings) if getattr(settings, "model", "") == "demo" else [settings]
             if before and (status := run_before(settings)):
                 return status
             if getattr(last, "dry_run", False):
