@@ -225,11 +225,8 @@ def check_start(numbers: dict[str, float], tokens: float, settings: Tuning) -> N
     tolerance = (1e-4 if settings.dtype == "fp32" else 0.06) * math.sqrt(tokens)  # nats an answer
     drift, loss = numbers["drift/absolute"], numbers["preference_loss"]
     if not drift <= tolerance:
-        raise InputError(
-            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), "
-            f"so the reference log-probabilities are another model's. Delete {settings.out}/reference and run again; if "
-            "that does not help, model, tokenizer or dtype differ."
-        )
+        found = f"{drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), which is another model's"
+        raise InputError(f"at step 0 the answers have drifted {found}. Delete {settings.out}/reference and run again.")
 
 
 def check_finite(what: str, value: float, where: list[str]) -> None:
@@ -258,7 +255,7 @@ def run(settings: Tuning) -> int:
     if settings.resume and parallel.gather((run / "results.json").exists())[0]:
         print(f"{run} is finished; nothing to resume.")
         return 0
-    if parallel.is_main():
+    if parallel.is_main() and not settings.resume:
         runs.check_name(settings)
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
     print(describe_ledgers(inputs.ledgers, read_config(parent).max_position_embeddings))

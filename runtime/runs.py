@@ -76,7 +76,6 @@ def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) 
     """Readies the directory of a run, new or resumed; returns the step to go on from. InputError if that would go on
     with other rows or other weights than it was started with."""
     _end_overwrite(run, _worth_keeping(run))  # of a process that was killed
-    check_name(settings)
     files = {}  # that decide what a training run does
     if parent:
         weights = {file for folder in (parent, base_directory(parent)) for file in folder.glob("*.safetensors")}
@@ -89,6 +88,7 @@ def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) 
             if name in before and sha256(*paths) != before[name]:
                 raise InputError(f"{paths[0]} has changed since {run} was started; put it back, or start another run")
         return max(steps_saved(run), default=0)
+    check_name(settings)
     if (run / "run.json").exists():
         os.replace(run, _set_aside(run))
     run.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,6 @@ def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) 
 def check_name(settings: Any) -> None:
     """InputError if the run's directory may not be made, since it holds another run or other files."""
     run = Path(settings.out) / settings.name
-    if getattr(settings, "resume", False):
-        return
     if (run / "run.json").exists():
         if not settings.overwrite:
             goes_on = settings.stage in TRAINING and recorded(run, "stage") == settings.stage
