@@ -369,28 +369,27 @@ def recorded(run: Path, name: str) -> Any:
     return raw.get(name, inner.get(name) if isinstance(inner, dict) else None)
 
 
+def lineage(run: Path) -> list[Path]:
+    """The runs that a model went through, the last one first, as each one's run.json names the model before."""
+    found: list[Path] = []
+    while (run / "run.json").exists() and run not in found:
+        found.append(run)
+        run = Path(str(recorded(run, "model")))
+    return found
+
+
 def training_run(directory: Path) -> Path | None:
     """The run that tuned a model: its own directory or, if it was quantized from another, that one's; None if neither is."""
-    seen = set()
-    while (directory / "run.json").exists() and directory.resolve() not in seen:
-        if recorded(directory, "stage") in TRAINING:
-            return directory
-        seen.add(directory.resolve())
-        directory = parent_of(directory) or Path()
-    return None
-
-
-def parent_of(run: Path) -> Path | None:
-    """The model that a run was made from, as its results.json names it; None if that is not known."""
-    parent = read_json(run / "results.json").get("parent") if (run / "results.json").exists() else None
-    return Path(parent) if isinstance(parent, str) and parent else None
+    return next((run for run in lineage(directory) if recorded(run, "stage") in TRAINING), None)
 
 
 def tuned_from(directory: Path) -> Path | None:
     """The model that a model was tuned from, which rewards are measured from; None if that is not recorded or gone."""
     run = training_run(directory)
-    parent = run and parent_of(run)
-    return parent if parent and ((parent / "config.json").exists() or is_adapter(parent)) else None
+    if run is None or not (run / "results.json").exists():
+        return None
+    parent = Path(str(read_json(run / "results.json").get("parent")))
+    return parent if (parent / "config.json").exists() or is_adapter(parent) else None
 
 
 def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
@@ -408,7 +407,7 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
     largest = max(chat.tokenizer.get_vocab().values())
     if largest >= rows:
         found = f"its ids reach {largest:,}, the model's embedding has {rows:,} rows"
-        raise InputError(f"{directory}: tokenizer.json is another model's: {found}")
+        raise InputError(f"{directory}: the tokenizer does not fit the model: {found}")
     return chat
 
 

@@ -178,7 +178,8 @@ def test_nor_the_model_that_is_read_with_another(tiny, tmp_path, kind):
         add_lora(Phi.from_pretrained(parent), 2).save_pretrained(model)
     else:
         Phi.from_pretrained(tiny).save_pretrained(model)
-        write_json(model / "run.json", {"stage": "dpo" if "tuned" in kind else "quantize"})
+        stage = "dpo" if "tuned" in kind else "quantize"
+        write_json(model / "run.json", {"stage": stage, "settings": {"model": str(parent)}})
         write_json(model / "results.json", {"parent": str(parent)})
     evaluation = settle("eval", dict(model=[str(model)], data="x", out=str(tmp_path), name="run", overwrite=True)).settings
     before = tree(tmp_path)
@@ -355,8 +356,9 @@ def test_a_foreign_run_json_says_nothing_about_a_model(tiny, tmp_path, record):
 
 
 def test_a_folder_that_names_itself_as_parent_is_no_endless_loop(tmp_path):
-    opened(settle("quantize", {"model": "x", "to": "nf4", "out": str(tmp_path), "name": "a"}).settings)
-    write_json(tmp_path / "a" / "results.json", {"parent": str(tmp_path / "a")})
+    itself = str(tmp_path / "a")
+    opened(settle("quantize", {"model": itself, "to": "nf4", "out": str(tmp_path), "name": "a"}).settings)
+    write_json(tmp_path / "a" / "results.json", {"parent": itself})
     assert training_run(tmp_path / "a") is None
 
 
