@@ -37,7 +37,7 @@ from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import TRAINING
 
 CHAT_FILES = "tokenizer*.json special_tokens_map.json added_tokens.json chat_template.jinja generation_config.json".split()
-MODEL_FILES = "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json".split() + CHAT_FILES
+MODEL_FILES = "config.json adapter_config.json base.json model*.safetensors* adapter_model.safetensors".split() + CHAT_FILES
 FIRST_FILES = ("questions.json", "ledger.json", "held_out.jsonl", "held_out.truth.jsonl")  # written before run.json
 
 
@@ -241,12 +241,11 @@ def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
 
 def read_state(checkpoint: Path) -> dict:
     """The loop's counters in a checkpoint, checkpoints/step-N; InputError if they are not such, or not of step N."""
-    file, kinds = checkpoint / "state.json", {"step": int, "best_step": int | None, "evaluations_since_best": int}
-    raw = read_json(file)
-    state = read_fields(raw, kinds, file) | {"best_value": raw.get("best_value")}
-    if checkpoint.name != f"step-{state['step']}" or not isinstance(state["best_value"], int | float | None):
-        found = f"step {state['step']}, best value {state['best_value']!r:.60}"
-        raise InputError(f"{file}: {found}; delete {checkpoint} to go on from the checkpoint before")
+    file = checkpoint / "state.json"
+    kinds = {"step": int, "best_step": int | None, "best_value": int | float | None, "evaluations_since_best": int}
+    state = read_fields(read_json(file), kinds, file)
+    if checkpoint.name != f"step-{state['step']}":
+        raise InputError(f"{file}: is of step {state['step']}; delete {checkpoint} to go on from the checkpoint before")
     return state
 
 
@@ -271,9 +270,8 @@ def publish(run: Path, step: int) -> None:
     """Copies the model of checkpoint `step` to the run's own directory."""
     for pattern in MODEL_FILES:
         for file in checkpoint_directory(run, step).glob(pattern):
-            if file.name != "optimizer.safetensors":
-                with whole_file(run / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+            with whole_file(run / file.name) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 # ------------------------------------------------------------------------------------------------- while the loop runs
