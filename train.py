@@ -234,10 +234,8 @@ def check_finite(what: str, value: float, where: list[str]) -> None:
     if not math.isfinite(value):
         rows = sum(parallel.gather(where), [])
         named = ", ".join(rows[:5]) + (f" and {len(rows) - 5:,} more" if len(rows) > 5 else "")
-        raise InputError(
-            f"the {what} is {value}; nothing was updated. The batch held {named}. Look at those rows; if they are sound, "
-            "start another run with another --name and a lower --lr. (--resume would come to the same step again.)"
-        )
+        way_out = "start another run with another --name and a lower --lr. (--resume would come to the same step again.)"
+        raise InputError(f"the {what} is {value}; nothing was updated. The batch held {named}. If they are sound, {way_out}")
 
 
 # ------------------------------------------------------------------------------------------------ a whole training stage

@@ -76,10 +76,8 @@ def job() -> Iterator[None]:
             what = "ended (torchrun names it below)"
             if "timed out" in str(error).lower():
                 what = f"has not answered for {TIMEOUT.seconds // 60} minutes"
-            raise InputError(
-                f"another process of this job {what}, so rank {dist.get_rank()} stopped. No file is half-written; the same "
-                "command with --resume continues from the last checkpoint."
-            ) from None
+            goes_on = "No file is half-written; the same command with --resume continues from the last checkpoint."
+            raise InputError(f"another process of this job {what}, so rank {dist.get_rank()} stopped. {goes_on}") from None
     # Skipped after an error: the others may be waiting in a collective, which fails once this process has ended.
     if dist.is_initialized():
         dist.destroy_process_group()
