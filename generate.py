@@ -207,7 +207,7 @@ def rows_that_fit(model: Phi, size: int) -> int:
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
     fitting = (memory.free_bytes(str(device)) - held) // (2 * slot * whole_buckets(size))
     if parallel.size() > 1:
-        fitting = -int(parallel.largest(-fitting))  # the smallest
+        fitting = min(parallel.gather(fitting))
     return 1 << max(fitting.bit_length() - 1, 0)
 
 
