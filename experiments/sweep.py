@@ -170,10 +170,10 @@ def split_rows(settings: Sweep, file: str, data: Path) -> dict[str, str]:
 def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
     """Makes and measures every run that is not finished. Returns the status of the signal that stopped a run, or 0, and
     {run: error} of the runs that failed. InputError if an earlier call made one with other settings."""
-    every = {f.name for f in fields(Dpo)}
+    every = {f.name: "flag" for f in fields(Dpo)}
     for run in planned:
         if (run.directory / "run.json").exists():
-            runs_on_disk.resumed_settings(Command(run.settings, dict.fromkeys(every, "flag"), every))
+            runs_on_disk.resumed_settings(Command(run.settings, every))
     failed = {}
     for number, run in enumerate(planned, start=1):
         label = f"[{number}/{len(planned)}] {run.name}"
