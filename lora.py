@@ -72,12 +72,9 @@ def add_lora(
     """
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FrozenLinear))}
     known = {name.rpartition(".")[2] for name in layers} - set(SKIP)
-    wanted = known if targets == "all-linear" else {part.strip() for part in targets.split(",") if part.strip()}
-    there_are = f"there are {', '.join(sorted(known))}, or all-linear for all of them"
-    for part in sorted(wanted - known):
-        raise InputError(f"no layer is called {part!r}; {there_are}")
-    if not wanted:
-        raise InputError(f"{targets!r} names no layer; {there_are}")
+    wanted = known if targets == "all-linear" else {part.strip() for part in targets.split(",")}
+    if unknown := sorted(wanted - known):
+        raise InputError(f"no layer is called {unknown[0]!r}; there are {', '.join(sorted(known))}, or all-linear for all")
     model.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     for name, base in layers.items():

@@ -63,11 +63,11 @@ class PhiConfig:
             raise ValueError(f"partial_rotary_factor cannot turn {self.rotary_size} of a head's {self.head_size} dimensions")
 
     @classmethod
-    def from_dict(cls, raw: dict, where: str = "config.json") -> "PhiConfig":
+    def from_dict(cls, raw: dict) -> "PhiConfig":
         """From the content of a config.json, in any of the forms that it has had. InputError if it is not a Phi's."""
         from runtime.weights import config_from
 
-        return config_from(cls, raw, where)
+        return config_from(cls, raw, "config.json")
 
     def to_dict(self) -> dict:
         """The content of config.json, in the form that every version of transformers reads."""
@@ -299,9 +299,10 @@ class Phi(nn.Module):
 def read_config(directory: Path) -> PhiConfig:
     """The config of the model in a directory or, if that holds adapters, of the model under them."""
     from lora import base_directory
+    from runtime.weights import config_from
 
     path = base_directory(directory) / "config.json"
-    return PhiConfig.from_dict(read_json(path), str(path))
+    return config_from(PhiConfig, read_json(path), str(path))
 
 
 def fit_window(settings: Any, directory: Path) -> Any:
