@@ -35,7 +35,6 @@ from runtime.settings import Tuning
 from runtime.weights import hub_names, hub_snapshot
 
 SHOWN = 20  # reasons that an error message lists
-shown = functools.cache(printable)  # of a file's name, which stands in front of every record's number
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # of data files; of a folder, those with the first that is there
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of Hugging Face, beside the rows
 HUB = re.compile(r"hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
@@ -175,9 +174,10 @@ def read_each(source: str | Path, files: dict[str, Path], read: Callable, on_bad
     """
     made, bad = [], ledger.bad_rows
     for name, file in files.items():
+        name = printable(name)
         for number, record in records(file):
             ledger.rows += 1
-            where = f"{shown(name)}:{number}"
+            where = f"{name}:{number}"
             try:
                 made.append(read(parsed(record), where))
             except (ValueError, RecursionError) as error:
