@@ -50,9 +50,8 @@ def run(settings: Chat) -> int:
     chat = load_chat(directory, settings.system_prompt)
     model = Phi.from_pretrained(directory, torch.bfloat16 if settings.dtype == "bf16" else torch.float32, settings.device)
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # it was closed: nobody asks
-    for file in (sys.stdin, sys.stdout):
-        if hasattr(file, "reconfigure"):
-            file.reconfigure(errors="replace")  # bytes that are not text, characters that the terminal lacks
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not text
     talk = Talk(model, chat, settings)
     prompt = (sys.stdin.read() if settings.prompt == "-" else settings.prompt or "").strip()
     if settings.prompt is None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from lora import base_directory, is_adapter, merge_lora, refuse_adapters
+from metrics.precisions import sizes
 from model import Phi, read_config
 from publish.card import write_card
-from quant import FrozenLinear
 from runtime import weights
 from runtime.files import InputError, printable, read_json, write_json
 from runtime.runs import CHAT_FILES, load_chat, open_run
@@ -47,8 +47,8 @@ def run(settings: Quantize | Merge) -> int:
 def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, device: str = "cpu") -> dict:
     """Writes the checkpoint in `source` to `target` with its linear layers, but the output layer, in the number format `to`;
     everything else keeps its dtype. Layers are quantized as they are read: memory holds the new model and one old matrix.
-    Returns bytes of the files before and after, and the weights that were quantized with the bytes of their codes and scales
-    (the file also has each layer's table of levels and its settings, about 0.3 bits a weight of the demo's small layers)."""
+    Returns bytes of the files before and after, and the bits of a weight, scales included (the file also has each layer's
+    table of levels and its settings, about 0.3 bits a weight of the demo's small layers)."""
     if weights.is_quantized(source):
         raise InputError(f"{source} is quantized already; start from the model that it was made of")
     with torch.device("meta"):
@@ -59,10 +59,7 @@ def quantize_checkpoint(source: Path, target: Path, to: str, block: int = 64, de
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)
     before, after = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (source, target))
-    layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
-    quantized = [buffer for layer in layers for buffer in layer.buffers()]
-    did = {"bytes before": before, "bytes after": after, "bytes of weights": sum(x.nbytes for x in quantized)}
-    return did | {"weights": sum(layer.in_features * layer.out_features for layer in layers)}
+    return {"bytes before": before, "bytes after": after, "bits per weight": sizes(model)["bits per weight"]}
 
 
 def merge_checkpoint(source: Path, target: Path, device: str) -> None:
@@ -84,8 +81,8 @@ def stored_dtype(directory: Path) -> torch.dtype:
 def quantized_summary(target: Path, to: str, did: dict) -> str:
     theirs = read_json(target / "config.json")["quantization_config"]["quant_method"] == "bitsandbytes"
     note = "" if theirs else f" {to} in this form is this project's own: transformers does not read it."
-    sizes = f"{did['bytes before'] / 1e6:,.1f} MB -> {did['bytes after'] / 1e6:,.1f} MB"
+    files = f"{did['bytes before'] / 1e6:,.1f} MB -> {did['bytes after'] / 1e6:,.1f} MB"
     return (
-        f"{sizes}; {did['weights']:,} weights at {8 * did['bytes of weights'] / did['weights']:.2f} bits, scales included\n"
+        f"{files}; {did['bits per weight']:.2f} bits a weight, scales included\n"
         f"Written to {target}/; load it as any other model: its config.json says how it is stored.{note}"
     )

@@ -18,12 +18,12 @@ are written after each: an error in one, or of the judge, loses nothing that was
 
 import random
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import ChatML, Example, Row, grades, lengths_of, question_key
+from dpo import margin
 from generate import sample_answers
 from lora import find_origin, is_adapter
 from metrics import judge, multiple_choice, precisions, tables, text
@@ -89,23 +89,22 @@ def run(settings: Eval) -> int:
 def gather(settings: Eval) -> tuple[Measured, list[Contestant], list[str]]:
     """The rows that every model can read, the models, and what a reader of the numbers must know. InputError if the rows are
     broken, a model is no model, or a flag does not go with the rows."""
-    read_rows = partial(rows_to_measure, settings.data, letter_only=settings.letter_only, on_bad_row=settings.on_bad_row)
-    measured = read_rows(None) if settings.data else None
+    first = None if settings.data else resolve(settings.model[0], settings.revision)
+    measured = rows_to_measure(settings.data, first, settings.letter_only, settings.on_bad_row)
+    for name in ("eps", "reference_model"):
+        if getattr(settings, name) is not None and measured.kind != "pairs":
+            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
     found: list[Contestant] = []
     trimmed: list[str] = []
     for name in settings.model:
         directory = resolve(name, settings.revision)
         if settings.precisions and (is_adapter(directory) or is_quantized(directory)):
             raise InputError(f"{directory} holds adapters or codes; --precisions needs a model in full precision")
-        measured = measured or read_rows(directory)
         chat, examples, ledger = encode_for(directory, measured.rows, settings.system_prompt)
         reference = find_reference(settings, directory, chat) if measured.kind == "pairs" else None
         found.append(Contestant(name, directory, chat, examples, reference))
         if ledger.trimmed:
             trimmed.append(f"{ledger.trimmed:,} prompts lose their beginning to fit into half of {name}'s window.")
-    for name in ("eps", "reference_model"):
-        if getattr(settings, name) is not None and measured.kind != "pairs":
-            raise InputError(f"{flag_name(name)} is for preference pairs, which these rows are not; leave it out")
     common = set.intersection(*({e.where for e in one.examples} for one in found))
     kept = [row for row in measured.rows if row.where in common]
     if not kept:
@@ -174,27 +173,26 @@ def measure_model(
     if kind == "pairs":
         flipped = flips(examples)
         if reference is not None:
-            result["rewards"] = measure_rewards(policy, reference, lengths, flipped, settings.eps, settings.beta)
+            margins = margin(policy, reference)[None]  # [1, E]
+            result["rewards"] = measure_rewards(margins, flipped, settings.eps, settings.beta, lengths)
         result["baselines"] = measure_baselines(policy, reference, lengths, flipped)
     if kind.startswith("mcq"):
-        scored = multiple_choice.score_options(model, examples, one.chat, *run_with)
-    answers = []
-    if asked:
+        picks = multiple_choice.score_options(model, examples, one.chat, *run_with)
+    answers, drawn = [], [examples[i] for i in asked]
+    if drawn:
         if settings.dtype == "bf16":  # the last use of the model: autocast would keep its weights and a copy of them
             model.bfloat16()
-        drawn = [examples[i] for i in asked]
         prompts = [e.prompt for e in drawn]
         length = min(settings.max_new_tokens, model.config.max_position_embeddings - max(map(len, prompts)))
         answers, ended = sample_answers(model, one.chat, prompts, length, settings.temperature, settings.seed)
         written = [e.texts[0] for e in drawn]
         result["answers"], result["BLEU signature"] = text.similarity(answers, written)
         if encoder:
-            result["answers"]["BERTScore"] = mean(bert_score(answers, written, *encoder, 64))
+            result["answers"]["BERTScore"] = mean(bert_score(answers, written, *encoder))
         graded = {"ends": ended} | grades(answers, drawn)  # grades: if a truth file is there
         result["answers"] |= {name: share(sum(flags), len(flags)) for name, flags in graded.items()}
     if kind.startswith("mcq"):
-        answered = multiple_choice.generated(answers, [examples[i] for i in asked]) if asked else None
-        result |= multiple_choice.summary(scored, answered)
+        result |= multiple_choice.summary(examples, picks, drawn, answers)
     return result, answers
 
 

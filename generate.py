@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import ChatML
 from model import Phi
+from quant_kernels import output_logits
 from runtime import memory, parallel
 
 BUCKET = 256  # a recorded step sees a multiple of so many slots
@@ -169,7 +170,7 @@ def stream(
     hidden = hidden[rows, length - 1]  # [B, T, D] -> [B, D], of each row's last token
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        token = sample(model.lm_head(hidden), temperature, top_p, generator)  # [B]
+        token = sample(output_logits(hidden, model.lm_head), temperature, top_p, generator)  # [B]
         yield token
         done |= torch.isin(token, stops)
         look = not graph or step % 16 == 0  # the CPU waits for the GPU to know whether all are done
@@ -206,7 +207,7 @@ def rows_that_fit(model: Phi, size: int) -> int:
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
     fitting = (memory.free_bytes(str(device)) - held) // (2 * slot * whole_buckets(size))
     if parallel.size() > 1:
-        fitting = -int(parallel.largest(-fitting))  # the smallest
+        fitting = min(parallel.gather(fitting))
     return 1 << max(fitting.bit_length() - 1, 0)
 
 

@@ -200,10 +200,8 @@ def read_adapters(directory: Path) -> tuple[dict, dict[str, dict[str, Stored]]]:
     for name, tensor in read_header(file).items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not match or match[1].rpartition(".")[2] in SKIP or tensor.dtype not in DTYPES:
-            known = f"only A and B in floating point are read, and none of {', '.join(SKIP)}"
-            raise InputError(
-                f"{file}: tensor {name!r:.200} {tensor.dtype}: {known}; merge them with PEFT (merge_and_unload)"
-            )
+            known = f"only A and B in floating point are read, none of {', '.join(SKIP)}; merge them with PEFT"
+            raise InputError(f"{file}: tensor {name!r:.200} {tensor.dtype}: {known} (merge_and_unload)")
         layers.setdefault(match[1], {})[match[2]] = tensor
     for name, pair in layers.items():
         if len(pair) < 2:

@@ -80,7 +80,7 @@ def train(
         first = state["step"] + 1
         for step in range(first, total + 1):
             if settings.patience and state["evaluations_since_best"] >= settings.patience:
-                record.say(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
+                record.bar.write(f"Stopping early: no better {metric} in {settings.patience} evaluations.")
                 break
 
             # Which examples: this depends only on the seed, the epoch and the step's position in it.
@@ -225,11 +225,8 @@ def check_start(numbers: dict[str, float], tokens: float, settings: Tuning) -> N
     tolerance = (1e-4 if settings.dtype == "fp32" else 0.06) * math.sqrt(tokens)  # nats an answer
     drift, loss = numbers["drift/absolute"], numbers["preference_loss"]
     if not drift <= tolerance:
-        raise InputError(
-            f"at step 0 the answers have drifted {drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), "
-            f"so the reference log-probabilities are another model's. Delete {settings.out}/reference and run again; if "
-            "that does not help, model, tokenizer or dtype differ."
-        )
+        found = f"{drift:.3g} nats from the reference (must be 0; the loss is {loss:.6f}), which is another model's"
+        raise InputError(f"at step 0 the answers have drifted {found}. Delete {settings.out}/reference and run again.")
 
 
 def check_finite(what: str, value: float, where: list[str]) -> None:
@@ -237,10 +234,8 @@ def check_finite(what: str, value: float, where: list[str]) -> None:
     if not math.isfinite(value):
         rows = sum(parallel.gather(where), [])
         named = ", ".join(rows[:5]) + (f" and {len(rows) - 5:,} more" if len(rows) > 5 else "")
-        raise InputError(
-            f"the {what} is {value}; nothing was updated. The batch held {named}. Look at those rows; if they are sound, "
-            "start another run with another --name and a lower --lr. (--resume would come to the same step again.)"
-        )
+        way_out = "start another run with another --name and a lower --lr. (--resume would come to the same step again.)"
+        raise InputError(f"the {what} is {value}; nothing was updated. The batch held {named}. If they are sound, {way_out}")
 
 
 # ------------------------------------------------------------------------------------------------ a whole training stage
@@ -258,7 +253,7 @@ def run(settings: Tuning) -> int:
     if settings.resume and parallel.gather((run / "results.json").exists())[0]:
         print(f"{run} is finished; nothing to resume.")
         return 0
-    if parallel.is_main():
+    if parallel.is_main() and not settings.resume:
         runs.check_name(settings)
     inputs = load_inputs(settings, runs.load_chat(parent, settings.system_prompt or ""))
     print(describe_ledgers(inputs.ledgers, read_config(parent).max_position_embeddings))
@@ -504,7 +499,7 @@ def main(argv: list[str]) -> int:
                 settings = runs.resumed_settings(command)
             settings = parallel.on_this_machine(settings)
             with parallel.main_first():  # the demo's files are written once
-                *before, last = demo.stages(settings)
+                *before, last = demo.stages(settings) if getattr(settings, "model", "") == "demo" else [settings]
             if before and (status := run_before(settings)):
                 return status
             if getattr(last, "dry_run", False):

@@ -3,8 +3,7 @@
     pip install -r requirements-peers.txt
     python -m bench                                   the CPU cases, in 10 minutes on two cores
     python -m bench --only dpo generate               some of them
-    python -m bench --device cuda --json bench.json   the GPU cases
-    python -m bench --device cuda --quick             without the peers: minutes
+    python -m bench --device cuda --json bench.json   the GPU cases; --quick leaves out the peers
     python -m bench --small                           the GPU cases in tiny on a CPU, to see what they print
 
     CPU    forward, generate, decode      logits, greedy decoding, decoding beside the memory's speed
@@ -12,17 +11,13 @@
            sft, dpo, lora                 training steps: time and peak memory
            products (GPU too)             1 to 6,144 rows times a layer in 16 or 32 bits, int8 and NF4
            growth, start                  time against length, batch, width, depth; until the first step
-    GPU    attention                      by segment and by mask, and what the first batch of a new length costs
-           optimizers                     AdamW with moments in fp32 and in 8 bits
-           gpu-decode                     a full-size Phi-2 in bf16, int8 and NF4, beside the memory's speed
-           train                          its DPO steps: speed, MFU, memory beside the estimate, drift, costliest kernels
+    GPU    attention, optimizers          by segment and by mask; AdamW with moments in fp32 and in 8 bits
+           gpu-decode, train              a full-size Phi-2: decoding, and DPO steps
 
 Every row is printed as a line of JSON as soon as it is known, and at the end all of them as a table. Times are medians. The
 contenders take turns, so a noisy machine is noisy for both: read the ratios, not the seconds. Memory is a peak, in a process
-per contender. Losses, gradients and tokens are compared before anything is timed. Below 1 is better for seconds and bytes,
-above 1 for tokens a second; a row with a target says whether it was met. A peer that is not installed costs its own numbers;
-a case that fails is reported, and the others go on. What uses a GPU runs in a process of its own; this one holds none of its
-memory.
+per contender. A peer that is not installed costs its own numbers, a case that fails is reported, and the others go on. What
+uses a GPU runs in a process of its own; this one holds none of its memory. docs/speed.md explains rows and targets.
 """
 
 import argparse
@@ -68,7 +63,7 @@ ON_A_GPU = {"rows": (1, 8, 64, 512, 6144), "repeats": 5}  # fields of Bench
 def card(device: str) -> str:
     """The name of a GPU, or of the CPU with its threads."""
     if device.startswith("cuda"):
-        return in_worker(torch.cuda.get_device_name, device=device)[0] or device
+        return in_worker(torch.cuda.get_device_name, device=device)
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
@@ -80,8 +75,7 @@ def run_case(case: Callable, bench: Bench, stamp: dict, rows: list[dict]) -> Non
         print(json.dumps(rows[-1]), flush=True)
 
 
-def main(argv: list[str] | None = None, **sizes) -> int:
-    """`sizes` replace fields of Bench."""
+def main(argv: list[str] | None = None) -> int:
     as_written, cases = argparse.RawDescriptionHelpFormatter, ON_CPU | ON_GPU
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=as_written)
     parser.add_argument("--only", nargs="+", choices=cases, metavar="CASE", help=f"of {', '.join(cases)}")
@@ -91,8 +85,8 @@ def main(argv: list[str] | None = None, **sizes) -> int:
     parser.add_argument("--json", help="write the rows here too")
     flags = parser.parse_args(argv)
     on_gpu = flags.device.startswith("cuda")
-    sizes = (SMALL if flags.small else ON_A_GPU if on_gpu else {}) | sizes
-    if flags.device.startswith("cuda") and not torch.cuda.is_available():
+    sizes = SMALL if flags.small else ON_A_GPU if on_gpu else {}
+    if on_gpu and not torch.cuda.is_available():
         print("error: torch sees no CUDA GPU here; leave out --device cuda", file=sys.stderr)
         return 2
     # Batches differ in size, and blocks of fixed size would leave gaps; for the processes that are started from here.
@@ -100,7 +94,8 @@ def main(argv: list[str] | None = None, **sizes) -> int:
     rows, failed = [], {}
     stamp = {"card": card(flags.device), "torch": torch.__version__, "date": str(datetime.date.today())}
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory), flags.device, quick=flags.quick, card=stamp["card"], **sizes)
+        no_peers = "left out by --quick" if flags.quick else ""
+        bench = Bench(Path(directory), flags.device, no_peers=no_peers, card=stamp["card"], **sizes)
         write_models(bench.directory, bench.model)
         for name in flags.only or (ON_GPU if on_gpu or flags.small else ON_CPU):
             print(f"{name} ...", flush=True)

@@ -6,8 +6,6 @@ whichever is faster, in turn in the same process; keys, values and one row of th
 GPU the limit is a copy in its memory, which reads and writes.
 """
 
-import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 
 import demo
 from bench import peers
-from bench.timing import alone, attempt, both_alone, copy_speed, medians, rates, row
+from bench.timing import alone, attempt, copy_speed, in_worker, medians, rates, row
 from bench.workloads import Bench, full_size_phi, prompts
 from data import ChatML
 from generate import generate
@@ -25,10 +23,10 @@ from publish.export import export
 from runtime.files import InputError
 
 
-def load_both(directory: Path, device: str) -> tuple[Phi, torch.nn.Module | None, str]:
+def load_both(bench: Bench, directory: Path) -> tuple[Phi, torch.nn.Module | None, str]:
     """Our model, transformers' or None, and why not."""
-    theirs, missing = attempt(peers.load_phi, directory, device=device)
-    return Phi.from_pretrained(directory, device=device), theirs and theirs.eval(), missing
+    theirs, missing = attempt(peers.load_phi, directory, device=bench.device, unless=bench.no_peers)
+    return Phi.from_pretrained(directory, device=bench.device), theirs and theirs.eval(), missing
 
 
 def greedy(model, ids: torch.Tensor, new_tokens: int, **how) -> Callable:
@@ -50,7 +48,7 @@ def both_greedy(ours: Phi, theirs, ids: torch.Tensor, new_tokens: int) -> dict[s
 
 @torch.no_grad()
 def bench_forward(bench: Bench) -> list[dict]:
-    ours, theirs, missing = load_both(bench.directory, bench.device)
+    ours, theirs, missing = load_both(bench, bench.directory)
     rows, tokens = bench.forward
     ids = prompts(rows, tokens, ours.config.vocab_size).to(bench.device)
     if theirs:
@@ -61,7 +59,7 @@ def bench_forward(bench: Bench) -> list[dict]:
 
 
 def bench_generate(bench: Bench) -> list[dict]:
-    ours, theirs, missing = load_both(bench.directory, bench.device)
+    ours, theirs, missing = load_both(bench, bench.directory)
     tokens, new_tokens = bench.answer
     rows = []
     for size in (1, 16):
@@ -80,7 +78,7 @@ def read_bytes(model) -> int:
 def bench_decode(bench: Bench) -> list[dict]:
     wide = bench.directory / "wide"
     Phi(PhiConfig(**bench.wide)).init_weights(seed=0).save_pretrained(wide)
-    ours, theirs, missing = load_both(wide, bench.device)
+    ours, theirs, missing = load_both(bench, wide)
     tokens, new_tokens = bench.short_answer
     size = read_bytes(ours)
     buffer = torch.ones(size // 4, device=bench.device)
@@ -107,14 +105,12 @@ def bench_serve(bench: Bench) -> Iterator[dict]:
     for base, to in (("nf4", "gguf-q4_0"), ("int8", "gguf-q8_0")):
         file = wide / f"{to}.gguf"
         export(wide, file, to, chat)
-        theirs, why = attempt(peers.load_phi, wide, base=base, unless=bench.no_peer("bitsandbytes"))
-        with contextlib.ExitStack() as stack:
-            server = peers.llama_server(file, threads)
-            ask, missing = attempt(stack.enter_context, server, unless=bench.no_peer("xllamacpp"))
-            runs = {"ours": greedy(Phi.from_pretrained(wide, base=base), ids, new_tokens)}
-            runs |= {"bitsandbytes": theirs and greedy(theirs.eval(), ids, new_tokens)}
-            runs |= {"llama.cpp": ask and partial(ask, "completion", body)}
-            ours, bnb, llama = rates(new_tokens, *medians(runs, max(bench.repeats, 5)).values())
+        theirs, why = attempt(peers.load_phi, wide, base=base, unless=bench.no_peers)
+        ask, missing = attempt(peers.llama_server, file, threads, unless=bench.no_peers)
+        runs = {"ours": greedy(Phi.from_pretrained(wide, base=base), ids, new_tokens)}
+        runs |= {"bitsandbytes": theirs and greedy(theirs.eval(), ids, new_tokens)}
+        runs |= {"llama.cpp": ask and partial(ask, "completion", body)}
+        ours, bnb, llama = rates(new_tokens, *medians(runs, max(bench.repeats, 5)).values())
         case = f"serve {base}, {tokens} + {new_tokens} tokens"
         yield row(f"{case} / llama.cpp's server, {to}", "tokens/s", ours, llama, note=missing)
         yield row(f"{case} / transformers + bitsandbytes", "tokens/s", ours, bnb, note=why)
@@ -125,9 +121,7 @@ def decode_contender(contender: str, base: str | None, directory: str, bench: Be
     load_phi, device = Phi.from_pretrained if contender == "ours" else peers.load_phi, bench.device
     model = load_phi(directory, dtype=torch.bfloat16, device=device, base=base).eval()
     tokens, new_tokens = bench.answer
-    ways = {"": {}}
-    if contender == "ours" and "graph" in inspect.signature(generate).parameters:
-        ways = {"": {"graph": False}, ", as a CUDA graph": {"graph": True}}
+    ways = {"": {"graph": False}, ", as a CUDA graph": {"graph": True}} if contender == "ours" else {"": {}}
     speeds = {}
     for size in (1, 16):
         ids = prompts(size, tokens, model.config.vocab_size)
@@ -140,8 +134,9 @@ def decode_contender(contender: str, base: str | None, directory: str, bench: Be
 def bench_gpu_decode(bench: Bench) -> Iterator[dict]:
     directory = str(alone(full_size_phi, bench.device, bench=bench))
     for base, target in ((None, ">= 0.7"), ("int8", ""), ("nf4", ">= 0.6")):
-        how = dict(device=bench.device, base=base, directory=directory, bench=bench)
-        (ours, theirs), note = both_alone(decode_contender, "transformers", bench.no_peer("transformers"), **how)
+        how = dict(base=base, directory=directory, bench=bench)
+        ours = alone(decode_contender, bench.device, contender="ours", **how)
+        theirs, note = attempt(in_worker, decode_contender, unless=bench.no_peers, contender="transformers", **how)
         for case, speed in ours["tokens/s"].items():
             other = theirs and theirs["tokens/s"][case.partition(",")[0]]
             yield row(f"decode {base or 'bf16'}, {case} / transformers", "tokens/s", speed, other, note=note)

@@ -81,7 +81,7 @@ def products(bench: Bench) -> list[dict]:
     dense = copy.deepcopy(plain).to(dtype)
     layers = {to: quantize_layer(plain.weight, plain.bias, to) for to in ("int8", "nf4")}
     layers[str(dtype).removeprefix("torch.")] = dense
-    theirs, missing = attempt(peers.nf4_layer, plain, unless=bench.no_peer("bitsandbytes"))
+    theirs, missing = attempt(peers.nf4_layer, plain, unless=bench.no_peers)
     made = [row("copy, read and written", "GB/s", copy_speed(device))]
     for size in bench.rows:
         x = torch.randn(size, columns, device=device, dtype=dtype)

@@ -3,11 +3,10 @@
 TRL's trainers ask for a tokenizer and a data set. Neither is used: the batch is ours, laid out as their collators do it.
 """
 
-import contextlib
 import json
 import logging
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,9 +32,8 @@ def load_phi(directory: str | Path, dtype: torch.dtype = torch.float32, device: 
     return transformers.PhiForCausalLM.from_pretrained(directory, **options)
 
 
-@contextlib.contextmanager
-def llama_server(file: Path, threads: int = 1, exact: bool = False) -> Iterator[Callable]:
-    """llama.cpp's server with a GGUF file; yields ask(route, body) -> the answer's JSON. `exact`: keys and values in fp32
+def llama_server(file: Path, threads: int = 1, exact: bool = False) -> Callable:
+    """llama.cpp's server with a GGUF file: ask(route, body) -> the answer's JSON. `exact`: keys and values in fp32
     instead of fp16, and attention in separate steps."""
     import xllamacpp
 
@@ -53,7 +51,7 @@ def llama_server(file: Path, threads: int = 1, exact: bool = False) -> Iterator[
         with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
             return json.load(answer)
 
-    yield ask
+    return ask
 
 
 def nf4_layer(plain: torch.nn.Linear) -> torch.nn.Module:

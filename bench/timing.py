@@ -77,11 +77,8 @@ def costliest(run: Callable, seconds: float, device: str) -> dict:
     on_cuda = device.startswith("cuda")
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
         timed(run, device)
-    cost = {}
-    for event in profiled.key_averages():
-        microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        if microseconds and not event.is_user_annotation:
-            cost[event.key[:100]] = microseconds
+    events = [event for event in profiled.key_averages() if not event.is_user_annotation]
+    cost = {e.key[:100]: e.self_device_time_total if on_cuda else e.self_cpu_time_total for e in events}  # microseconds
     total = sum(cost.values())
     five = sorted(cost, key=cost.get, reverse=True)[:5]
     return {"busy": total / 1e6 / seconds, "kernels": {name: round(cost[name] / total, 4) for name in five}}
@@ -115,33 +112,21 @@ def first_step(flags: list[str], run: Path) -> float:
     return seconds
 
 
-def in_worker(function: Callable, unless: str = "", **arguments) -> tuple[Any, str]:
-    """`attempt` in a new process, which may be killed for want of memory."""
-    if unless:
-        return None, unless
+def in_worker(function: Callable, **arguments) -> Any:
+    """What a function returns in a new process. InputError, in one line, if it fails or is killed for want of memory."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(attempt, function, **arguments).result()
+            result, why = pool.submit(attempt, function, **arguments).result()
     except BrokenProcessPool:
-        return None, "its process was killed; out of memory?"
-
-
-def both_alone(function: Callable, peer: str, no_peer: str, device: str, **arguments) -> tuple[list, str]:
-    """([result of ours, of the peer], why the peer's is missing), each `alone`; `function` takes a contender. `no_peer`: why
-    not to ask for it. InputError if ours failed."""
-    ours = alone(function, device, contender="ours", **arguments)
-    theirs, why = in_worker(function, contender=peer, unless=no_peer, **arguments)
-    return [ours, theirs], why and f"{peer}: {why}"
-
-
-def alone(function: Callable, device: str, **arguments) -> Any:
-    """What a function returns; on CUDA in a new process, whose end frees the card's memory. InputError if it fails there."""
-    if not device.startswith("cuda"):
-        return function(**arguments)
-    result, why = in_worker(function, **arguments)
+        why = "its process was killed; out of memory?"
     if why:
         raise InputError(why)
     return result
+
+
+def alone(function: Callable, device: str, /, **arguments) -> Any:
+    """What a function returns; on CUDA in a new process, whose end frees the card's memory."""
+    return in_worker(function, **arguments) if device.startswith("cuda") else function(**arguments)
 
 
 def row(case: str, unit: str, ours: float | None, peer: float | None = None, target: str = "", note: str = "") -> dict:

@@ -6,8 +6,6 @@ reference log-probabilities are "cached" (known before the step, always so in ou
 default). Adapters (LoRA) have rank 16, on every linear layer but the output layer; in QLoRA on NF4 weights.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,7 @@ import torch
 import demo
 import train
 from bench import peers, timing
-from bench.timing import ROOT, attempt, exponent, first_step, held_and_peak, in_worker, medians, rates, row
+from bench.timing import alone, attempt, held_and_peak, in_worker, medians, rates, row
 from bench.workloads import Bench, Lengths, forward_parts, full_size_phi, pairs, peak, training_operations
 from data import Example
 from lora import add_lora
@@ -104,17 +102,13 @@ def make_step(contender: str, setup: Setup) -> tuple[Callable, torch.nn.Module]:
 
 
 def same_steps(ours: tuple[float, dict], theirs: tuple[float, dict], tolerance: float) -> None:
-    """InputError unless two training steps, (loss, gradients by name) each, agree: in the loss, and in each gradient, whose
-    difference is measured in units of the largest gradient. Prints how close they are."""
+    """AssertionError unless two training steps, (loss, gradients by name) each, agree: in the loss and in every value of the
+    gradients, whose differences are measured in units of the largest one."""
     (loss, gradients), (their_loss, their_gradients) = ours, theirs
-    if gradients.keys() != their_gradients.keys():
-        odd = sorted(gradients.keys() ^ their_gradients.keys())
-        raise InputError(f"the two train different parameters: {odd[:3]}")
-    largest = max(float(g.norm()) for g in their_gradients.values())
-    gap = max(float((gradients[name] - g).norm()) / largest for name, g in their_gradients.items())
-    print(f"  loss {loss:.7f} and {their_loss:.7f}; gradients differ by {gap:.1e} of the largest", flush=True)
-    if not abs(loss - their_loss) <= tolerance * max(1, abs(loss)) or not gap <= tolerance:
-        raise InputError("the two do not compute the same step; their times cannot be compared")
+    largest = max(float(g.abs().max()) for g in their_gradients.values())
+    message = "the two do not compute the same step; their times cannot be compared"
+    torch.testing.assert_close(loss, their_loss, rtol=tolerance, atol=tolerance, msg=message)
+    torch.testing.assert_close(gradients, their_gradients, rtol=0, atol=tolerance * largest, check_dtype=False, msg=message)
 
 
 def step_memory(contender: str, setup: Setup) -> float:
@@ -128,15 +122,15 @@ def compare(bench: Bench, kind: str, titles: dict[str, str], targets: tuple[str,
     """Rows of time and peak memory. titles: {peer: the row's}; the targets are for the first of them."""
     where, other = str(bench.directory), str(bench.directory / "reference") if kind == "dpo" else None
     setup = Setup(kind, where, bench.device, 4, bench.prompt, bench.completion, reference=other)
-    made = {"ours": (make_step("ours", setup), "")} | {peer: attempt(make_step, peer, setup) for peer in titles}
+    made = {"ours": (make_step("ours", setup), "")}
+    made |= {peer: attempt(make_step, peer, setup, unless=bench.no_peers) for peer in titles}
     both = [contender for contender, _ in made.values() if contender][:2]
     if both[1:]:
         results = [(step(), {name: p.grad for name, p in peers.trained(model).items()}) for step, model in both]
         same_steps(*results, TOLERANCE[kind])
     seconds = medians({name: step and step[0] for name, (step, _) in made.items()}, bench.repeats, bench.device)
     memory = {
-        name: in_worker(step_memory, contender=name, setup=setup) if step else (None, why)
-        for name, (step, why) in made.items()
+        name: attempt(in_worker, step_memory, unless=why, contender=name, setup=setup) for name, (_, why) in made.items()
     }
     rows, (most, why) = [], memory["ours"]
     for peer, title in titles.items():
@@ -193,7 +187,7 @@ def train_contender(contender: str, setup: Setup, repeats: int) -> dict:
 
 
 def bench_train(bench: Bench) -> Iterator[dict]:
-    full, lengths = timing.alone(full_size_phi, bench.device, bench=bench), (bench.tokens, bench.tokens)
+    full, lengths = alone(full_size_phi, bench.device, bench=bench), (bench.tokens, bench.tokens)
     top = peak(bench.card)
     for name, flags in FULL_SETUPS.items():
         kind = {None: "dpo", "bf16": "lora", "nf4": "qlora"}[flags.get("base")]
@@ -201,12 +195,12 @@ def bench_train(bench: Bench) -> Iterator[dict]:
         examples, config = setup.examples(), read_config(full)
         tokens = sum(map(len, examples))
         case = f"DPO, {name}, 4 x {tokens // 4:,} tokens"
-        how = dict(device=bench.device, setup=setup, repeats=bench.repeats)
-        both, failed = attempt(timing.both_alone, train_contender, "TRL", bench.no_peer("trl"), **how)
+        how = dict(setup=setup, repeats=bench.repeats)
+        ours, failed = attempt(alone, train_contender, bench.device, contender="ours", **how)
         if failed:  # it does not fit on this card; the next one may
             yield row(case, "tokens/s", None, note=failed)
             continue
-        (ours, theirs), note = both
+        theirs, note = attempt(in_worker, train_contender, unless=bench.no_peers, contender="TRL", **how)
         if kind == "dpo" and theirs and abs(ours["loss"] - theirs["loss"]) > 0.05:
             raise InputError(f"{name}: the losses are {ours['loss']} and {theirs['loss']}; that is not the same step")
         numbers = [theirs and theirs[key] for key in ("seconds", "GB")]
@@ -256,27 +250,21 @@ def growth(what: str, kind: str, sizes: list[tuple], bench: Bench) -> dict:
             counts.append(training_operations(model.config, examples))
     seconds = list(medians(runs, bench.repeats, bench.device).values())
     case = f"growth of the {kind} with {what}: exponent / its operations'"
-    return row(case, "-", exponent(list(runs), seconds), exponent(list(runs), counts), "<= 1.15")
+    return row(case, "-", timing.exponent(list(runs), seconds), timing.exponent(list(runs), counts), "<= 1.15")
 
 
 def bench_start(bench: Bench) -> list[dict]:
     """Everything before the first step counts: imports, the demo's rows, the tokenizer, the reference's pass."""
-
-    def runs_in(name: str) -> tuple[Path, list[str]]:
-        out = bench.directory / name
-        if bench.world:
-            demo.write_world(out / "demo-seed0", sizes=bench.world)
-        return out, ["--out", str(out), "--device", bench.device]
-
-    fresh, tuned = [], []
-    for i in range(bench.repeats):
-        out, flags = runs_in(f"fresh-{i}")
-        fresh.append(first_step(["--stage", "dpo", *flags], out / "demo-sft-seed0"))
-    out, flags = runs_in("tuned")
-    sft = ["--stage", "sft", "--name", "demo-sft-seed0", "--max-steps", "2", *flags]
-    subprocess.run([sys.executable, "train.py", *sft], cwd=ROOT, check=True, capture_output=True)
-    for i in range(max(bench.repeats, 2)):
-        tuned.append(first_step(["--stage", "dpo", "--name", f"dpo-{i}", *flags], out / f"dpo-{i}"))
+    first, *others = [bench.directory / f"start-{i}" for i in range(bench.repeats + 1)]
+    for out in (first, *others) if bench.world else ():
+        demo.write_world(out / "demo-seed0", sizes=bench.world)
+    flags = ["--stage", "dpo", "--device", bench.device, "--out"]
+    fresh = [timing.first_step([*flags, str(out)], out / "demo-sft-seed0") for out in others]
+    sft = ["--stage", "sft", "--name", "demo-sft-seed0", "--max-steps", "2", "--device", bench.device, "--out", str(first)]
+    if in_worker(train.main, argv=sft):
+        raise InputError("the demo's SFT failed")
+    names = [f"dpo-{i}" for i in range(max(bench.repeats, 2))]
+    tuned = [timing.first_step([*flags, str(first), "--name", name], first / name) for name in names]
     return [
         row("start of the demo until its first step (SFT)", "s", sorted(fresh)[len(fresh) // 2], target="ours <= 5"),
         row("  with an SFT model until DPO's first step", "s", tuned[0]),

@@ -13,7 +13,6 @@ what the loss *needs* counts: a shared prompt once, logits where an answer's tok
 no recomputed activations. So the share of a GPU's peak ("model FLOP utilization", MFU) ranks programs as their speeds do.
 """
 
-import importlib.util
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,15 +55,8 @@ class Bench:
     widths: tuple[int, ...] = (128, 256, 512)
     depths: tuple[int, ...] = (3, 6, 12)
     world: dict | None = None  # rows in the demo's files; None: as many as usual
-    quick: bool = False  # no peers
+    no_peers: str = ""  # why they are not measured, if they are not
     card: str = ""  # the GPU's name, or the CPU's
-
-    def no_peer(self, library: str) -> str:
-        """Why there will be no numbers of a peer; "" if there will be. It is not loaded to find out."""
-        if self.quick:
-            return "left out by --quick"
-        found = importlib.util.find_spec(library)
-        return "" if found else f"{library} is not installed; pip install -r requirements-peers.txt"
 
 
 TINY = shape(64, layers=2, heads=2, vocab_size=1024)
@@ -89,12 +81,11 @@ def full_size_phi(bench: Bench) -> Path:
     """A Phi-2 of random weights in bf16, written once. Drawn on the device: 2.78 billion values take minutes on a CPU."""
     full = bench.directory / "full"
     if not full.exists():
-        with torch.device("meta"):
-            phi = Phi(PhiConfig(**bench.full))
-        phi.to_empty(device=bench.device)
-        phi.to(torch.bfloat16)
-        for name, p in phi.named_parameters():
-            p.uniform_(-0.03, 0.03) if p.ndim == 2 else p.fill_(name.endswith("layernorm.weight"))
+        with torch.device(bench.device):
+            phi = Phi(PhiConfig(**bench.full)).bfloat16()
+        for p in phi.parameters():
+            if p.ndim == 2:
+                p.uniform_(-0.03, 0.03)
         phi.save_pretrained(full)
     return full
 

@@ -9,7 +9,7 @@ from bench.peers import llama_server
 
 if __name__ == "__main__":
     file, question = sys.argv[1:]
-    with llama_server(file) as ask:
-        messages = [{"role": "user", "content": question}]
-        answer = ask("v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 256})
-        print(answer["choices"][0]["message"]["content"])
+    ask = llama_server(file)
+    messages = [{"role": "user", "content": question}]
+    answer = ask("v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 256})
+    print(answer["choices"][0]["message"]["content"])

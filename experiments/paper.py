@@ -89,20 +89,16 @@ def make_runs(settings: Sweep, directory: Path) -> list[Run]:
             path = Path(planned[0].settings.train).with_name(f"mixture-{part}-seed{seed}.jsonl")
             files[part, seed] = sweep.write_rows(path, drawn)
 
-    made = []
-    for run in planned:
-        seed = run.settings.seed
-        made.append(replace(run, settings=replace(run.settings, train=files[CHOSEN, seed])))
-        for part in PARTS if not run.point else ():
-            name = run.name.replace("defaults", f"mixture={part}")
-            one = replace(run.settings, train=files[part, seed], name=name)
-            made += [Run(name, {"mixture": part}, one)] if part != CHOSEN else []
     steps = settings.max_steps or settings.epochs * -(-samples // settings.batch_size)
-    for run in made:  # measured at each quarter of the training; those of Table 3 keep their checkpoints until then
-        run.settings = replace(run.settings, eval_every=max(1, steps // 4))
-        run.quarters = run.point in TABLE_3
-        if run.quarters:
-            run.settings = replace(run.settings, save_every=max(1, steps // 4), keep=1000)
+    quarter, made = max(1, steps // 4), []
+    for run in planned:
+        for part in (CHOSEN, *(part for part in PARTS if part != CHOSEN and not run.point)):
+            point = run.point if part == CHOSEN else {"mixture": part}
+            name = run.name if part == CHOSEN else run.name.replace("defaults", f"mixture={part}")
+            one = replace(run.settings, name=name, train=files[part, run.settings.seed], eval_every=quarter)
+            if point in TABLE_3:  # it keeps its checkpoints until they are measured
+                one = replace(one, save_every=quarter, keep=1000)
+            made.append(Run(name, point, one, quarters=point in TABLE_3))
     return made
 
 
@@ -135,10 +131,11 @@ def measure_answers(run: Run, directory: Path, count: int) -> dict[str, dict[str
 # ---------------------------------------------------------------------------------------------------------- the claims
 
 
-def among(one: Result, others: list[Result]) -> str:
-    """Whether `one` is the best: better than each of the others (or, if it did not hold, one of them is better)."""
+def best(said: str, one: Result, others: list[Result], here: str = "") -> Claim:
+    """The claim that a setting is better than each of the others; without `here` it shows the best of these beside it."""
     verdicts = {better(one.right, other.right) for other in others}
-    return next(verdict for verdict in ("did not hold", "cannot be told", "held") if verdict in verdicts)
+    verdict = next(verdict for verdict in ("did not hold", "cannot be told", "held") if verdict in verdicts)
+    return Claim(said, here or f"{shown(one)}; {shown(max(others, key=lambda r: r.accuracy))}", verdict)
 
 
 def shown(result: Result) -> str:
@@ -162,37 +159,30 @@ def claims_about_settings(base: Dpo, results: list[Result]) -> list[Claim]:
     made = [Claim(said, here, better(tuned, start))]
 
     ten = f"lr={float(f'{10 * base.lr:.3g}')}"
-    grids = {
+    sayings = {  # about the defaults, and all others of a grid or one setting
         "mixture": "The mixture of 40,000 is best (Table 1: it took this one, not the largest).",
         "lr": "lr = 1e-5, here the recipe's, is best (it took it for its steady curves).",
         "beta": 'beta = 0.3 is best (it took it as "the lowest value" of the loss).',
         "eps": "eps = 0.1 is best (it took it although its loss is not the lowest).",
-    }
-    for name, said in grids.items():
-        if others := [r for r in results if set(r.point) == {name} and r.name != ten]:
-            top = max(others, key=lambda r: r.accuracy)
-            made.append(Claim(said, f"{shown(default)}; best of the others: {shown(top)}", among(default, others)))
-    pairs = {
         ten: "A learning rate of 1e-4, here ten times the recipe's, is too high (one of its theories).",
         "mixture=20": "The model of the 40,000 is better than that of the 20,000 (Table 3: .744 and .6292).",
         "beta=0.1": "With beta = 0.1 the model is as good (Table 3: .743 and .744); a test can only refute it.",
     }
-    for name, said in pairs.items():
-        if other := by_name.get(name):
-            verdict = better(default.right, other.right)
-            equal = name == "beta=0.1" and verdict == "held"
-            made.append(Claim(said, f"{shown(default)}; {shown(other)}", "did not hold" if equal else verdict))
+    for name, said in sayings.items():
+        others = [r for r in results if r.name == name or (set(r.point) == {name} and r.name != ten)]
+        if others:
+            made.append(best(said, default, others))
+            if name == "beta=0.1" and made[-1].verdict == "held":  # better is not as good
+                made[-1].verdict = "did not hold"
+
     lowest = min(results, key=lambda r: r.own_loss)
-    others = [r for r in results if r is not lowest]
     here = f"lowest, {lowest.own_loss:.2f}: {shown(lowest)}; picked on evaluation rows: {shown(results[0])}"
-    if others:
-        made.append(
-            Claim("The lowest test loss names the best run (it reached -59, and -241).", here, among(lowest, others))
-        )
+    if others := [r for r in results if r is not lowest]:
+        made.append(best("The lowest test loss names the best run (it reached -59, and -241).", lowest, others, here))
     if plain := by_name.get("eps=0.0"):
         robust = next((r for r in results if set(r.point) <= {"eps"} and r is not plain), default)
         here = f"{shown(plain)}; the eps > 0 picked on evaluation rows: {shown(robust)}"
-        made.append(Claim("Assuming that labels are noisy helps (eps > 0).", here, better(robust.right, plain.right)))
+        made.append(best("Assuming that labels are noisy helps (eps > 0).", robust, [plain], here))
     return made
 
 
@@ -268,7 +258,8 @@ def report(base: Dpo, runs: list[Run], results: list[Result], failed: dict[str, 
         f"seeds each on {base.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
         f"{platform.python_version()}.{graded}",
         "## What was said, and what happened here",
-        f"Accuracy on the test pairs ({labels}): the mean over the seeds and, in brackets, their range.",
+        f"Accuracy on the test pairs ({labels}): the mean over the seeds and, in brackets, their range. Of several others "
+        "the best.",
         markdown(["said", "here", "verdict"], [[claim.said, claim.here, f"**{claim.verdict}**"] for claim in claims]),
         '"Held" and "did not hold": the difference is significant by McNemar\'s test on the same pairs, and the ranges of '
         'the seeds do not overlap. Else it "cannot be told".',

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metrics.intervals import Estimate
-from metrics.preferences import for_the_right, measure_margins
+from metrics.preferences import for_the_right, measure_rewards
 from metrics.tables import decimal, markdown, percent
 from runtime.files import picture, read_json, write_text
 from runtime.runs import read_metrics
@@ -102,37 +102,31 @@ def summarise(name: str, runs: list[Run], base: Dpo) -> Result:
         """1 where a score speaks for the right answer, 1/2 where it is a tie."""
         return (for_the_right(score, flipped).sign() + 1) / 2
 
-    right = credit(margin) == 1  # [seeds, E]
+    right = for_the_right(margin, flipped) > 0  # [seeds, E]
     scores = {"longer answer": longer, "starting model": reference, "tuned model": reference + margin[0]}
-    measures = measure_margins(margin, flipped, base.eps or 0.0, base.beta)
+    measures = measure_rewards(margin, flipped, base.eps or 0.0, base.beta)
     own_loss, validation = (sum(record[key] for record in records) / len(records) for key in ("own loss", "validation"))
     credits = {key: credit(score) for key, score in scores.items()}
     quarters = torch.tensor([record["quarters"] for record in records]).transpose(0, 1) if runs[0].quarters else None
     return Result(name, runs[0].point, right, credits, measures, own_loss, validation, quarters)
 
 
-def cannot_tell(right: Tensor, other: Tensor) -> bool:
-    """Whether two settings may be equally good: the ranges of their seeds overlap, or McNemar's exact test at 95% finds no
-    difference. Arguments: which test pairs each orders correctly, [seeds, E]. With several seeds, the test counts each pair
-    once, for the setting that got it right in more seeds."""
+def better(right: Tensor, other: Tensor) -> str:
+    """Whether "the first setting orders more test pairs correctly than the second" "held", "did not hold" or "cannot be
+    told": the ranges of their seeds overlap, or McNemar's exact test at 95% finds no difference. Arguments: which pairs each
+    orders correctly, [seeds, E]. With several seeds, the test counts each pair once, for the setting that got it right in
+    more seeds."""
     one, two = right.double().mean(dim=1), other.double().mean(dim=1)  # [seeds]
-    if one.min() <= two.max() and two.min() <= one.max():
-        return True
+    overlap = one.min() <= two.max() and two.min() <= one.max()
     gap = right.double().mean(dim=0) - other.double().mean(dim=0)  # [E]
     b, c = int((gap > 0).sum()), int((gap < 0).sum())
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))  # of 2^(b+c) equally likely splits, on one side
-    return 40 * tail > 2 ** (b + c)  # 2 tail / 2^(b+c) > 0.05, in whole numbers
+    if overlap or 40 * tail > 2 ** (b + c):  # 2 tail / 2^(b+c) > 0.05, in whole numbers
+        return "cannot be told"
+    return "held" if one.min() > two.max() else "did not hold"
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
-
-
-def better(right: Tensor, other: Tensor) -> str:
-    """Whether "the first orders more test pairs correctly than the second" holds; arguments as for `cannot_tell`."""
-    if cannot_tell(right, other):
-        return "cannot be told"
-    return "held" if right.double().mean() > other.double().mean() else "did not hold"
-
 
 MARKS = {"held": "worse", "did not hold": "better", "cannot be told": "="}  # of a setting that the picked one is better than
 
@@ -142,20 +136,24 @@ def table(results: list[Result], base: Dpo) -> str:
     varied = dict.fromkeys(name for r in results for name in r.point if name in vars(base) and name != "train")
     values = ", ".join(f"{name}={getattr(base, name)}" for name in varied)
     defaults = f"defaults ({values})" if values else "defaults"
-    clean = all("clean accuracy" in r.measures for r in results)
-    several = max(len(r.right) for r in results) > 1
-    header = ["setting", "evaluation", "on test pairs", *(["clean accuracy"] if clean else [])]
-    header += [*(["of seeds"] if several else []), f"debiased, eps {base.eps or 0:g}", "as labelled", "margin, nats"]
     rows = []
     for i, r in enumerate(results):
-        seeds = r.right.double().mean(dim=1)
-        mark = MARKS[better(results[0].right, r.right)] if i else "picked"
-        cells = [r.name if r.point else defaults, percent(r.validation), mark]
-        cells += [percent(r.measures["clean accuracy"])] if clean else []
-        cells += [f"{100 * seeds.min():.1f} to {100 * seeds.max():.1f}%"] if several else []
-        cells += [percent(r.measures[name]) for name in ("debiased accuracy", "reward accuracy")]
-        rows.append([*cells, decimal(r.measures["margin"], 2), decimal(r.measures["DPO loss"]), f"({r.own_loss:.3f})"])
-    return markdown([*header, f"DPO loss, beta {base.beta}", "own loss (not comparable)"], rows)
+        seeds = 100 * r.right.double().mean(dim=1)  # [seeds]
+        row = {
+            "setting": r.name if r.point else defaults,
+            "evaluation": percent(r.validation),
+            "on test pairs": MARKS[better(results[0].right, r.right)] if i else "picked",
+            "clean accuracy": percent(r.measures.get("clean accuracy")),
+            "of seeds": f"{seeds.min():.1f} to {seeds.max():.1f}%" if len(seeds) > 1 else "-",
+            f"debiased, eps {base.eps or 0:g}": percent(r.measures["debiased accuracy"]),
+            "as labelled": percent(r.measures["reward accuracy"]),
+            "margin, nats": decimal(r.measures["margin"], 2),
+            f"DPO loss, beta {base.beta}": decimal(r.measures["DPO loss"]),
+            "own loss (not comparable)": f"({r.own_loss:.3f})",
+        }
+        rows.append(row)
+    columns = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    return markdown(columns, [[row[name] for name in columns] for row in rows])
 
 
 def conclusions(results: list[Result]) -> list[str]:

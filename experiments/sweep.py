@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +32,7 @@ from model import Phi, all_logprobs
 from prepare.rows import read_rows
 from runtime import runs as runs_on_disk
 from runtime.files import InputError, first_line, json_object, numbered_lines, read_json, write_json, write_jsonl
-from runtime.flags import check_limits, check_loss, flag_name, parser_of
+from runtime.flags import Command, check_limits, check_loss, flag_name, parser_of
 from runtime.runs import read_metrics
 from runtime.settings import LOSSES, Dpo, Sweep
 from runtime.weights import fingerprint, resolve
@@ -102,21 +102,18 @@ def single(settings: Sweep) -> Dpo:
     return Dpo(**{f.name: getattr(settings, f.name) for f in fields(Dpo)})
 
 
-def at_point(base: Dpo, point: dict) -> Dpo:
-    """The settings of a run at one point. A loss that is varied has an eps where it takes one. InputError if they make no
-    sense together."""
-    settings = replace(base, **point)
-    if "loss" in point and "eps" not in point:
-        settings = replace(settings, eps=(base.eps or 0.1) if LOSSES[settings.loss] else None)
-    check_limits(settings)
-    check_loss(settings)
-    return settings
-
-
 def plan(settings: Sweep, grid: dict[str, list], directory: Path) -> list[Run]:
-    """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`."""
+    """The runs. Splits the rows once for all of them and writes them to the sweep's `directory`. InputError if settings make
+    no sense together."""
     base = single(settings)
-    configured = [(point, at_point(base, point)) for point in make_points(grid, base)]  # checks all before any runs
+    configured = []
+    for point in make_points(grid, base):  # all are checked before any runs
+        one = replace(base, **point)
+        if "loss" in point:  # it has an eps where it takes one
+            one.eps = (base.eps or 0.1) if LOSSES[one.loss] else None
+        check_limits(one)
+        check_loss(one)
+        configured.append((point, one))
     files = {one.train for _, one in configured}
     if len({Path(file).stem for file in files}) < len(files):
         raise InputError("--grid train=...: two files have the same name; rename one")
@@ -172,8 +169,11 @@ def split_rows(settings: Sweep, file: str, data: Path) -> dict[str, str]:
 
 def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
     """Makes and measures every run that is not finished. Returns the status of the signal that stopped a run, or 0, and
-    {run: error} of the runs that failed."""
-    check_settings(planned)
+    {run: error} of the runs that failed. InputError if an earlier call made one with other settings."""
+    every = {f.name: "flag" for f in fields(Dpo)}
+    for run in planned:
+        if (run.directory / "run.json").exists():
+            runs_on_disk.resumed_settings(Command(run.settings, every))
     failed = {}
     for number, run in enumerate(planned, start=1):
         label = f"[{number}/{len(planned)}] {run.name}"
@@ -193,35 +193,20 @@ def run_all(planned: list[Run]) -> tuple[int, dict[str, str]]:
     return 0, failed
 
 
-def check_settings(planned: list[Run]) -> None:
-    """InputError if a run of an earlier call was made with other settings than this call would give it."""
-    for run in planned:
-        begun = (run.directory / "run.json").exists()
-        stored = asdict(runs_on_disk.stored_settings(run.directory)) if begun else {}
-        for name in stored.keys() - {"resume", "device", "overwrite", "out"}:
-            if stored[name] != (value := getattr(run.settings, name)):
-                raise InputError(
-                    f"{run.directory} was made with {name} = {stored[name]}, now it would be {value}. Give this sweep "
-                    "another --name, or delete the earlier one with --overwrite."
-                )
-
-
 def dry_run(planned: list[Run]) -> None:
     """Prints what the runs would take, by a timed step of each setting, and their sum."""
     print("Time, without the answers that are sampled")
-    grouped: dict[str, list[Run]] = {}
-    for run in planned:
-        grouped.setdefault(point_name(run.point), []).append(run)
+    seeds = len({run.settings.seed for run in planned})
     spent, once = 0.0, {}
-    for name, (run, *others) in grouped.items():
+    for run in planned[::seeds]:  # one of each setting
         settings, parent = run.settings, Path(run.settings.model)
         chat = runs_on_disk.load_chat(parent, settings.system_prompt or "")
         took = train.time_a_step(settings, parent, train.load_inputs(settings, chat))
         testing = took.token * sum(map(len, read_test(run, chat)))
         seconds = took.training + took.evaluating + testing
-        spent += seconds * (1 + len(others))
+        spent += seeds * seconds
         once[settings.train] = took.reference + testing  # of the starting model: shared by the runs on the same rows
-        print(f"  {name}: {1 + len(others)} x {seconds / 60:,.1f} minutes, {took.step:.2f} s for the first step")
+        print(f"  {point_name(run.point)}: {seeds} x {seconds / 60:,.1f} minutes, {took.step:.2f} s for the first step")
     spent += sum(once.values())
     print(f"{len(planned)} runs and their references: {spent / 60:,.1f} minutes ({spent / 3600:,.2f} hours)")
     print("Nothing was trained.")
@@ -270,10 +255,11 @@ def measure_on_test(run: Run) -> dict:
     if not margin.isfinite().all():
         raise InputError("the model's log-probabilities of the test pairs are not finite")
     loss = dpo.preference_loss(settings.beta * margin, settings.loss, settings.beta, settings.eps)  # [E]
+    evaluated = {row["step"]: row[ACCURACY] for row in read_metrics(run.directory) if ACCURACY in row}
     record = {
         "accuracy": (margin > 0).double().mean().item(),
         "own loss": loss.double().mean().item(),
-        "validation": validation_accuracy(run.directory),
+        "validation": evaluated[read_json(run.directory / "results.json")["best_step"]],
         "margin": margin.tolist(),
         "reference": (reference[:, 0] - reference[:, 1]).tolist(),
         "longer": (lengths[:, 0] - lengths[:, 1]).sign().tolist(),
@@ -287,9 +273,3 @@ def measure_on_test(run: Run) -> dict:
             score = for_the_right(margins(runs_on_disk.checkpoint_directory(run.directory, step)), flipped)
             record["quarters"].append((score > 0).tolist())
     return record
-
-
-def validation_accuracy(directory: Path) -> float:
-    """The reward accuracy of a run's best checkpoint on its evaluation rows."""
-    best = read_json(directory / "results.json")["best_step"]
-    return next(row[ACCURACY] for row in read_metrics(directory) if row["step"] == best and ACCURACY in row)

@@ -55,20 +55,12 @@ def load_encoder(directory: Path, layers: int | None, device: str) -> tuple:
 
 
 @torch.no_grad()
-def embed(texts: list[str], model, tokenizer, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each distinct text the embeddings [tokens, width] of its tokens, and which of them count [tokens], on the CPU."""
-    prefix = " " if model.config.model_type == "roberta" else ""
-    special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id])
-    texts, embedded = sorted(set(texts), key=len), {}
-    for start in tqdm(range(0, len(texts), batch_size), desc="embedding", unit="batch", leave=False, disable=None):
-        part = texts[start : start + batch_size]
-        stripped = [text and prefix + text for text in map(str.strip, part)]
-        batch = tokenizer(stripped, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        states = model(**batch).last_hidden_state.cpu()  # [texts, tokens, width]
-        ids, real = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
-        for i, text in enumerate(part):
-            embedded[text] = states[i, real[i]], ~torch.isin(ids[i, real[i]], special)
-    return embedded
+def embed(text: str, model, tokenizer) -> tuple[Tensor, Tensor]:
+    """The embeddings [tokens, width] of a text's tokens, and which of them count [tokens]."""
+    prefix = " " if model.config.model_type == "roberta" and text.strip() else ""
+    batch = tokenizer(prefix + text.strip(), truncation=True, return_tensors="pt").to(model.device)
+    ids = batch["input_ids"][0]
+    return model(**batch).last_hidden_state[0], (ids != tokenizer.cls_token_id) & (ids != tokenizer.sep_token_id)
 
 
 def greedy_match(candidate: Tensor, reference: Tensor, candidate_counts: Tensor, reference_counts: Tensor) -> Tensor:
@@ -81,11 +73,11 @@ def greedy_match(candidate: Tensor, reference: Tensor, candidate_counts: Tensor,
     return 2 * p * r / (p + r) if p + r else p + r
 
 
-def bert_score(candidates: list[str], references: list[str], model, tokenizer, batch_size: int) -> Tensor:
+def bert_score(candidates: list[str], references: list[str], model, tokenizer) -> Tensor:
     """F [pairs] of each candidate against its reference, fp32 on the CPU."""
-    embedded = embed([*candidates, *references], model, tokenizer, batch_size)
-    scores = torch.zeros(len(candidates))
-    for i, pair in enumerate(zip(candidates, references, strict=True)):
-        (x, x_counts), (y, y_counts) = (embedded[text] for text in pair)
-        scores[i] = greedy_match(x, y, x_counts, y_counts)
-    return scores
+    scores = []
+    pairs = list(zip(candidates, references, strict=True))
+    for pair in tqdm(pairs, desc="BERTScore", unit="answer", leave=False, disable=None):
+        (x, x_counts), (y, y_counts) = (embed(text, model, tokenizer) for text in pair)
+        scores.append(greedy_match(x, y, x_counts, y_counts).item())
+    return torch.tensor(scores)

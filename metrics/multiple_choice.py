@@ -17,7 +17,7 @@ questions make it large by chance: one that draws its letters from a hat scores 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -44,23 +44,6 @@ SAYS = [
 ]
 MENTIONED = rf"(?i:\b(?:answer|option|choice))\s+{LETTER}"  # counts if no other is mentioned
 ALONE = re.compile(r"\s*([A-J])(?:[).:\]]|\s*$)")  # "C", "C) 12 m"
-
-
-@dataclass
-class Choices:
-    """The picks of one model: indices of options by method, None where an answer names no option."""
-
-    right: list[int]
-    counts: list[int]  # options of each question
-    topics: list[str]
-    picks: dict[str, list[int | None]]
-
-
-def unanswered(examples: Sequence[Example], methods: Sequence[str]) -> Choices:
-    """No picks yet, for examples with `choices` and `answer`. Topics go by the report's name or the course's."""
-    topics = [str(e.raw.get("topic") or e.raw.get("subject") or "Unknown") for e in examples]
-    picks = {name: [None] * len(examples) for name in methods}
-    return Choices([e.answer for e in examples], [len(e.choices) for e in examples], topics, picks)
 
 
 def parse_choice(reply: str, names: Sequence[str]) -> int | None:
@@ -90,11 +73,11 @@ def parse_letter(reply: str, count: int) -> int | None:
 
 def score_options(
     model: Phi, examples: Sequence[Example], chat: ChatML, batch_size: int, device: str, dtype: str
-) -> Choices:
-    """Picks by the three scored methods."""
-    made = unanswered(examples, SCORED)
-    for count in sorted(set(made.counts)):
-        part = [i for i, n in enumerate(made.counts) if n == count]
+) -> dict[str, list[int]]:
+    """Picks by the three scored methods: the index of an option for each example."""
+    picks = {name: [0] * len(examples) for name in SCORED}
+    for count in sorted({len(e.choices) for e in examples}):
+        part = [i for i, e in enumerate(examples) if len(e.choices) == count]
         asked = []
         for i in part:
             replies = (*LETTERS[:count], *examples[i].choices)
@@ -104,29 +87,13 @@ def score_options(
             characters = options.new_tensor([len(choice) for choice in examples[i].choices])  # [count]
             scores = {"letter": letters, "summed": options, "per char": options / characters}
             for name, values in scores.items():
-                made.picks[name][i] = int(values.argmax())
-    return made
+                picks[name][i] = int(values.argmax())
+    return picks
 
 
-def generated(answers: Sequence[str], examples: Sequence[Example]) -> Choices:
-    """The letters that sampled answers name."""
-    made = unanswered(examples, ())
-    made.picks["generated"] = [parse_letter(answer, count) for answer, count in zip(answers, made.counts, strict=True)]
-    return made
-
-
-def accuracies(choices: Choices) -> dict[str, Estimate]:
-    """Share of right picks by method."""
-    pairs = {name: zip(picks, choices.right, strict=True) for name, picks in choices.picks.items()}
-    return {name: share(sum(pick == right for pick, right in pair), len(choices.right)) for name, pair in pairs.items()}
-
-
-def by_topic(choices: Choices) -> dict[str, Estimate]:
-    """Accuracy by letter on the questions of each topic, the largest topic first."""
-    hits: dict[str, list[bool]] = {}
-    for topic, pick, right in zip(choices.topics, choices.picks["letter"], choices.right, strict=True):
-        hits.setdefault(topic, []).append(pick == right)
-    return {topic: share(sum(part), len(part)) for topic, part in sorted(hits.items(), key=lambda item: -len(item[1]))}
+def accuracy(picks: Sequence[int | None], examples: Sequence[Example]) -> Estimate:
+    """Share of right picks; None picks nothing."""
+    return share(sum(pick == e.answer for pick, e in zip(picks, examples, strict=True)), len(examples))
 
 
 def position_bias(picks: Sequence[int], right: Sequence[int]) -> float:
@@ -143,15 +110,25 @@ def bias_by_chance(counts: Sequence[int], right: Sequence[int]) -> float:
     return sum(gaps) / (2 * len(right))
 
 
-def summary(scored: Choices, answered: Choices | None) -> dict:
-    """Accuracies by method, the share of sampled answers that name no option, chance, the position bias of the letters
-    beside that of chance, and, if there are several topics, the accuracy by topic."""
-    made = accuracies(scored)
-    if answered:
-        picks = answered.picks["generated"]
-        made |= accuracies(answered) | {"invalid": share(picks.count(None), len(picks))}
-    made["chance"] = sum(1 / count for count in scored.counts) / len(scored.counts)
-    made["position bias"] = position_bias(scored.picks["letter"], scored.right)
-    made["bias by chance"] = bias_by_chance(scored.counts, scored.right)
-    topics = by_topic(scored)
-    return {"choices": made} | ({"by topic": topics} if len(topics) > 1 else {})
+def summary(
+    examples: Sequence[Example], picks: dict[str, list[int]], asked: Sequence[Example], answers: Sequence[str]
+) -> dict:
+    """Accuracies by method, that of sampled answers to the examples `asked`, the share of these that name no option, chance,
+    the position bias of the letters beside that of chance, and, if there are several topics, the accuracy by topic (by
+    letter, the largest topic first)."""
+    made = {name: accuracy(its, examples) for name, its in picks.items()}
+    if asked:
+        named = [parse_letter(answer, len(e.choices)) for answer, e in zip(answers, asked, strict=True)]
+        made |= {"generated": accuracy(named, asked), "invalid": share(named.count(None), len(named))}
+    counts, right = [len(e.choices) for e in examples], [e.answer for e in examples]
+    made["chance"] = sum(1 / count for count in counts) / len(counts)
+    made["position bias"] = position_bias(picks["letter"], right)
+    made["bias by chance"] = bias_by_chance(counts, right)
+    topics: dict[str, list[int]] = {}
+    for i, e in enumerate(examples):
+        topics.setdefault(str(e.raw.get("topic") or e.raw.get("subject") or "Unknown"), []).append(i)
+    by_topic = {
+        topic: accuracy([picks["letter"][i] for i in part], [examples[i] for i in part])
+        for topic, part in sorted(topics.items(), key=lambda item: -len(item[1]))
+    }
+    return {"choices": made} | ({"by topic": by_topic} if len(by_topic) > 1 else {})

@@ -53,20 +53,10 @@ def longer_wins(lengths: Tensor) -> Tensor:
 
 
 def measure_rewards(
-    policy: Tensor, reference: Tensor, lengths: Tensor, flipped: Tensor | None, eps: float | None, beta: float
+    margin: Tensor, flipped: Tensor | None, eps: float | None, beta: float, lengths: Tensor | None = None
 ) -> dict[str, Estimate]:
-    """policy, reference: log-probabilities [E, 2] in nats of chosen and rejected; lengths [E, 2] in tokens; flipped [E]: is
-    the label wrong, if that is known. A measure that does not apply is left out."""
-    margin = dpo.margin(policy, reference)  # [E]
-    made = measure_margins(margin[None], flipped, eps, beta)
-    matched = lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values  # [E]
-    if matched.any():
-        made["matched"] = accuracy(margin[matched])
-    return made
-
-
-def measure_margins(margin: Tensor, flipped: Tensor | None, eps: float | None, beta: float) -> dict[str, Estimate]:
-    """What follows from the margins [seeds, E] in nats alone: means over the seeds; the flip rate is by the first."""
+    """margin [seeds, E] in nats: means over the seeds, and the flip rate by the first; flipped [E]: is the label wrong, if
+    that is known; lengths [E, 2] in tokens of chosen and rejected. A measure that does not apply is left out."""
     made = {"reward accuracy": accuracy(margin)}
     if eps is not None:
         made["debiased accuracy"] = debiased(made["reward accuracy"], eps)
@@ -76,13 +66,16 @@ def measure_margins(margin: Tensor, flipped: Tensor | None, eps: float | None, b
     made |= {"margin": mean(margin.mean(dim=0)), "DPO loss": mean(dpo.sigmoid_loss(beta * margin).mean(dim=0))}
     if margin[0].any():
         made["flip rate"] = estimate_flip_rate(margin[0])
+    if lengths is not None:
+        matched = lengths.min(dim=1).values >= MATCHED * lengths.max(dim=1).values  # [E]
+        made |= {"matched": accuracy(margin[:, matched])} if matched.any() else {}
     return made
 
 
 def measure_baselines(
     policy: Tensor, reference: Tensor | None, lengths: Tensor, flipped: Tensor | None
 ) -> dict[str, Estimate]:
-    """What needs no reward: lengths, and log-probabilities as they are. Shapes as in `measure_rewards`."""
+    """What needs no reward: lengths [E, 2] in tokens, and log-probabilities [E, 2] in nats, of chosen and rejected."""
     made = {"longer wins": share(longer_wins(lengths).sum().item(), len(lengths))}
     for name, table in (("reference", reference), ("model alone", policy)):
         if table is not None:
@@ -97,7 +90,7 @@ def measure_baselines(
 def training_summary(
     policy: Tensor, reference: Tensor, lengths: Tensor, flipped: Tensor | None, eps: float | None
 ) -> dict[str, float]:
-    """The few numbers in the table at the end of a training run, without intervals. Shapes as in `measure_rewards`."""
+    """The few numbers in the table at the end of a training run, without intervals. Shapes as above."""
     margin, own = dpo.margin(policy, reference), policy[:, 0] - policy[:, 1]  # two of [E]
     per_token = policy.sum(dim=0) / lengths.sum(dim=0)  # [2]
     correct = (margin > 0).double()  # [E]

@@ -2,7 +2,7 @@
 answers side by side, all answers, the same numbers as JSON), and what a training run says and draws at its end."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
@@ -36,24 +36,20 @@ def plain(cell: str) -> str:
     return " ".join(printable(cell).split()).replace("|", "\\|").replace("<", "\\<")
 
 
-def percent(value: Estimate | float | None) -> str:
-    """ "79.4% [77.2, 81.4]", without brackets for one that has no interval, "-" for none."""
-    return _cell(value, lambda x: f"{100 * x:.1f}", "%")
-
-
-def decimal(value: Estimate | float | None, digits: int = 3) -> str:
-    """ "0.105 [0.101, 0.109]"; numbers from 1,000 on without decimals."""
-    middle = value.value if isinstance(value, Estimate) else value or 0
-    return _cell(value, lambda x: f"{x:,.{0 if abs(middle) >= 1000 else digits}f}")
-
-
-def _cell(value: Estimate | float | None, text: Callable[[float], str], unit: str = "") -> str:
+def decimal(value: Estimate | float | None, digits: int = 3, scale: int = 1, unit: str = "") -> str:
+    """ "0.105 [0.101, 0.109]", without brackets for one that has no interval, "-" for none; numbers from 1,000 on without
+    decimals."""
     if value is None:
         return "-"
-    if not isinstance(value, Estimate):
-        return text(value) + unit
-    interval = f" [{text(value.low)}, {text(value.high)}]" if value.n > 1 else ""
-    return text(value.value) + unit + interval
+    numbers = [value.value, value.low, value.high] if isinstance(value, Estimate) else [value]
+    digits = 0 if abs(numbers[0]) >= 1000 else digits
+    middle, *ends = (f"{scale * x:,.{digits}f}" for x in numbers)
+    return middle + unit + (f" [{', '.join(ends)}]" if ends and value.n > 1 else "")
+
+
+def percent(value: Estimate | float | None) -> str:
+    """ "79.4% [77.2, 81.4]" """
+    return decimal(value, 1, 100, "%")
 
 
 # ---------------------------------------------------------------------------------------------- the results of an evaluation
@@ -122,9 +118,8 @@ def report(results: Results) -> str:
 
 def write(results: Results, run: Path) -> None:
     """Writes eval.json, answers.jsonl and eval.md with what was measured so far."""
-    numbers = {"rows": len(results.rows), "of": results.where, "notes": results.notes}
-    numbers["results"] = results.models
-    write_json(run / "eval.json", numbers)
+    about = {"rows": len(results.rows), "of": results.where, "notes": results.notes}
+    write_json(run / "eval.json", about | {"results": results.models})
     records = []
     for n, i in enumerate(results.asked):
         row, answers = results.rows[i], {name: part[n] for name, part in results.answers.items()}
@@ -182,13 +177,6 @@ def summary(settings: Any, run: Path, examples: list[Example], results: dict) ->
         f"{len(examples):,} held-out examples, best step {results['best_step']} (by {metric}: {results['best_value']:.4f})",
         metrics_table({which: results[which]["metrics"] for which in kinds}),
     ]
-    if settings.stage == "qat" and settings.objective == "sft":
-        full, rounded, after = (results[which]["metrics"]["loss per token"] for which in kinds)
-        share = f" ({100 * (rounded - after) / (rounded - full):.0f}% won back)" if rounded - full > 0.01 else ""
-        lines.append(
-            f"  Rounding to {settings.to} changes the loss by {rounded - full:+.4f} nats per token; after training through "
-            f"the rounding {after - full:+.4f} are left{share}."
-        )
     lines += _showpieces(examples, results["before"]["answers"], results["after"]["answers"])
     used = results["memory"]
     if used["measured"]:
@@ -207,7 +195,7 @@ def _showpieces(examples: list[Example], before: list[str], after: list[str]) ->
         return []
     lines = []
     if all(example.truth and example.truth.grades for example, _, _ in asked):
-        changes = [(_all_right(example, old), _all_right(example, new)) for example, old, new in asked]
+        changes = [("✗" not in _marks(example, old), "✗" not in _marks(example, new)) for example, old, new in asked]
         corrected = [one for one, change in zip(asked, changes) if change == (False, True)]
         spoiled = changes.count((True, False))
         names = ", ".join(asked[0][0].truth.grades)
@@ -218,56 +206,32 @@ def _showpieces(examples: list[Example], before: list[str], after: list[str]) ->
         lines += [
             "",
             _one_line(example.question),
-            f"  before: {_marked(example, old)}",
-            f"  after:  {_marked(example, new)}",
+            f"  before: {_marks(example, old)}{_one_line(old)[:300]}",
+            f"  after:  {_marks(example, new)}{_one_line(new)[:300]}",
         ]
         if example.truth and example.truth.answer:
-            lines.append(f"  right:  {' ' * (len(example.truth.grades) + 1)}{_one_line(example.truth.answer)}")
+            lines.append(f"  right:  {' ' * len(_marks(example, old))}{_one_line(example.truth.answer)}")
     return lines
-
-
-def _all_right(example: Example, answer: str) -> bool:
-    return all(example.truth.grade(answer).values())
 
 
 def _one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
-def _marked(example: Example, answer: str) -> str:
-    """ "✓✗ the answer": which grades of the truth file it has, in their order; without marks where no truth is known."""
+def _marks(example: Example, answer: str) -> str:
+    """ "✓✗ ": which grades of the truth file an answer has, in their order; "" where none are known."""
     passed = example.truth.grade(answer) if example.truth else {}
-    marks = "".join("✓" if has else "✗" for has in passed.values())
-    return f"{marks} {_one_line(answer)[:300]}".strip()
+    return "".join("✗✓"[has] for has in passed.values()) + " " * bool(passed)
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A panel of figures/training.png."""
-
-    title: str
-    unit: str
-    curves: dict[str, str]  # a metric's name in the log -> in the legend
-    colours: tuple[str, ...] = ("C0", "C2")  # of the curves
-
-
-PANELS = {
-    "sft": [Panel("Loss", "nats per token", {"loss": "loss"})],
-    "dpo": [
-        Panel(
-            "Preference loss, NLL term not included",
-            "nats per pair",
-            {"preference_loss": "own", "dpo_loss": "DPO (eps = 0)"},
-        ),
-        Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": "as labelled", "debiased_accuracy": "debiased"}),
-        Panel("NLL of the chosen answers", "nats per token", {"nll_loss": "NLL"}),
-        Panel(
-            "Rewards: beta x log-ratio to the reference",
-            "nats",
-            {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-            ("C2", "C3"),
-        ),
-    ],
+PANELS = {  # of figures/training.png: {title: {a metric's name in the log: in the legend}}
+    "sft": {"Loss (nats per token)": {"loss": "loss"}},
+    "dpo": {
+        "Preference loss without the NLL term (nats per pair)": {"preference_loss": "own", "dpo_loss": "DPO (eps = 0)"},
+        "Reward accuracy (share of pairs)": {"rewards/accuracies": "as labelled", "debiased_accuracy": "debiased"},
+        "NLL of the chosen answers (nats per token)": {"nll_loss": "NLL"},
+        "Rewards: beta x log-ratio to the reference (nats)": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    },
 }
 
 
@@ -281,8 +245,8 @@ def training_figure(run: Path, objective: str, best_step: int | None, flipped: T
         levels["rewards/accuracies"] = (right, f"{100 * right:.1f}% of the held-out labels are right")
     lines = len(panels) // columns
     with picture(run / "figures" / "training.png", columns, (5.5 * columns, 3.8 * lines), lines) as axes:
-        for axis, panel in zip(axes, panels, strict=True):
-            for (name, label), colour in zip(panel.curves.items(), panel.colours):
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+            for colour, (name, label) in zip(("C0", "C3"), curves.items()):
                 steps, y = ([row[key] for row in rows if name in row] for key in ("step", name))
                 if steps:
                     means = [sum(y[max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(len(y))]
@@ -291,9 +255,9 @@ def training_figure(run: Path, objective: str, best_step: int | None, flipped: T
                 dots = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
                 look = dict(color=colour, marker="o", markersize=4, linewidth=0, label=f"{label}, held out")
                 axis.plot(*zip(*dots), **look)
-            for level, text in (levels[name] for name in panel.curves if name in levels):
+            for level, text in (levels[name] for name in curves if name in levels):
                 axis.axhline(level, color="black", linestyle="--", linewidth=0.8, label=text)
             if best_step is not None:
                 axis.axvline(best_step, color="black", linestyle=":", linewidth=0.8, label=f"best step, {best_step}")
-            axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
+            axis.set(title=title, xlabel="optimizer step")
             axis.legend(fontsize=7)

@@ -11,7 +11,6 @@ All but the first compare one sampled answer with one reference; they reward its
 """
 
 import json
-import math
 
 import torch
 from torch import Tensor
@@ -22,12 +21,8 @@ from metrics.intervals import Estimate, mean, ratio
 def likelihood(logprobs: Tensor, lengths: Tensor) -> dict[str, Estimate]:
     """Loss and perplexity of the reference answers: logprobs [E] in nats, lengths [E] in tokens."""
     loss = ratio(-logprobs, lengths)
-    return {"loss": loss, "perplexity": Estimate(*map(perplexity, (loss.value, loss.low, loss.high)), loss.n)}
-
-
-def perplexity(loss: float) -> float:
-    """e^loss; infinite where it has no floating-point number."""
-    return math.inf if loss > 709 else math.exp(loss)
+    perplexity = torch.tensor([loss.value, loss.low, loss.high], dtype=torch.float64).exp().tolist()  # infinite from 710 on
+    return {"loss": loss, "perplexity": Estimate(*perplexity, loss.n)}
 
 
 def similarity(answers: list[str], references: list[str]) -> tuple[dict[str, Estimate], str]:

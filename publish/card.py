@@ -14,7 +14,7 @@ from typing import Any
 from lora import ADAPTER_CONFIG
 from metrics.tables import metrics_table
 from runtime.files import printable, read_json, write_text
-from runtime.runs import recorded, training_run
+from runtime.runs import lineage, recorded, training_run
 from runtime.settings import TRAINING, Adapters, Format, Optimizer, Preference
 
 CARD = "README.md"
@@ -57,18 +57,9 @@ def code(source: Any) -> str:
     return f"`{plain(name)}`"
 
 
-def lineage(run: Path) -> list[Path]:
-    """The runs that a model went through, the first one first."""
-    found: list[Path] = []
-    while (run / "run.json").exists() and run not in found:
-        found.insert(0, run)
-        run = Path(str(recorded(run, "model")))
-    return found
-
-
 def card(run: Path, results: dict | None = None) -> str:
     """The text, without its digest. `results`: of a training run; else those of the run that tuned the model are read."""
-    runs, tuned = lineage(run), training_run(run)
+    runs, tuned = lineage(run)[::-1], training_run(run)
     trained = [one for one in runs if recorded(one, "stage") in TRAINING]
     base = Path(str(recorded(runs[0], "model")))
     if results is None and tuned and (tuned / "results.json").exists():

@@ -1,6 +1,6 @@
 """The command line: a stage's dataclass becomes its flags, its help, and its errors.
 
-    parse(["--stage", "dpo", "--lr", "1e-5"]) -> Command(Dpo(lr=1e-5, ...), {"lr": "flag", "beta": "default", ...}, {"lr"})
+    parse(["--stage", "dpo", "--lr", "1e-5"]) -> Command(Dpo(lr=1e-5, ...), {"lr": "flag", "beta": "default", ...})
 
 Errors are one line: for a flag of another stage they name that stage, for a misspelled flag the likely one. Nothing here
 imports torch, so help and errors appear at once.
@@ -16,21 +16,8 @@ import typing
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from runtime.files import UNPRINTABLE, InputError, printable
-from runtime.settings import (
-    DEFAULTS,
-    DEMO,
-    DEMO_LORA_LR,
-    FORMATS,
-    GGUF,
-    LINEAR_LAYERS,
-    LOSSES,
-    METRICS,
-    PRECISIONS,
-    PRESETS,
-    STAGES,
-    TRAINING,
-)
+from runtime.files import UNPRINTABLE, InputError, printable, read_fields
+from runtime.settings import DEFAULTS, DEMO, DEMO_LORA_LR, FORMATS, LOSSES, METRICS, PRESETS, STAGES, TRAINING
 
 
 @dataclass
@@ -39,7 +26,6 @@ class Command:
 
     settings: Any
     origins: dict[str, str]  # the layer that each setting comes from: "default", "demo", "preset" or "flag"
-    typed: set[str]  # the settings that were typed as flags
 
 
 def parse(argv: list[str]) -> Command:
@@ -193,24 +179,20 @@ def settle(stage: str, flags: dict[str, Any]) -> Command:
     settings = STAGES[stage](**values)
     if "name" in values and settings.name is None:
         settings.name = default_name(settings)
-    return Command(settings, origins, set(flags))
+    return Command(settings, origins)
 
 
 def default_name(settings: Any) -> str:
     """The name of a run without --name: the model, the stage, and what changes the form of the model."""
-    if settings.stage == "data":
-        return "data"
-    models = settings.model if isinstance(settings.model, list) else [settings.model]
+    stage, asked = settings.stage, getattr(settings, "model", "data")
+    models = asked if isinstance(asked, list) else [asked]
     model = models[0].rstrip("/").rpartition("/")[2] if models and models[0] else "model"
-    base = getattr(settings, "base", None)
-    to, lora = getattr(settings, "to", None), "lora" if getattr(settings, "lora", None) else None
-    parts = [settings.stage, to, lora, base if base in FORMATS else None]
-    if settings.stage == "merge":
-        parts = ["merged"]
-    if settings.stage in ("quantize", "export"):
-        parts = [to]
-    if settings.stage == "sweep" and settings.preset:
-        parts = [settings.preset]
+    to, base = getattr(settings, "to", None), getattr(settings, "base", None)
+    lora = "lora" if getattr(settings, "lora", None) else None
+    parts = {"data": [], "merge": ["merged"], "quantize": [to], "export": [to]}
+    if stage == "sweep" and settings.preset:
+        parts["sweep"] = [settings.preset]
+    parts = parts.get(stage, [stage, to, lora, base if base in FORMATS else None])
     return "-".join(part for part in [model, *parts] if part)
 
 
@@ -220,18 +202,12 @@ def from_stored(stored: dict, where: str) -> Any:
     stage, values = stored.get("stage"), stored.get("settings")
     if stage not in STAGES or not isinstance(values, dict):
         raise InputError(f"{where}: names no stage and settings, so it is another program's or an earlier version's")
-    known = {f.name for f in fields(STAGES[stage])}
-    odd = sorted(known ^ values.keys())
-    if odd:
-        what = "is missing" if odd[0] in known else f"= {values[odd[0]]!r} is unknown to this version"
+    types = typing.get_type_hints(STAGES[stage])
+    kinds = {f.name: list if types[f.name] == list[str] else types[f.name] for f in fields(STAGES[stage])}
+    if odd := sorted(kinds.keys() ^ values.keys()):
+        what = "is missing" if odd[0] in kinds else f"= {values[odd[0]]!r} is unknown to this version"
         raise InputError(f"{where}: the setting {odd[0]} {what}. Use the version that wrote it, or start a new run")
-    hints = typing.get_type_hints(STAGES[stage])
-    for f in fields(STAGES[stage]):
-        value, kind, choices = values[f.name], hints[f.name], f.metadata["choices"]
-        kind = list if typing.get_origin(kind) is list else kind | int if float in (kind, *typing.get_args(kind)) else kind
-        if not isinstance(value, kind) or (choices and value not in (None, *choices)):
-            raise InputError(f"{where}: the setting {f.name} = {value!r:.60} makes no sense; put its old value back")
-    settings = STAGES[stage](**values)
+    settings = STAGES[stage](**read_fields(values, kinds, where))
     try:
         check_limits(settings)
     except InputError as error:
@@ -241,26 +217,23 @@ def from_stored(stored: dict, where: str) -> Any:
 
 # --------------------------------------------------------------------------------------------------------------- checks
 
+REQUIRED = ("model", "to", "repo", "sources")  # settings that a stage which has them cannot do without
+
 
 def check(command: Command) -> None:
     """InputError for a value out of range, and for flags that are missing, contradict each other or have no effect."""
     settings, stage = command.settings, command.settings.stage
     check_limits(settings)
+    for f in fields(settings):
+        if f.name in REQUIRED and not getattr(settings, f.name) and not getattr(settings, "resume", False):
+            choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            raise InputError(f"{flag_name(f.name)} is missing: {f.metadata['help']}{choices}")
     if stage in (*TRAINING, "sweep"):
         _check_training(settings, stage)
-    if stage in ("quantize", "qat", "export") and settings.to is None and not getattr(settings, "resume", False):
-        raise InputError(f"--to FORMAT is missing; choose one of {', '.join(GGUF if stage == 'export' else FORMATS)}")
-    if stage == "push" and not settings.repo:
-        raise InputError("--repo USER/NAME is missing: where on the hub the model goes")
-    if stage in ("quantize", "merge", "export", "push", "eval", "chat") and not settings.model:
-        raise InputError(f"--model is missing: --stage {stage} needs a model, such as --model out/demo-dpo")
-    if stage == "sweep":
-        _check_sweep(settings)
-    if stage == "eval":
-        _check_eval(settings)
-    if stage == "data" and not settings.sources:
-        raise InputError("--sources is missing: a list such as theoremqa,mmlu_stem=DIR")
-    for name in sorted(command.typed - {"system_prompt"}):
+    if stage == "sweep" and bool(settings.grid) == bool(settings.preset):
+        raise InputError("--stage sweep takes either --grid FLAG=VALUES (such as --grid beta=0.1,0.3) or --preset report")
+    typed = {name for name, layer in command.origins.items() if layer == "flag"}
+    for name in sorted(typed - {"system_prompt"}):
         if getattr(settings, name) == "":
             raise InputError(f"{flag_name(name)} is empty; leave it out, or give it a value")
     name = getattr(settings, "name", None) or "run"
@@ -269,28 +242,28 @@ def check(command: Command) -> None:
     out = getattr(settings, "out", "")
     if UNPRINTABLE.search(out):
         raise InputError(f"--out {out!r}: give a directory whose name is plain text in this locale")
-    for holds, names, reason in _without_effect(settings, stage):
+    for holds, names, reason in _misplaced(settings, stage):
         for name in names.split():
-            if holds and name in command.typed:
+            if holds and name in typed:
                 raise InputError(f"{flag_name(name)} {reason}")
 
 
 def check_limits(settings: Any) -> None:
-    """InputError for a value out of range."""
+    """InputError for a value out of range, or that is none of those to choose from."""
     for f in fields(settings):
-        value = getattr(settings, f.name)
-        if value is not None and f.metadata["limit"]:
-            words, low, high, ends = f.metadata["limit"]
+        value, meta, flag = getattr(settings, f.name), f.metadata, flag_name(f.name)
+        if value is not None and meta["limit"]:
+            words, low, high, ends = meta["limit"]
             at_end = (value, ends) in ((low, "[)"), (high, "(]"))
             if not (low < value < high or at_end):
-                raise InputError(f"{flag_name(f.name)} {value}: {words}")
+                raise InputError(f"{flag} {value}: {words}")
+        if value is not None and meta["choices"] and value not in meta["choices"]:
+            raise InputError(f"{flag} {value!r:.60}: choose one of {', '.join(meta['choices'])}")
+        if value is not None and meta["some"] and not {*value.split(",")} <= {*meta["some"]}:
+            raise InputError(f"{flag} {value!r:.60}: give some of {','.join(meta['some'])} with commas between them")
     metrics = METRICS.get(getattr(settings, "objective", None), ())  # not the robust loss, which ranks diverging runs first
     if (metric := getattr(settings, "metric", None)) and metric not in metrics:
         raise InputError(f"--metric {metric}: choose one of {', '.join(metrics)}")
-    if (targets := getattr(settings, "lora_targets", None)) is not None:
-        if not {part.strip() for part in targets.split(",")} <= {*LINEAR_LAYERS}:
-            known = f"some of {','.join(LINEAR_LAYERS)} with commas between them, or leave it out for all"
-            raise InputError(f"--lora-targets {targets!r}: give {known}")
 
 
 def check_loss(settings: Any) -> None:
@@ -303,65 +276,37 @@ def check_loss(settings: Any) -> None:
 
 
 def _check_training(s: Any, stage: str) -> None:
-    demo = s.model == "demo"
     if s.objective == "dpo":
         check_loss(s)
-    if s.preset == "report" and stage not in ("dpo", "sweep"):
-        raise InputError(f"--preset report is for --stage dpo and sweep; leave it out of --stage {stage}")
-    if stage == "qat" and "lora" in PRESETS.get(s.preset, {}):
-        raise InputError(f"--preset {s.preset} trains adapters, --stage qat all weights; leave it out, or take 80gb")
     if s.resume and (s.overwrite or s.dry_run):
         raise InputError("--resume continues a run: it goes with neither --overwrite nor --dry-run")
-    if s.revision and demo:
-        raise InputError("--revision is for hub models; the demo has none")
-    if stage == "mcq" and not s.resume and (demo or not s.train):
-        raise InputError("--stage mcq needs --model DIR and --train FILE.jsonl with questions, as --stage data makes them")
     varied = stage == "sweep" and any(text.startswith("train=") for text in s.grid)
-    if not (demo or s.train or varied or s.resume):
+    if not (s.model == "demo" or s.train or varied or s.resume):
         raise InputError(f"--train FILE.jsonl is missing: the rows to tune {s.model} on")
-    if s.eval and not s.train:
-        raise InputError("--eval needs --train: the demo's own questions are split by --eval-share")
     if s.max_prompt_length >= s.max_length:
         prompt, both = f"--max-prompt-length {s.max_prompt_length}", f"--max-length {s.max_length}"
         raise InputError(f"{prompt} leaves no room for an answer in {both}; lower the first or raise the second")
     if s.lora and s.base == "bf16" and s.dtype == "fp32":
         raise InputError("--base bf16 needs --dtype bf16: weights and inputs of a product have one type")
-    if s.lora and s.compile and s.base in FORMATS:
-        raise InputError(f"--compile would keep the decoded weights of --base {s.base}; leave one of them out")
 
 
-def _check_sweep(s: Any) -> None:
-    if s.resume:
-        raise InputError("a sweep needs no --resume: give the same command again and it continues")
-    if s.dry_run and s.preset:
-        raise InputError("--preset report has no --dry-run; try one of its runs: --stage dpo --dry-run")
-    if s.preset not in (None, "report"):
-        raise InputError(f"--preset {s.preset} is for the training stages; a sweep has --preset report")
-    if bool(s.grid) == bool(s.preset):
-        raise InputError("--stage sweep takes either --grid FLAG=VALUES (such as --grid beta=0.1,0.3) or --preset report")
-    if s.preset and s.loss != "robust":
-        raise InputError(f"--loss {s.loss}: --preset report is about the robust loss; leave it out, or use --grid")
-
-
-def _check_eval(s: Any) -> None:
-    for name in s.precisions.split(",") if s.precisions else ():
-        if name not in (*PRECISIONS, *GGUF):
-            raise InputError(f"--precisions: no {name!r}; choose from {', '.join((*PRECISIONS, *GGUF))}")
-    if s.precisions and len(s.model) > 1:
-        raise InputError("--precisions compares the formats of one model; give one --model")
-    if len(set(s.model)) < len(s.model):
-        raise InputError("--model names a model twice")
-
-
-def _without_effect(s: Any, stage: str) -> list[tuple[bool, str, str]]:
-    """(condition, flags, reason): where the condition holds, these flags would do nothing, so typing one is an error."""
-    tunes, evaluates, to = stage in (*TRAINING, "sweep"), stage == "eval", getattr(s, "to", None)
+def _misplaced(s: Any, stage: str) -> list[tuple[bool, str, str]]:
+    """(condition, flags, reason): where the condition holds, typing one of these flags is an error."""
+    tunes, evaluates, sweeps, to = stage in (*TRAINING, "sweep"), stage == "eval", stage == "sweep", getattr(s, "to", None)
     return [
+        (tunes and s.model == "demo", "revision", "is for hub models; the demo has none"),
+        (tunes and not s.train, "eval", "needs --train: the demo's own questions are split by --eval-share"),
         (tunes and s.eval is not None, "eval_share", "has no effect beside --eval; leave one of them out"),
         (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo; add that, or leave it out"),
         (tunes and s.whole_text, "last_turn_only", "has no effect beside --whole-text; leave one of them out"),
         (tunes and s.lora is None, "lora_alpha lora_dropout lora_targets base", "needs adapters; add --lora 16"),
+        (tunes and s.lora and s.base in FORMATS, "compile", "would keep the decoded weights of --base; leave it out"),
+        (sweeps, "resume", "is not needed: give the same command again, and the sweep continues"),
+        (sweeps and s.preset, "dry_run", "does not go with --preset report; try one of its runs: --stage dpo --dry-run"),
+        (sweeps and s.preset and s.loss != "robust", "loss", "is for --grid; --preset report is about the robust loss"),
         (to in ("int8", "llm.int8"), "block", f"has no effect on --to {to}, which has one scale per row; leave it out"),
+        (evaluates and len(s.model) > 1, "precisions", "compares the formats of one model; give one --model"),
+        (evaluates and len(set(s.model)) < len(s.model), "model", "names a model twice"),
         (evaluates and s.precisions, "dtype", "has no effect beside --precisions, whose products are fp32; leave it out"),
         (evaluates and not s.data, "letter_only on_bad_row", "is for --data; held-out rows are read as their run read them"),
         (evaluates and s.samples == 0, "bert teacher max_new_tokens temperature", "needs answers; leave out --samples 0"),

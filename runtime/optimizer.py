@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -180,17 +179,14 @@ def save_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills the optimizer's state in place; each rank reads only its rows. InputError if another optimizer wrote it."""
-    read_header(directory / FILE)  # or the error for a file that was cut would not name it
-    with safe_open(directory / FILE, framework="pt") as file:
-        names = set(file.keys())
-        for name, value in _named_state(model, optimizer):
-            stored = file.get_slice(name) if name in names else None
-            kind = {torch.float32: "F32", torch.uint8: "U8"}[value.dtype]  # its name in a safetensors file
-            if stored is None or (stored.get_shape(), stored.get_dtype()) != ([*value.shape], kind):
-                key, _, parameter = name.partition(".")
-                what = f"no {key}" if stored is None else f"{key} as {stored.get_dtype()} {stored.get_shape()}"
-                raise InputError(f"{directory / FILE} has {what} for {parameter}; resume with the --optimizer that wrote it")
-            if value.ndim == 0:
-                value.copy_(file.get_tensor(name))
-            else:
-                parallel.copy_own_rows(value, stored)
+    file = read_header(directory / FILE)
+    for name, value in _named_state(model, optimizer):
+        stored, kind = file.get(name), {torch.float32: "F32", torch.uint8: "U8"}[value.dtype]  # as safetensors spells it
+        if stored is None or (stored.shape, stored.dtype) != (tuple(value.shape), kind):
+            key, _, parameter = name.partition(".")
+            what = f"no {key}" if stored is None else f"{key} as {stored.dtype} {[*stored.shape]}"
+            raise InputError(f"{directory / FILE} has {what} for {parameter}; resume with the --optimizer that wrote it")
+        if value.ndim:
+            stored.fill(value)
+        else:
+            value.copy_(stored.read())

@@ -14,7 +14,7 @@ machine holds all rows, split over its own ranks: rows are gathered within a mac
 sharded model. So every rank must make the same calls in the same order:
 
     every rank runs the same number of forward passes: one that runs out of examples repeats one with weight 0 (`deal`)
-    a branch is taken by all ranks or by none: they agree on the condition first (`largest`)
+    a branch is taken by all ranks or by none: they agree on the condition first (`gather`)
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,10 +76,8 @@ def job() -> Iterator[None]:
             what = "ended (torchrun names it below)"
             if "timed out" in str(error).lower():
                 what = f"has not answered for {TIMEOUT.seconds // 60} minutes"
-            raise InputError(
-                f"another process of this job {what}, so rank {dist.get_rank()} stopped. No file is half-written; the same "
-                "command with --resume continues from the last checkpoint."
-            ) from None
+            goes_on = "No file is half-written; the same command with --resume continues from the last checkpoint."
+            raise InputError(f"another process of this job {what}, so rank {dist.get_rank()} stopped. {goes_on}") from None
     # Skipped after an error: the others may be waiting in a collective, which fails once this process has ended.
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -152,18 +151,15 @@ def check_shared(directory: Path) -> None:
 
 def own_device(name: str) -> str:
     """The device of this process. Several processes on one machine take a GPU each."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:[1-9]?[0-9])?", name):
         raise InputError(f"--device {name}: give cpu, cuda, or cuda:1 for the second GPU")
-    if device.type != "cuda":
+    if name == "cpu":
         return name
+    number = name.partition(":")[2]
     several, gpus = size() > 1, torch.cuda.device_count()
-    if several and device.index is not None:
+    if several and number:
         raise InputError(f"--device {name}: under torchrun each process chooses its own GPU; give --device cuda")
-    index = int(os.environ["LOCAL_RANK"]) if several else device.index or 0
+    index = int(os.environ["LOCAL_RANK"] if several else number or 0)
     if index >= gpus:
         raise InputError(f"--device {name}: PyTorch sees {gpus} GPUs here, fewer than this job needs")
     if several:
@@ -202,20 +198,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         p.grad = grad.view_as(p)
 
 
-def largest(value: float) -> float:
-    """The largest of the ranks' numbers. largest(condition) is 1.0 if the condition holds on any rank."""
-    x = torch.tensor(float(value), dtype=torch.float64)
-    if size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x.item()
-
-
 def gather(value: Any) -> list:
     """The list of the ranks' values, on every rank, in the order of ranks. A value is anything that JSON can hold."""
     if size() == 1:
         return [value]
     text = json.dumps(value).encode()
-    text = text.ljust(int(largest(len(text))))  # blanks at the end give all texts one length
+    longest = torch.tensor(len(text))
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    text = text.ljust(longest)  # blanks at the end give all texts one length
     own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     texts = [torch.empty_like(own) for _ in range(size())]
     dist.all_gather(texts, own)

@@ -32,22 +32,12 @@ from tqdm import tqdm
 from data import ChatML, load_tokenizer, question_key, write_truth
 from lora import base_directory, is_adapter
 from runtime import parallel
-from runtime.files import (
-    InputError,
-    json_object,
-    read_fields,
-    read_json,
-    sha256,
-    whole_directory,
-    whole_file,
-    write_json,
-    write_jsonl,
-)
+from runtime.files import InputError, read_fields, read_json, sha256, whole_directory, whole_file, write_json, write_jsonl
 from runtime.flags import Command, flag_name, from_stored
 from runtime.settings import TRAINING
 
 CHAT_FILES = "tokenizer*.json special_tokens_map.json added_tokens.json chat_template.jinja generation_config.json".split()
-MODEL_FILES = "config.json adapter_config.json base.json *.safetensors *.safetensors.index.json".split() + CHAT_FILES
+MODEL_FILES = "config.json adapter_config.json base.json model*.safetensors* adapter_model.safetensors".split() + CHAT_FILES
 FIRST_FILES = ("questions.json", "ledger.json", "held_out.jsonl", "held_out.truth.jsonl")  # written before run.json
 
 
@@ -64,40 +54,50 @@ def open_run(settings: Any, inputs: Any = None, parent: Path | None = None) -> I
     than losing earlier work.
     """
     run, start = Path(settings.out) / settings.name, None
-    with locked(run) if parallel.is_main() else contextlib.nullcontext():
+    if not parallel.is_main():
+        yield parallel.gather(None)[0]
+        return
+    with locked(run):
         try:
-            if parallel.is_main():
-                start = _make_directory(settings, run, inputs, parent)
+            start = _make_directory(settings, run, inputs, parent)
             if parallel.size() > 1:
-                start = parallel.gather(start)[0]
+                parallel.gather(start)
             yield start
         except BaseException:
-            if parallel.is_main():
-                made = start is not None and not getattr(settings, "resume", False) and not _set_aside(run).exists()
-                _end_overwrite(run, _worth_keeping(run))
-                if made and settings.stage not in TRAINING and not _worth_keeping(run):  # nothing here to go on with
-                    shutil.rmtree(run, ignore_errors=True)
+            made = start is not None and not getattr(settings, "resume", False) and not _set_aside(run).exists()
+            _end_overwrite(run, _worth_keeping(run))
+            if made and settings.stage not in TRAINING and not _worth_keeping(run):  # nothing here to go on with
+                shutil.rmtree(run, ignore_errors=True)
             raise
-        if parallel.is_main():
-            _end_overwrite(run, keep=True)
+        _end_overwrite(run, keep=True)
 
 
 def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) -> int:
-    """Readies the directory of a new run, or of one that goes on; returns the step to go on from."""
+    """Readies the directory of a run, new or resumed; returns the step to go on from. InputError if that would go on
+    with other rows or other weights than it was started with."""
     _end_overwrite(run, _worth_keeping(run))  # of a process that was killed
-    check_name(settings)
-    files = what_is_read(inputs, parent) if parent else {}
+    files = {}  # that decide what a training run does
+    if parent:
+        weights = {file for folder in (parent, base_directory(parent)) for file in folder.glob("*.safetensors")}
+        files = inputs.files | {"model": sorted(weights)}
     if getattr(settings, "resume", False):
         remove_leftovers(run)
-        check_unchanged(run, files)
+        file = run / "run.json"
+        before = read_fields(read_json(file), {"read": dict | None}, file)["read"] or {}
+        for name, paths in files.items():
+            if name in before and sha256(*paths) != before[name]:
+                raise InputError(f"{paths[0]} has changed since {run} was started; put it back, or start another run")
         return max(steps_saved(run), default=0)
+    check_name(settings)
     if (run / "run.json").exists():
         os.replace(run, _set_aside(run))
     run.mkdir(parents=True, exist_ok=True)
     if (card := _set_aside(run) / "README.md").exists():  # a person may have changed it; if not, the new run's replaces it
         shutil.copyfile(card, run / card.name)
     remove_leftovers(run)
-    read = write_inputs(run, inputs, files) if inputs else {}
+    if inputs:
+        write_inputs(run, inputs)
+    read = {name: sha256(*paths) for name, paths in files.items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ranks": parallel.size()}
     stored = asdict(settings)
     if parallel.size() > 1:
@@ -109,8 +109,6 @@ def _make_directory(settings: Any, run: Path, inputs: Any, parent: Path | None) 
 def check_name(settings: Any) -> None:
     """InputError if the run's directory may not be made, since it holds another run or other files."""
     run = Path(settings.out) / settings.name
-    if getattr(settings, "resume", False):
-        return
     if (run / "run.json").exists():
         if not settings.overwrite:
             goes_on = settings.stage in TRAINING and recorded(run, "stage") == settings.stage
@@ -181,34 +179,15 @@ def remove_leftovers(run: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def what_is_read(inputs: Any, parent: Path) -> dict[str, list[Path]]:
-    """The files that decide what a training run does, by what they hold."""
-    return inputs.files | {"model": sorted({*parent.glob("*.safetensors"), *base_directory(parent).glob("*.safetensors")})}
-
-
-def check_unchanged(run: Path, files: dict[str, list[Path]]) -> None:
-    """InputError if a run to be resumed would go on with other rows or other weights than it was started with."""
-    file = run / "run.json"
-    before = read_fields(read_json(file), {"read": dict | None}, file)["read"] or {}
-    for name, paths in files.items():
-        if name in before and sha256(*paths) != before[name]:
-            raise InputError(
-                f"{paths[0]} has changed since {run} was started; put it back, or start another run with another --name"
-            )
-
-
-def write_inputs(run: Path, inputs: Any, files: dict[str, list[Path]]) -> dict[str, str]:
-    """Notes what became of a training stage's rows: questions.json, ledger.json, held_out.jsonl with its truth. Returns the
-    SHA-256 of the files."""
+def write_inputs(run: Path, inputs: Any) -> None:
+    """Notes what became of a training stage's rows: questions.json, ledger.json, held_out.jsonl with its truth."""
     by_where = {row.where: row for row in inputs.rows}
     seen = {_short(question_key(by_where[example.where])) for example in inputs.train}
     held_out = [by_where[example.where] for example in inputs.held_out]
-    digests = {name: sha256(*paths) for name, paths in files.items()}
+    write_truth(run / "held_out.jsonl", held_out)
     write_json(run / "questions.json", {"trained on": sorted(seen)})
     write_json(run / "ledger.json", {name: asdict(ledger) for name, ledger in inputs.ledgers.items()})
     write_jsonl(run / "held_out.jsonl", [row.raw for row in held_out])
-    write_truth(run / "held_out.jsonl", held_out)
-    return digests
 
 
 def resume_command(settings: Any) -> str:
@@ -234,13 +213,11 @@ def resumed_settings(command: Command) -> Any:
     if stored.stage != asked.stage:
         way_out = "give that stage to resume it" if stored.stage in TRAINING else "it cannot be resumed; give another --name"
         raise InputError(f"{run} is a run of --stage {stored.stage}; {way_out}")
-    for name in sorted(command.origins):
+    for name in sorted(name for name, layer in command.origins.items() if layer == "flag"):
         old, new = getattr(stored, name), getattr(asked, name)
-        if name in command.typed and name not in ("resume", "out", "device") and old != new:
-            raise InputError(
-                f"{run} was started with {name} = {old}, now {flag_name(name)} {new}: a resumed run keeps "
-                "its settings. Leave the flag out, or start another run with another --name."
-            )
+        if name not in ("resume", "out", "device") and old != new:
+            now = f"{run} was started with {name} = {old}, now {flag_name(name)} {new}"
+            raise InputError(f"{now}: a resumed run keeps its settings. Leave the flag out, or give another --name.")
     device = asked.device or stored.device
     return replace(stored, resume=True, overwrite=False, out=asked.out, name=asked.name, device=device)
 
@@ -253,22 +230,22 @@ def checkpoint(run: Path, state: dict, chat: ChatML) -> Iterator[Path]:
     """Yields a directory for model and optimizer, which becomes checkpoints/step-N, complete or not at all. `state`: the
     loop's counters, of which "step" is N. All ranks enter; the main one writes."""
     path = checkpoint_directory(run, state["step"])
-    with whole_directory(path) if parallel.is_main() else contextlib.nullcontext(path) as directory:
-        if parallel.is_main():
-            chat.save(directory)
+    if not parallel.is_main():
+        yield path
+        return
+    with whole_directory(path) as directory:
+        chat.save(directory)
         yield directory
-        if parallel.is_main():
-            write_json(directory / "state.json", state)
+        write_json(directory / "state.json", state)
 
 
 def read_state(checkpoint: Path) -> dict:
     """The loop's counters in a checkpoint, checkpoints/step-N; InputError if they are not such, or not of step N."""
-    file, kinds = checkpoint / "state.json", {"step": int, "best_step": int | None, "evaluations_since_best": int}
-    raw = read_json(file)
-    state = read_fields(raw, kinds, file) | {"best_value": raw.get("best_value")}
-    if checkpoint.name != f"step-{state['step']}" or not isinstance(state["best_value"], int | float | None):
-        found = f"step {state['step']}, best value {state['best_value']!r:.60}"
-        raise InputError(f"{file}: {found}; delete {checkpoint} to go on from the checkpoint before")
+    file = checkpoint / "state.json"
+    kinds = {"step": int, "best_step": int | None, "best_value": int | float | None, "evaluations_since_best": int}
+    state = read_fields(read_json(file), kinds, file)
+    if checkpoint.name != f"step-{state['step']}":
+        raise InputError(f"{file}: is of step {state['step']}; delete {checkpoint} to go on from the checkpoint before")
     return state
 
 
@@ -293,9 +270,8 @@ def publish(run: Path, step: int) -> None:
     """Copies the model of checkpoint `step` to the run's own directory."""
     for pattern in MODEL_FILES:
         for file in checkpoint_directory(run, step).glob(pattern):
-            if file.name != "optimizer.safetensors":
-                with whole_file(run / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+            with whole_file(run / file.name) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 # ------------------------------------------------------------------------------------------------- while the loop runs
@@ -327,9 +303,6 @@ class Record:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
 
-    def say(self, line: str) -> None:
-        self.bar.write(line)
-
 
 @contextlib.contextmanager
 def recording(run: Path, what: str, start: int, total: int) -> Iterator[Record]:
@@ -338,7 +311,7 @@ def recording(run: Path, what: str, start: int, total: int) -> Iterator[Record]:
 
     board = contextlib.nullcontext()
     if parallel.is_main():
-        truncate_metrics(run, start)
+        write_jsonl(run / "metrics.jsonl", [row for row in read_metrics(run) if row["step"] <= start])
         board = SummaryWriter(str(run / "tb"), purge_step=start + 1)
     pause = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: in a file each is a line
     shown = dict(desc=what, unit="step", mininterval=pause, disable=not parallel.is_main())
@@ -362,7 +335,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         first = lambda: received[0] if received else 0  # noqa: E731
-        yield (lambda: int(parallel.largest(first()))) if parallel.size() > 1 else first
+        yield (lambda: max(parallel.gather(first()))) if parallel.size() > 1 else first
     except RuntimeError:
         if parallel.size() > 1:  # torchrun now stops the ranks that are left with SIGTERM; they must still say why they end
             previous[signal.SIGTERM] = signal.SIG_IGN
@@ -377,16 +350,11 @@ def read_metrics(run: Path) -> list[dict]:
     path, rows = run / "metrics.jsonl", []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
-            rows.append(json_object(line))
+            rows.append(json.loads(line))
             read_fields(rows[-1], {"step": int}, "the line")
         except ValueError as error:
             raise InputError(f"{path}:{number}: not a line of metrics ({error}); remove it") from None
     return rows
-
-
-def truncate_metrics(run: Path, step: int) -> None:
-    """Drops what was logged after `step`: those steps will run again."""
-    write_jsonl(run / "metrics.jsonl", [row for row in read_metrics(run) if row["step"] <= step])
 
 
 # ---------------------------------------------------------------------------------- what is known about a model's directory
@@ -399,28 +367,27 @@ def recorded(run: Path, name: str) -> Any:
     return raw.get(name, inner.get(name) if isinstance(inner, dict) else None)
 
 
+def lineage(run: Path) -> list[Path]:
+    """The runs that a model went through, the last one first, as each one's run.json names the model before."""
+    found: list[Path] = []
+    while (run / "run.json").exists() and run not in found:
+        found.append(run)
+        run = Path(str(recorded(run, "model")))
+    return found
+
+
 def training_run(directory: Path) -> Path | None:
     """The run that tuned a model: its own directory or, if it was quantized from another, that one's; None if neither is."""
-    seen = set()
-    while (directory / "run.json").exists() and directory.resolve() not in seen:
-        if recorded(directory, "stage") in TRAINING:
-            return directory
-        seen.add(directory.resolve())
-        directory = parent_of(directory) or Path()
-    return None
-
-
-def parent_of(run: Path) -> Path | None:
-    """The model that a run was made from, as its results.json names it; None if that is not known."""
-    parent = read_json(run / "results.json").get("parent") if (run / "results.json").exists() else None
-    return Path(parent) if isinstance(parent, str) and parent else None
+    return next((run for run in lineage(directory) if recorded(run, "stage") in TRAINING), None)
 
 
 def tuned_from(directory: Path) -> Path | None:
     """The model that a model was tuned from, which rewards are measured from; None if that is not recorded or gone."""
     run = training_run(directory)
-    parent = run and parent_of(run)
-    return parent if parent and ((parent / "config.json").exists() or is_adapter(parent)) else None
+    if run is None or not (run / "results.json").exists():
+        return None
+    parent = Path(str(read_json(run / "results.json").get("parent")))
+    return parent if (parent / "config.json").exists() or is_adapter(parent) else None
 
 
 def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
@@ -437,10 +404,8 @@ def load_chat(directory: Path, system_prompt: str | None = None) -> ChatML:
     rows = read_fields(read_json(config), {"vocab_size": int}, config)["vocab_size"]
     largest = max(chat.tokenizer.get_vocab().values())
     if largest >= rows:
-        raise InputError(
-            f"{directory}: the tokenizer does not fit the model: its ids reach {largest:,}, the model's embedding has "
-            f"{rows:,} rows. Is tokenizer.json another model's?"
-        )
+        found = f"its ids reach {largest:,}, the model's embedding has {rows:,} rows"
+        raise InputError(f"{directory}: the tokenizer does not fit the model: {found}")
     return chat
 
 

@@ -38,9 +38,10 @@ DROPOUT = ("must lie in [0, 1)", 0, 1, "[)")
 FLIP_RATE = ("is a flip rate, in [0, 0.5); at 0.5 the labels say nothing", 0, 0.5, "[)")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] = (), limit: tuple | None = None) -> Any:
+def setting(default: Any, help: str, choices: tuple = (), limit: tuple | None = None, some: tuple = ()) -> Any:
+    """A field with its help. `choices`: its value is one of them; `some`: it names some of them, with commas between."""
     value = {"default_factory": list} if default == [] else {"default": default}
-    return field(**value, metadata={"help": help, "choices": choices, "limit": limit})
+    return field(**value, metadata={"help": help, "choices": choices, "limit": limit, "some": some})
 
 
 # ---------------------------------------------------------------------------------------------------------- shared parts
@@ -122,9 +123,7 @@ class Optimizer:
 class Memory:
     """memory"""
 
-    preset: str | None = setting(
-        None, "settings for a GPU of that size, or those of the report", ("report", "8gb", "24gb", "80gb")
-    )
+    preset: str | None = setting(None, "settings for a GPU of that size", ("8gb", "24gb", "80gb"))
     micro_batch_size: int = setting(4, "examples per forward pass", limit=POSITIVE)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
     compile: bool = setting(False, "fuse each block's operations with torch.compile")
@@ -138,7 +137,7 @@ class Adapters:
     lora: int | None = setting(None, "train adapters of this rank instead of all weights", limit=POSITIVE)
     lora_alpha: float | None = setting(None, "scale the adapters' output by ALPHA / RANK (default: RANK)", limit=POSITIVE)
     lora_dropout: float = setting(0.0, "dropout on an adapter's inputs while training", limit=DROPOUT)
-    lora_targets: str | None = setting(None, "layers to adapt, such as q_proj,v_proj (default: all but the output layer)")
+    lora_targets: str | None = setting(None, "layers to adapt, as q_proj,fc1 (default: all but lm_head)", some=LINEAR_LAYERS)
     base: str | None = setting(None, "number format of the frozen weights (default: fp32)", PRECISIONS)
 
 
@@ -217,6 +216,7 @@ class Dpo(Preference, Adapters, Tuning):
 
     stage: ClassVar[str] = "dpo"
     objective: ClassVar[str] = "dpo"
+    preset: str | None = setting(None, "settings of the report or for a GPU of that size", ("report", "8gb", "24gb", "80gb"))
 
 
 @dataclass
@@ -236,6 +236,7 @@ class Qat(Format, Preference, Tuning):
     lora: ClassVar[None] = None
     lora_dropout: ClassVar[float] = 0.0
     base: ClassVar[None] = None
+    preset: str | None = setting(None, "settings for a GPU of that size", ("80gb",))
     objective: str = setting("sft", "the loss to minimize", ("sft", "dpo"))
 
 
@@ -283,7 +284,7 @@ class Eval(RunningModel, BadRows, Asking, Run):
     data: str | None = setting(None, "rows to measure on, as for --train (default: what the model's run held out)")
     letter_only: bool = setting(False, "multiple choice: answer with the letter alone, without explaining first")
     micro_batch_size: int = setting(16, "examples per forward pass", limit=POSITIVE)
-    precisions: str | None = setting(None, "number formats to measure one model in, such as fp32,int8,nf4-double")
+    precisions: str | None = setting(None, "formats to measure one model in, such as fp32,nf4", some=(*PRECISIONS, *GGUF))
     reference_model: str | None = setting(None, "model that rewards are measured from (default: its parent)")
     beta: float = setting(0.1, "beta of the DPO loss", limit=POSITIVE)
     eps: float | None = setting(None, "share of flipped labels that debiased accuracy assumes", limit=FLIP_RATE)
@@ -298,6 +299,7 @@ class Sweep(Dpo):
     """Compare the settings of DPO runs"""
 
     stage: ClassVar[str] = "sweep"
+    preset: str | None = setting(None, "make the runs of the report instead of those of a grid", ("report",))
     grid: list[str] = setting([], "FLAG=VALUES to try, one flag at a time, such as beta=0.1,0.3")
     seeds: int = setting(1, "runs of each setting, with seeds SEED, SEED + 1, ...", limit=POSITIVE)
     data: str | None = setting(None, "test pairs, as for --train (default: questions set aside from --train)")
@@ -321,8 +323,8 @@ TRAINING = ("sft", "dpo", "mcq", "qat")
 # ----------------------------------------------------------------------------------------------- the layers of defaults
 
 SFT_DEFAULTS = dict(model="demo", warmup_steps=20, epochs=1, eval_every=200, samples=3)
-DEFAULTS = dict.fromkeys(("sft", "mcq", "qat"), SFT_DEFAULTS)
-DEFAULTS |= {"dpo": dict(model="demo"), "sweep": dict(model="demo", samples=0)}
+DEFAULTS = dict.fromkeys(("sft", "qat"), SFT_DEFAULTS)
+DEFAULTS |= {"mcq": SFT_DEFAULTS | dict(model=None), "dpo": dict(model="demo"), "sweep": dict(model="demo", samples=0)}
 
 # fmt: off
 # Chosen by trial until the demo's answers improved.

@@ -57,15 +57,12 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], kind: str
     downloaded once and then found in the cache, also offline. `kind`: "model" or "dataset"."""
     from huggingface_hub import errors, snapshot_download
 
-    before, after = (
-        (f"no such directory in {Path.cwd()}, and ", "") if kind == "model" else ("", "; --sources also takes NAME=PATH")
-    )
     reasons = {  # the first that fits: a gated repository is also one that is not found
         errors.HFValidationError: "no such directory, and not a hub name, which looks like microsoft/phi-2",
         errors.GatedRepoError: "the repository asks for its terms to be accepted on its page, and for HF_TOKEN",
         errors.RepositoryNotFoundError: "no such directory here and no such repository on the hub (private: set HF_TOKEN)",
         errors.RevisionNotFoundError: f"the repository has no revision {revision!r}",
-        errors.LocalEntryNotFoundError: f"{before}the hub cannot be reached or refuses, and no complete copy is here{after}",
+        errors.LocalEntryNotFoundError: "no complete copy is here, and the hub cannot be reached or refuses; give a path",
     }
     try:
         return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns))
@@ -180,7 +177,16 @@ def match(module: nn.Module, directory: Path) -> Checkpoint:
         quantized[layer] = {name.removeprefix(f"{layer}."): stored.pop(name) for name in names}
         if parameters.pop(f"{layer}.weight", None) is None or not isinstance(module.get_submodule(layer), nn.Linear):
             raise InputError(f"{directory}: {layer} is stored quantized, but the config has no such linear layer")
-    check_stored(stored, parameters, directory)
+    for name, tensor in stored.items():
+        label = f"{tensor.file}: tensor {tensor.key!r}"
+        if name not in parameters:
+            raise InputError(f"{tensor.file}: unexpected tensor {tensor.key!r}; the config names no such parameter")
+        if tensor.shape != parameters[name].shape:
+            raise InputError(f"{label} has shape {list(tensor.shape)}, the config needs {list(parameters[name].shape)}")
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{label} holds {tensor.dtype}, not floating-point weights")
+    if missing := [name for name in parameters if name not in stored]:
+        raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {missing[0]!r}")
     settings, config = {}, directory / "config.json"
     if quantized:
         settings = read_fields(read_json(config), {"quantization_config": dict}, config)["quantization_config"]
@@ -189,12 +195,7 @@ def match(module: nn.Module, directory: Path) -> Checkpoint:
 
 @torch.no_grad()
 def load_weights(
-    module: nn.Module,
-    directory: Path,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    to: str | None = None,
-    block: int = 64,
+    module: nn.Module, directory: Path, dtype=torch.float32, device: str = "cpu", to: str | None = None, block: int = 64
 ) -> None:
     """Fills a module, in place, from a checkpoint, after checking every name, shape and kind (InputError).
 
@@ -223,20 +224,6 @@ def load_weights(
             module.set_submodule(layer, quantize_layer(tensor, parent.bias, to, block, where))
         else:
             setattr(parent, leaf, nn.Parameter(tensor))
-
-
-def check_stored(stored: dict[str, Stored], wanted: dict[str, Tensor], directory: Path) -> None:
-    """InputError if the tensors of a checkpoint are not those that are wanted, in name, shape and kind."""
-    for name, tensor in stored.items():
-        if name not in wanted:
-            raise InputError(f"{tensor.file}: unexpected tensor {tensor.key!r}; the config names no such parameter")
-        label = f"{tensor.file}: tensor {tensor.key!r}"
-        if tensor.shape != wanted[name].shape:
-            raise InputError(f"{label} has shape {list(tensor.shape)}, the config needs {list(wanted[name].shape)}")
-        if tensor.dtype not in DTYPES:
-            raise InputError(f"{label} holds {tensor.dtype}, not floating-point weights")
-    if missing := [name for name in wanted if name not in stored]:
-        raise InputError(f"{directory}: {len(missing)} tensors are missing, the first {missing[0]!r}")
 
 
 def save_weights(module: nn.Module, directory: Path, config: dict) -> None:
@@ -321,11 +308,8 @@ def layer_from_tensors(tensors: dict[str, Tensor], plain: nn.Linear, settings: d
         raise InputError("its int8 weight is not in bitsandbytes' row format, the only one that is read")
     if list(codes.shape) != expected:
         raise InputError(f"it holds a matrix of {list(codes.shape)}, the config needs {expected}")
-    if (
-        set(tensors) - {"weight", "SCB", "weight_format"}
-        or scale.shape != codes.shape[:1]
-        or scale.dtype not in DTYPES.values()
-    ):
+    more = set(tensors) - {"weight", "SCB", "weight_format"}
+    if more or scale.shape != codes.shape[:1] or scale.dtype not in DTYPES.values():
         found = f"scales {list(scale.shape)} {_name(scale.dtype)} for {expected} codes in {sorted(tensors)}"
         raise InputError(f"damaged int8 weight: {found}")
     known = {"llm_int8_threshold": int | float | None, "weight_only": bool | None}
@@ -418,11 +402,8 @@ FIXED = {"hidden_act": "gelu_new", "tie_word_embeddings": False, "qk_layernorm":
 def config_from(cls: type, raw: dict, where: str):
     """A dataclass of numbers, with `other` for all other fields, from the content of Phi's config.json, as any version of
     transformers writes it. InputError if it describes another network."""
-    if raw.get("model_type") == "phi-msft":
-        told = "convert it with transformers 4 (convert_phi_weights_to_hf.py)"
-        raise InputError(f"{where}: this is the format that Phi-2 had before January 2024; {told}")
     if raw.get("model_type") != "phi":
-        raise InputError(f"{where}: model_type is {raw.get('model_type')!r:.60}, not 'phi': this is not a Phi-1/1.5/2 model")
+        raise InputError(f"{where}: model_type is {raw.get('model_type')!r:.60}, not 'phi', the one kind that is read here")
     config = {name: value for name, value in raw.items() if name != "quantization_config" or value is not None}
     read_fields(config, {"quantization_config": dict | None, "torch_dtype": str | None, "dtype": str | None}, where)
     for field in ("rope_parameters", "rope_scaling"):

@@ -11,7 +11,8 @@ import generate as generate_file
 from data import ChatML, load_tokenizer
 from generate import BUCKET, KVCache, RecordedStep, generate, rows_that_fit, sample, sample_answers, stream
 from model import Phi, PhiConfig
-from quant import quantize_model
+from quant import quantize_layer, quantize_model
+from quant_kernels import output_logits
 from runtime import memory
 
 
@@ -201,6 +202,17 @@ def test_cached_generation_equals_the_uncached_argmax_loop(key_value_heads):
     assert generate(model, [PROMPTS[0], PROMPTS[3]], 12) == [expected[0], expected[3]]  # equal lengths
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_the_output_layer_of_a_few_rows_gives_the_same_logits(rows):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(24, 300), torch.randn(rows, 24)
+    torch.testing.assert_close(output_logits(x, layer), x @ layer.weight.T + layer.bias)
+    held = quantize_layer(layer.weight, layer.bias, "int8")
+    assert output_logits(x, held).equal(held(x)), "a quantized layer has a product of its own"
+    layer.bfloat16()
+    assert output_logits(x.bfloat16(), layer).equal(layer(x.bfloat16()))
+
+
 def test_generation_ends_before_the_first_stop_token():
     model = make_phi()
     free = generate(model, PROMPTS, 12)
@@ -316,7 +328,7 @@ def test_a_stream_computes_a_step_when_asked_and_may_be_left_early(monkeypatch):
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_consumer_of_a_stream_keeps_its_own_mode(grad):
     model, modes = make_phi(), []
-    model.lm_head.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    model.model.final_layernorm.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     with torch.set_grad_enabled(grad):
         for _ in stream(model, PROMPTS, 4):
             assert torch.is_grad_enabled() is grad and not torch.is_inference_mode_enabled()

@@ -124,15 +124,12 @@ def test_our_step_starts_from_no_gradient_and_a_margin_of_0(tmp_path):
     assert torch.equal(model.lm_head.weight.grad, first) and first.abs().max() > 0
 
 
-def test_steps_that_differ_are_not_timed(capsys):
+def test_steps_that_differ_are_not_timed():
     same = (1.0, {"w": torch.ones(2)})
     training.same_steps(same, same, 1e-5)
-    with pytest.raises(InputError, match="do not compute the same step"):
-        training.same_steps(same, (1.0, {"w": torch.full((2,), 1.1)}), 1e-5)
-    with pytest.raises(InputError, match="do not compute the same step"):
-        training.same_steps(same, (1.1, {"w": torch.ones(2)}), 1e-5)
-    with pytest.raises(InputError, match="different parameters"):
-        training.same_steps(same, (1.0, {"v": torch.ones(2)}), 1e-5)
+    for other in ((1.0, {"w": torch.full((2,), 1.1)}), (1.1, {"w": torch.ones(2)}), (1.0, {"v": torch.ones(2)})):
+        with pytest.raises(AssertionError, match="do not compute the same step|keys of the mappings"):
+            training.same_steps(same, other, 1e-5)
 
 
 PEERS = ("transformers", "trl", "peft", "bitsandbytes", "datasets", "xllamacpp")
@@ -225,12 +222,7 @@ def test_the_gpu_cases_print_a_line_of_json_for_each_row(capfd):
 
 def test_a_peer_that_is_left_out_is_not_started():
     """Its function is never called: this one would end the process."""
-    both, why = timing.both_alone(ours_alone, "TRL", "left out by --quick", "cpu")
-    assert both == ["ours", None] and why == "TRL: left out by --quick"
-
-
-def ours_alone(contender):
-    return contender if contender == "ours" else os._exit(1)
+    assert timing.attempt(os._exit, 1, unless="left out by --quick") == (None, "left out by --quick")
 
 
 def test_what_fails_alone_is_an_error_of_one_line():
@@ -240,9 +232,10 @@ def test_what_fails_alone_is_an_error_of_one_line():
 
 @pytest.mark.slow
 def test_a_worker_says_in_one_line_why_it_failed():
-    result, why = timing.in_worker(timing.exponent, sizes=[1], costs=[2])
-    assert result is None and why.startswith("StatisticsError")
-    assert timing.in_worker(os._exit, status=1) == (None, "its process was killed; out of memory?")
+    with pytest.raises(InputError, match="^StatisticsError"):
+        timing.in_worker(timing.exponent, sizes=[1], costs=[2])
+    with pytest.raises(InputError, match="its process was killed; out of memory"):
+        timing.in_worker(os._exit, status=1)
 
 
 def test_the_peak_is_that_of_the_run_alone():

@@ -60,7 +60,7 @@ def test_the_best_of_a_grid_must_be_better_than_each_of_the_others():
     default.name, default.point = "defaults", {}
     assert verdicts(default, worse)[said] == (
         "held",
-        "defaults 70.0% (70.0 to 70.0); best of the others: beta=0.6 60.0% (60.0 to 60.0)",
+        "defaults 70.0% (70.0 to 70.0); beta=0.6 60.0% (60.0 to 60.0)",
     )
     assert verdicts(default, worse, near)[said][0] == "cannot be told"
     assert verdicts(default, worse, near, best)[said][0] == "did not hold"

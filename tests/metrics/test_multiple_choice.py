@@ -7,16 +7,7 @@ import pytest
 import torch
 
 from data import ChatML, Example, load_tokenizer
-from metrics.multiple_choice import (
-    Choices,
-    bias_by_chance,
-    parse_choice,
-    parse_letter,
-    position_bias,
-    score_options,
-    summary,
-    unanswered,
-)
+from metrics.multiple_choice import bias_by_chance, parse_choice, parse_letter, position_bias, score_options, summary
 from model import Phi
 
 
@@ -135,36 +126,41 @@ def test_scores_equal_a_plain_forward_pass_for_each_option(tiny):
         texts = [logprob(model, e.prompt, chat.reply(text)) for text in options]
         per_char = [score / len(text) for score, text in zip(texts, options, strict=True)]
         for name, scores in (("letter", letters), ("summed", texts), ("per char", per_char)):
-            assert scored.picks[name][i] == scores.index(max(scores))
+            assert scored[name][i] == scores.index(max(scores))
     for size in (1, 5):
         assert score_options(model, examples, chat, size, "cpu", "fp32") == scored
 
 
 RIGHT = [0, 1, 2, 3]
-LETTERS = Choices(RIGHT, [4, 4, 4, 2], ["x", "x", "y", "x"], {"letter": [0, 0, 0, 0]})
-ANSWERS = Choices(RIGHT, [4, 4, 4, 2], ["x", "x", "y", "x"], {"generated": [0, 1, None, None]})
+
+
+def question(answer, options=4, **raw):
+    return Example([1], [[2]], choices=["x"] * options, answer=answer, raw=raw)
+
+
+QUESTIONS = [question(0, topic="x"), question(1, topic="x"), question(2, topic="y"), question(3, 2, topic="x")]
+ALWAYS_A = {"letter": [0, 0, 0, 0]}
 
 
 def test_accuracies_chance_and_topics():
-    made = summary(LETTERS, ANSWERS)
+    made = summary(QUESTIONS, ALWAYS_A, QUESTIONS, ["A", "B", "no", "no"])
     assert made["choices"]["letter"].value == 0.25 and made["choices"]["generated"].value == 0.5
     assert made["choices"]["chance"] == pytest.approx((3 * 0.25 + 0.5) / 4) and made["choices"]["invalid"].value == 0.5
     assert list(made["by topic"]) == ["x", "y"]  # the largest first
     assert made["by topic"]["x"].value == pytest.approx(1 / 3) and made["by topic"]["y"].value == 0
-    assert set(summary(LETTERS, None)["choices"]) == {"letter", "chance", "position bias", "bias by chance"}
+    assert set(summary(QUESTIONS, ALWAYS_A, [], [])["choices"]) == {"letter", "chance", "position bias", "bias by chance"}
 
 
 def test_the_topic_goes_by_two_names():
-    named = [{"topic": "Physics", "subject": "x"}, {"topic": "", "subject": "Biology"}, {}]
-    examples = [Example([1], [[2]], choices=["a", "b"], answer=0, raw=extra) for extra in named]
-    assert unanswered(examples, ()).topics == ["Physics", "Biology", "Unknown"]
+    named = [question(0, topic="Physics", subject="x"), question(0, topic="", subject="Biology"), question(0)]
+    assert list(summary(named, {"letter": [0, 0, 0]}, [], [])["by topic"]) == ["Physics", "Biology", "Unknown"]
 
 
 def test_position_bias():
     assert position_bias([0, 0, 0, 0], RIGHT) == 0.75  # always A, which is right in a quarter
     assert position_bias([1, 0], [0, 1]) == 0  # always wrong, but without a habit
     assert position_bias([0, 0, 1, 2], [0, 0, 0, 1]) == 0.25  # 2, 1, 1 of four beside 3, 1, 0
-    assert summary(LETTERS, None)["choices"]["position bias"] == 0.75
+    assert summary(QUESTIONS, ALWAYS_A, [], [])["choices"]["position bias"] == 0.75
 
 
 def test_position_bias_by_chance():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data import Example, Truth
+from dpo import margin
 from metrics.preferences import flips, measure_baselines, measure_rewards, training_summary
 
 # log-probabilities of chosen and rejected: margins over the reference are 2, -1 and 0
@@ -16,7 +17,7 @@ FLIPPED = torch.tensor([False, True, False])
 
 
 def test_rewards_by_hand():
-    made = measure_rewards(POLICY, REFERENCE, LENGTHS, FLIPPED, eps=0.1, beta=0.5)
+    made = measure_rewards(margin(POLICY, REFERENCE)[None], FLIPPED, 0.1, 0.5, LENGTHS)
     assert made["reward accuracy"].value == pytest.approx(1 / 3)  # 2 > 0; -1 is not, and neither is the tie
     assert made["ties"].value == pytest.approx(1 / 3)
     assert made["debiased accuracy"].value == pytest.approx((1 / 3 - 0.1) / 0.8)
@@ -38,7 +39,7 @@ def test_baselines_by_hand():
 
 
 def test_what_does_not_apply_is_left_out():
-    made = measure_rewards(POLICY, POLICY, LENGTHS[:, :1].expand(3, 2), None, eps=None, beta=1.0)
+    made = measure_rewards(margin(POLICY, POLICY)[None], None, None, 1.0)
     # A model that is its own reference has no margin, so nothing says how noisy the labels are.
     assert not {"debiased accuracy", "clean accuracy", "flip rate"} & set(made)
     assert made["ties"].value == 1 and made["reward accuracy"].value == 0
@@ -56,8 +57,8 @@ def test_the_table_of_a_training_run_shows_the_same_numbers():
 
 def test_the_order_of_the_pairs_changes_nothing():
     order = torch.tensor([2, 0, 1])
-    a = measure_rewards(POLICY, REFERENCE, LENGTHS, FLIPPED, 0.1, 0.5)
-    b = measure_rewards(POLICY[order], REFERENCE[order], LENGTHS[order], FLIPPED[order], 0.1, 0.5)
+    a = measure_rewards(margin(POLICY, REFERENCE)[None], FLIPPED, 0.1, 0.5, LENGTHS)
+    b = measure_rewards(margin(POLICY[order], REFERENCE[order])[None], FLIPPED[order], 0.1, 0.5, LENGTHS[order])
     assert {k: v.value for k, v in a.items()} == pytest.approx({k: v.value for k, v in b.items()})
 
 

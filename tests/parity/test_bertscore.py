@@ -71,23 +71,22 @@ def theirs(request, tmp_path_factory):
 
 @pytest.mark.parametrize("layers", [1, 3, None])
 @torch.no_grad()
-def test_embeddings_are_the_hidden_states_of_that_layer_in_a_batch_of_any_size(theirs, layers):
+def test_embeddings_are_the_hidden_states_of_that_layer(theirs, layers):
     network, directory = theirs
     model, tokenizer = load_encoder(directory, layers, "cpu")
-    for batch_size in (1, 3, 8):
-        embedded = embed([*TEXTS, "", "cat " * POSITIONS], model, tokenizer, batch_size)
-        assert max(len(x) for x, _ in embedded.values()) == POSITIONS - 2
-        for text, (x, _) in embedded.items():
-            spaced = " " + text.strip() if network.config.model_type == "roberta" and text else text.strip()
-            ids = tokenizer(spaced, truncation=True, return_tensors="pt")["input_ids"]
-            states = network(ids, output_hidden_states=True).hidden_states[-1 if layers is None else layers]
-            torch.testing.assert_close(x, states[0], rtol=1e-5, atol=1e-5)
+    for text in [*TEXTS, "", "cat " * POSITIONS]:
+        x, _ = embed(text, model, tokenizer)
+        spaced = " " + text.strip() if network.config.model_type == "roberta" and text else text.strip()
+        ids = tokenizer(spaced, truncation=True, return_tensors="pt")["input_ids"]
+        states = network(ids, output_hidden_states=True).hidden_states[-1 if layers is None else layers]
+        torch.testing.assert_close(x, states[0], rtol=1e-5, atol=1e-5)
+    assert len(x) == POSITIONS - 2
 
 
 def test_scores_with_a_random_network_are_equal(theirs):
     _, directory = theirs
     candidates, references = [*TEXTS, "cat " * 50], [*TEXTS[1:], "cats", "cat " * 49]
-    ours = bert_score(candidates, references, *load_encoder(directory, 2, "cpu"), 4)
+    ours = bert_score(candidates, references, *load_encoder(directory, 2, "cpu"))
     scores = peer.score(candidates, references, model_type=str(directory), num_layers=2, nthreads=0, device="cpu")
     torch.testing.assert_close(ours, scores[2], rtol=0, atol=1e-5)
 
@@ -97,29 +96,27 @@ def test_the_layers_are_those_that_the_package_recommends():
 
 
 def test_scores_depend_on_the_two_texts_alone(theirs):
-    """Not on the batch size, the neighbours, or which text is called the reference."""
+    """Not on the neighbours, or which text is called the reference."""
     encoder = load_encoder(theirs[1], 3, "cpu")
     candidates, references = [*TEXTS, TEXTS[0]], [*TEXTS[1:], "a", TEXTS[0]]
-    one = bert_score(candidates, references, *encoder, 1)
+    one = bert_score(candidates, references, *encoder)
     assert one.dtype == torch.float32 and one[:-1].max() < 0.999 and one[-1].item() == pytest.approx(1)
-    for batch_size in (2, 100):
-        torch.testing.assert_close(bert_score(candidates, references, *encoder, batch_size), one, rtol=0, atol=1e-5)
-    back = bert_score(references[::-1], candidates[::-1], *encoder, 4)
+    back = bert_score(references[::-1], candidates[::-1], *encoder)
     torch.testing.assert_close(back.flip(0), one, rtol=0, atol=1e-5)
     with pytest.raises(ValueError):
-        bert_score(["a", "the"], ["a"], *encoder, 4)
+        bert_score(["a", "the"], ["a"], *encoder)
 
 
 def test_special_tokens_do_not_count_and_an_empty_text_scores_0(theirs):
     encoder = load_encoder(theirs[1], 3, "cpu")
     texts = ["the mat", "</s> mat"]
-    (x, x_counts), (y, y_counts) = (embed(texts, *encoder, 2)[text] for text in texts)
+    (x, x_counts), (y, y_counts) = (embed(text, *encoder) for text in texts)
     assert x_counts.tolist() == [False, *[True] * (len(x) - 2), False]
     assert not y_counts[[0, -1]].any() and (~y_counts).sum() == 3 and y_counts.any()
     expected = greedy_match(x, y, x_counts, y_counts)
-    torch.testing.assert_close(bert_score(texts[:1], texts[1:], *encoder, 4)[0], expected)
-    assert bert_score(["", "the cat", " \n"], ["the cat", "", ""], *encoder, 4).tolist() == [0, 0, 0]
-    assert bert_score([], [], *encoder, 4).shape == (0,)
+    torch.testing.assert_close(bert_score(texts[:1], texts[1:], *encoder)[0], expected)
+    assert bert_score(["", "the cat", " \n"], ["the cat", "", ""], *encoder).tolist() == [0, 0, 0]
+    assert bert_score([], [], *encoder).shape == (0,)
 
 
 def test_an_evaluation_uses_the_layers_that_belong_to_the_models_name(tiny, theirs, tmp_path, monkeypatch):
@@ -131,7 +128,7 @@ def test_an_evaluation_uses_the_layers_that_belong_to_the_models_name(tiny, thei
     rows = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
     answers, references = [row["answers"][str(tiny)] for row in rows], [row["reference"] for row in rows]
     encoders = [load_encoder(directory, layers, "cpu") for layers in (1, None)]
-    first, last = (bert_score(answers, references, *encoder, 4).mean().item() for encoder in encoders)
+    first, last = (bert_score(answers, references, *encoder).mean().item() for encoder in encoders)
     (result,) = read_json(tmp_path / "e" / "eval.json")["results"]
     assert result["answers"]["BERTScore"]["value"] == pytest.approx(first) and abs(first - last) > 1e-3
 
@@ -200,4 +197,4 @@ def test_scores_with_a_trained_bert_are_equal(layers):
     scores = peer.score(candidates, references, **settings)
     model, tokenizer = load_encoder(MINILM, layers, "cpu")
     assert tokenizer.model_max_length == 512
-    torch.testing.assert_close(bert_score(candidates, references, model, tokenizer, 4), scores[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(bert_score(candidates, references, model, tokenizer), scores[2], rtol=0, atol=1e-5)

@@ -14,7 +14,8 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 import demo
 from data import LETTERS, ChatML, Ledger, encode, lengths_of, load_tokenizer
-from metrics.multiple_choice import accuracies, score_options
+from dpo import margin
+from metrics.multiple_choice import accuracy, score_options
 from metrics.preferences import measure_rewards
 from metrics.text import likelihood, similarity
 from model import Phi, all_logprobs
@@ -56,7 +57,7 @@ def test_reward_accuracy_and_margin_are_trl_s(models, tmp_path):
     theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
     tables = [all_logprobs(model, examples, 7, "cpu", "fp32", "") for model in (policy, reference)]
-    ours = measure_rewards(*tables, lengths_of(examples), None, 0.2, beta)
+    ours = measure_rewards(margin(*tables)[None], None, 0.2, beta)
     assert 0 < theirs["rewards/accuracies"] < 1
     assert ours["reward accuracy"].value == pytest.approx(theirs["rewards/accuracies"], abs=1e-6)
     assert beta * ours["margin"].value == pytest.approx(theirs["rewards/margins"], rel=1e-4)
@@ -71,16 +72,16 @@ def test_choices_are_those_of_transformers_log_probabilities(models):
     ]
     examples = examples_of([read_row("mcq", row) for row in rows], chat)
     scored = score_options(policy, examples, chat, 5, "cpu", "fp32")
-    right = dict.fromkeys(scored.picks, 0)
+    right = dict.fromkeys(scored, 0)
     for i, example in enumerate(examples):
         texts = example.choices
         scores = [their_logprob(their_policy, example.prompt, chat.reply(text)) for text in texts]
         letters = [their_logprob(their_policy, example.prompt, chat.reply(letter)) for letter in LETTERS[: len(texts)]]
         per_char = [score / len(text) for score, text in zip(scores, texts, strict=True)]  # as the harness's acc_norm
         for name, values in (("letter", letters), ("summed", scores), ("per char", per_char)):
-            assert scored.picks[name][i] == values.index(max(values)), (name, i)
+            assert scored[name][i] == values.index(max(values)), (name, i)
             right[name] += values.index(max(values)) == i % 2
-    assert {name: estimate.value for name, estimate in accuracies(scored).items()} == {n: c / 24 for n, c in right.items()}
+    assert {name: accuracy(picks, examples).value for name, picks in scored.items()} == {n: c / 24 for n, c in right.items()}
 
 
 def test_perplexity_is_transformers(models):

@@ -1,6 +1,5 @@
 """llama.cpp reads an exported model as we do: the same tokens, the same log-probabilities, the same answers."""
 
-import contextlib
 import random
 from dataclasses import replace
 
@@ -49,13 +48,12 @@ def source(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(source, tmp_path_factory):
     """{format: ask} of a server for each format."""
-    with contextlib.ExitStack() as stack:
-        servers = {}
-        for to in TYPES:
-            file = tmp_path_factory.mktemp(to) / "phi.gguf"
-            export(source, file, to, load_chat(source, SYSTEM))
-            servers[to] = stack.enter_context(llama_server(file, exact=True))
-        yield servers
+    servers = {}
+    for to in TYPES:
+        file = tmp_path_factory.mktemp(to) / "phi.gguf"
+        export(source, file, to, load_chat(source, SYSTEM))
+        servers[to] = llama_server(file, exact=True)
+    return servers
 
 
 @pytest.fixture(scope="module")

@@ -62,12 +62,14 @@ def test_there_must_be_a_model_and_adapters_need_a_base_that_others_have(tmp_pat
     assert [file.name for file in files_to_send(tmp_path)] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_names_and_sizes_and_needs_no_hub(model):
     status, said, _ = push(model, "http://127.0.0.1:9", "", "--dry-run")
     assert status == 0 and "5 files, 0.0 MB\nNothing was sent." in said
     assert all(name in said for name in MODEL) and not any(name in said for name in PRIVATE)
 
 
+@pytest.mark.slow
 def test_a_push_makes_the_repository_and_a_second_one_sends_no_large_file_again(model):
     """The connection is cut twice: while a large file is sent, which the library tries again, and at the commit."""
     with hub_to_write_to(TOKEN, cuts=["/store/", "/commit/"]) as (endpoint, repository):
@@ -86,6 +88,7 @@ def test_a_push_makes_the_repository_and_a_second_one_sends_no_large_file_again(
         assert repository["files"]["model.safetensors"] == b"sent before"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "token, told",
     [("", "does not know you; make a token"), ("hf_nobody", "does not know you"), ("hf_reader", "may not write to")],
@@ -96,6 +99,7 @@ def test_what_the_hub_refuses_is_one_line(model, token, told):
         assert status == 2 and told in error and error.count("\n") == 1 and not repository["files"]
 
 
+@pytest.mark.slow
 def test_the_hub_cannot_be_reached(model):
     status, _, error = push(model, "http://127.0.0.1:9", TOKEN)
     assert status == 2 and "me/model: the upload failed" in error and error.count("\n") == 1

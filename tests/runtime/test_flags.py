@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_flags_of_every_kind():
     got = parse("--stage eval --model a b --data x.jsonl --eps 0.1 --samples 0 --letter-only".split())
     assert got.settings.model == ["a", "b"] and got.settings.eps == 0.1 and got.settings.samples == 0
-    assert got.settings.letter_only and got.typed == {"model", "data", "eps", "samples", "letter_only"}
+    typed = {name for name, layer in got.origins.items() if layer == "flag"}
+    assert got.settings.letter_only and typed == {"model", "data", "eps", "samples", "letter_only"}
     grid = parse("--stage sweep --grid beta=0.1,0.3 --grid eps=0,0.1".split())
     assert grid.settings.grid == ["beta=0.1,0.3", "eps=0,0.1"]
     assert parse(["--stage=sft", "--model=x", "--train=y"]).settings.stage == "sft"
@@ -59,25 +60,26 @@ MISTAKES = {
     "--metric loss": "--metric loss: choose one of debiased_accuracy",
     "--lora-alpha 8": "--lora-alpha needs adapters; add --lora 16",
     "--lora 8 --base bf16 --dtype fp32": "--base bf16 needs --dtype bf16",
-    "--lora 8 --base nf4 --compile": "--compile would keep the decoded weights of --base nf4",
+    "--lora 8 --base nf4 --compile": "--compile would keep the decoded weights of --base; leave it out",
     "--lora 8 --lora-targets ,": "--lora-targets ',': give some of q_proj,k_proj,v_proj,dense,fc1,fc2 with commas",
     "--lora 8 --lora-targets lm_head": "--lora-targets 'lm_head': give some of q_proj",
     "--lora 8 --lora-targets q_proj,query": "--lora-targets 'q_proj,query': give some of q_proj",
-    "--stage mcq": "--stage mcq needs --model DIR and --train FILE.jsonl",
+    "--stage mcq": "--model is missing: a directory, or a hub name such as microsoft/phi-2",
+    "--stage mcq --model x": "--train FILE.jsonl is missing: the rows to tune x on",
     "--stage sft --last-turn-only --whole-text": "--last-turn-only has no effect beside --whole-text",
-    "--stage sft --preset report": "--preset report is for --stage dpo and sweep",
-    "--stage qat --to nf4 --preset 8gb": "--preset 8gb trains adapters, --stage qat all weights",
-    "--stage qat": "--to FORMAT is missing; choose one of int8",
+    "--stage sft --preset report": "--preset: invalid choice: 'report'",
+    "--stage qat --to nf4 --preset 8gb": "--preset: invalid choice: '8gb'",
+    "--stage qat": "--to is missing: number format of the weights (int8, llm.int8",
     "--stage qat --to nf4 --beta 1": "--beta is for --objective dpo; add that, or leave it out",
-    "--stage quantize --to nf4": "--model is missing: --stage quantize needs a model",
+    "--stage quantize --to nf4": "--model is missing: a directory, or a hub name such as microsoft/phi-2",
     "--stage quantize --model x --to int8 --block 32": "--block has no effect on --to int8, which has one scale per row",
-    "--stage chat": "--model is missing: --stage chat needs a model, such as --model out/demo-dpo",
+    "--stage chat": "--model is missing: a directory, or a hub name such as microsoft/phi-2",
     "--stage chat --model x --top-p 1.5": "--top-p 1.5: is a probability: above 0, at most 1",
     "--stage sweep": "--stage sweep takes either --grid FLAG=VALUES",
     "--stage sweep --grid beta=1 --preset report": "--stage sweep takes either",
-    "--stage sweep --preset 8gb": "--preset 8gb is for the training stages",
-    "--stage sweep --preset report --loss sigmoid": "--preset report is about the robust loss",
-    "--stage eval --model x --precisions nf5": "--precisions: no 'nf5'; choose from fp32",
+    "--stage sweep --preset 8gb": "--preset: invalid choice: '8gb'",
+    "--stage sweep --preset report --loss sigmoid": "--loss is for --grid; --preset report is about the robust loss",
+    "--stage eval --model x --precisions nf5": "--precisions 'nf5': give some of fp32",
     "--stage eval --model x --precisions nf4 --dtype bf16": "--dtype has no effect beside --precisions",
     "--stage eval --model x x": "--model names a model twice",
     "--stage eval --model x --letter-only": "--letter-only is for --data; held-out rows are read as their run read them",

@@ -281,7 +281,6 @@ def test_pickle_is_not_read(saved):
         ({"model_type": "llama"}, "model_type is 'llama', not 'phi'"),
         ({"model_type": "phi3"}, "model_type is 'phi3', not 'phi'"),
         ({"model_type": None}, "model_type is None"),
-        ({"model_type": "phi-msft"}, "this is the format that Phi-2 had before January 2024; convert it with"),
         ({"qk_layernorm": True}, "qk_layernorm = True is not supported"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
         ({"hidden_act": "silu"}, "hidden_act = 'silu' is not supported"),
@@ -426,9 +425,8 @@ def test_hub_model_is_downloaded_once_and_every_failure_is_an_input_error(saved,
 
     result = load_from_hub(endpoint, home, "owner/tiny", "owner/other")  # the server is gone now
     assert result["owner/tiny"] == total  # the local copy
-    assert result["owner/other"] == (
-        f"owner/other: no such directory in {ROOT}, and the hub cannot be reached or refuses, and no complete copy is here"
-    )
+    offline = "no complete copy is here, and the hub cannot be reached or refuses; give a path"
+    assert result["owner/other"] == f"owner/other: {offline}"
 
 
 def test_a_second_save_in_the_same_directory_leaves_nothing_of_the_first(tmp_path, monkeypatch):
