@@ -59,8 +59,7 @@ def files_of(source: str | Path) -> dict[str, Path]:
         raise InputError(f"{source}: holds several splits, such as {min(mixed)}; give a file, or a folder with one of them")
     others = choose_files([name for name in names if name not in found and Path(name).name not in ABOUT], split)
     if others:
-        two = f"{found[0]} and {others[0]}"
-        raise InputError(f"{source}: holds files in two formats, {two}; give a folder with those to read")
+        raise InputError(f"{source}: holds files in two formats, {found[0]} and {others[0]}; give a folder with one")
     return {f"{source}/{name}": Path(source, name) for name in found}
 
 

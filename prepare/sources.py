@@ -219,7 +219,7 @@ class Reading:
     items: list[Item]
     origin: str  # a path, or repository@commit
     counts: Counter  # the records: those used, and those left out, by reason
-    bad: list[str] = field(default_factory=list)  # "file:record: reason" of those that cannot be used
+    bad: list[str]  # "file:record: reason" of those that cannot be used
 
 
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:
