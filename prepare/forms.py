@@ -369,8 +369,7 @@ def read_mcq(row: dict, form: Form, kind: str) -> Row:
         right = answer
     else:
         raise ValueError(f'"{key}" is {str(answer)[:60]!r}, not the letter of an option, nor its number from 0 on')
-    explanation = row.get("explanation", "")
-    explanation = as_text(explanation, "explanation").strip() if explanation != "" else ""
+    explanation = as_text(row.get("explanation", ""), "explanation", blank=True).strip()
     letter = LETTERS[right]
     reply = letter if kind == "mcq letter" else f"{explanation}\n\nAnswer: {letter}".strip()
     return Row([{"role": "user", "content": question}], [reply], "", {}, choices, right)

@@ -35,7 +35,6 @@ from runtime.settings import Tuning
 from runtime.weights import hub_names, hub_snapshot
 
 SHOWN = 20  # reasons that an error message lists
-shown = functools.cache(printable)  # of a file's name, which stands in front of every record's number
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")  # of data files; of a folder, those with the first that is there
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of Hugging Face, beside the rows
 HUB = re.compile(r"hub:(?P<repo>[^@:/]+/[^@:/]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
@@ -60,8 +59,7 @@ def files_of(source: str | Path) -> dict[str, Path]:
         raise InputError(f"{source}: holds several splits, such as {min(mixed)}; give a file, or a folder with one of them")
     others = choose_files([name for name in names if name not in found and Path(name).name not in ABOUT], split)
     if others:
-        two = f"{found[0]} and {others[0]}"
-        raise InputError(f"{source}: holds files in two formats, {two}; give a folder with those to read")
+        raise InputError(f"{source}: holds files in two formats, {found[0]} and {others[0]}; give a folder with one")
     return {f"{source}/{name}": Path(source, name) for name in found}
 
 
@@ -175,9 +173,10 @@ def read_each(source: str | Path, files: dict[str, Path], read: Callable, on_bad
     """
     made, bad = [], ledger.bad_rows
     for name, file in files.items():
+        name = printable(name)
         for number, record in records(file):
             ledger.rows += 1
-            where = f"{shown(name)}:{number}"
+            where = f"{name}:{number}"
             try:
                 made.append(read(parsed(record), where))
             except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import LETTERS, Ledger
-from prepare.forms import as_text, read_row
+from prepare.forms import as_text, named_options, read_row
 from prepare.rows import files_of, read_each
 from runtime.files import InputError
 from runtime.weights import hub_snapshot
@@ -86,14 +86,6 @@ def text(record: dict, name: str) -> str:
     return as_text(record[name], name, blank=True)
 
 
-def texts(record: dict, name: str) -> list[str]:
-    """A field that has to be a list of 2 to 10 texts, the options of a question."""
-    values = record[name]
-    if not isinstance(values, list) or not 2 <= len(values) <= len(LETTERS):
-        raise ValueError(f'"{name}" is not a list of 2 to {len(LETTERS)} texts')
-    return [text({name: value}, name) for value in values]
-
-
 def label(record: dict, name: str) -> str:
     """What something is called, as text; empty if it is null or absent."""
     value = record.get(name)
@@ -118,7 +110,7 @@ def without_letters(options: list[str]) -> list[str]:
 
 def mmlu_stem(record: dict) -> list[Item]:
     """question, choices (list), answer (0-3), subject."""
-    choices, subject = texts(record, "choices"), text(record, "subject")
+    choices, subject = [*named_options(record["choices"], "choices").values()], text(record, "subject")
     right = option(label(record, "answer"), "0123456789", len(choices))
     topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
     return [Item(text(record, "question"), choices[right], choices, right, topic=topic)]
@@ -171,7 +163,7 @@ def sciq(record: dict) -> list[Item]:
 
 def aqua_rat(record: dict) -> list[Item]:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
-    choices = without_letters(texts(record, "options"))
+    choices = without_letters([*named_options(record["options"], "options").values()])
     right = option(text(record, "correct"), LETTERS, len(choices))
     question = re.sub(r"\s*\bOptions\s*:?\s*$", "", text(record, "question"))  # some end with the heading of their options
     return [Item(question, choices[right], choices, right, text(record, "rationale"), topic="Mathematics")]
@@ -227,7 +219,7 @@ class Reading:
     items: list[Item]
     origin: str  # a path, or repository@commit
     counts: Counter  # the records: those used, and those left out, by reason
-    bad: list[str] = field(default_factory=list)  # "file:record: reason" of those that cannot be used
+    bad: list[str]  # "file:record: reason" of those that cannot be used
 
 
 def read_source(name: str, path: str | None = None, revision: str | None = None, on_bad_row: str = "stop") -> Reading:

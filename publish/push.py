@@ -47,12 +47,10 @@ def files_to_send(directory: Path) -> list[Path]:
 def send(files: list[Path], repo: str, private: bool) -> str:
     """Makes the repository, if there is none, and adds the files in one commit; returns its address. InputError if the hub
     refuses or cannot be reached."""
-    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # it tries again by itself, and says so in several lines
-    if not get_token():
-        raise InputError("no token: make one with the right to write at hf.co/settings/tokens, then set HF_TOKEN to it")
     try:
         api = HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
@@ -63,6 +61,7 @@ def send(files: list[Path], repo: str, private: bool) -> str:
     except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # the last wraps what stopped a large file
         error = error.__cause__ or error
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = {401: "the hub does not know this token", 403: f"this token may not write to {repo}"}.get(status)
+        make_one = "make a token with the right to write at hf.co/settings/tokens, then set HF_TOKEN to it"
+        reason = {401: f"the hub does not know you; {make_one}", 403: f"your token may not write to {repo}"}.get(status)
         goes_on = f"the upload failed ({first_line(error)}); the same command goes on with it"
         raise InputError(f"{repo}: {reason or goes_on}") from None

@@ -241,7 +241,7 @@ def test_a_data_set_of_the_hub_is_read_once_and_then_without_a_connection(tmp_pa
     cached, other, absent = read("hub:o/prefs:train_prefs", "hub:o/prefs:test_prefs", "hub:o/absent", offline=True)
     assert cached == found
     assert other.startswith("error: ") and "the hub cannot be reached" in other
-    assert "the hub cannot be reached or refuses, and no complete copy is here" in absent
+    assert "no complete copy is here, and the hub cannot be reached or refuses" in absent
     with pytest.raises(InputError, match="hub:: write hub:ORG/NAME, hub:ORG/NAME:SPLIT"):
         files_of("hub:")
 

@@ -90,7 +90,8 @@ def test_a_push_makes_the_repository_and_a_second_one_sends_no_large_file_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "token, told", [("", "no token: make one"), ("hf_nobody", "does not know this token"), ("hf_reader", "may not write to")]
+    "token, told",
+    [("", "does not know you; make a token"), ("hf_nobody", "does not know you"), ("hf_reader", "may not write to")],
 )
 def test_what_the_hub_refuses_is_one_line(model, token, told):
     with hub_to_write_to(TOKEN) as (endpoint, repository):
