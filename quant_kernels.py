@@ -6,7 +6,6 @@ quant.py says what is computed; each function here computes the same with fewer 
     nearest            numbers to codes, two look-ups instead of a binary search
     int8_product       y = x W~^T. On the CPU a few rows of W~ are decoded at a time and stay in the cache. For 4 bits on
     blockwise_product  CUDA, Triton kernels decode a few values at a time, which stay in registers
-    output_logits      the output layer of a step of generation
 
 Decoding a token at a time multiplies one x with every weight: each weight is read once and used for two operations, so
 memory bandwidth is the limit, and 4.5 bits a weight can be 3.6 times as fast as 16. With many x the arithmetic is
@@ -31,7 +30,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -146,16 +144,6 @@ def in_parts(x: Tensor, out_features: int, whole: int, rows: Callable[[int, int]
     step = out_features if x.is_cuda else max(1, CHUNK // (x.shape[1] * whole)) * whole
     parts = [(start, min(start + step, out_features)) for start in range(0, out_features, step)]
     return torch.cat([F.linear(x, rows(*part).to(x.dtype)) for part in parts], dim=1)
-
-
-def output_logits(hidden: Tensor, layer: nn.Module) -> Tensor:
-    """The output layer for a few rows: [B, D] -> [B, V]. It is much taller than wide, and on a CPU the product W x^T reads
-    such a W up to four times as fast as x W^T does, if x has two rows or more."""
-    few = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) <= 16
-    if not few or type(layer) is not nn.Linear:
-        return layer(hidden)
-    rows = hidden if len(hidden) > 1 else hidden.repeat(2, 1)
-    return torch.addmm(layer.bias[:, None], layer.weight, rows.T).T[: len(hidden)]
 
 
 def int32_product(a: Tensor, b: Tensor) -> Tensor:

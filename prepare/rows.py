@@ -173,10 +173,9 @@ def read_each(source: str | Path, files: dict[str, Path], read: Callable, on_bad
     """
     made, bad = [], ledger.bad_rows
     for name, file in files.items():
-        name = printable(name)
         for number, record in records(file):
             ledger.rows += 1
-            where = f"{name}:{number}"
+            where = printable(f"{name}:{number}")
             try:
                 made.append(read(parsed(record), where))
             except (ValueError, RecursionError) as error:

@@ -9,10 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 import generate as generate_file
 from data import ChatML, load_tokenizer
-from generate import BUCKET, KVCache, RecordedStep, generate, rows_that_fit, sample, sample_answers, stream
+from generate import BUCKET, KVCache, RecordedStep, generate, output_logits, rows_that_fit, sample, sample_answers, stream
 from model import Phi, PhiConfig
 from quant import quantize_layer, quantize_model
-from quant_kernels import output_logits
 from runtime import memory
 
 
