@@ -513,6 +513,10 @@ def main(argv: list[str]) -> int:
     except torch.OutOfMemoryError as error:
         advice = "Lower --micro-batch-size or --max-length, or add --gradient-checkpointing."
         message, status = f"error: {first_line(error)}\n{advice}", 2
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        message, status = f"error: --compile fails here: {first_line(error)}\nIt needs a C++ compiler; or leave it out.", 2
     except KeyboardInterrupt:
         goes_on = "; --resume goes on from the last checkpoint" if command.settings.stage in TRAINING else ""
         message, status = f"\nStopped. Nothing half-written is left{goes_on}.", 130

@@ -222,4 +222,5 @@ def curves(runs: list[Run], path: Path) -> None:
                     points = [(row["step"], row[metric]) for row in read_metrics(run.directory) if metric in row]
                     axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=label)
             axis.set(xlabel="optimizer step", ylabel=CURVES[metric], title=f"{flag}, evaluation rows".lstrip(", "))
-            axis.legend(fontsize=7)
+            if colours:
+                axis.legend(fontsize=7)

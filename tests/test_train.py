@@ -52,6 +52,16 @@ def weights(run: Path) -> str:
     return fingerprint(Phi.from_pretrained(run))
 
 
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_one_line(tiny, pairs, tmp_path, monkeypatch, capsys):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
+    assert main(flags("dpo", tiny, pairs, tmp_path, *SHORT, "--compile")) == 2
+    said = capsys.readouterr().err
+    assert "error: --compile fails here" in said and "Traceback" not in said
+
+
 # ------------------------------------------------------------------------------------------------------ what a run leaves
 
 
