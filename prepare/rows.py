@@ -64,20 +64,21 @@ def files_of(source: str | Path) -> dict[str, Path]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The files in a folder and in those below it, but no hidden ones and no truth files."""
+    """The files in a folder and in those below it."""
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename}: {error.strerror}")
 
     paths = [Path(at, name) for at, _, names in os.walk(folder, onerror=unreadable, followlinks=True) for name in names]
-    names = [path.relative_to(folder) for path in paths if not path.name.endswith(".truth.jsonl")]
-    return [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def choose_files(names: list[str], split: str = "") -> list[str]:
     """Of the names of a data set's files those that a split, if one is given, begins the name or is the folder of; of these,
-    the ones in the first format of SUFFIXES, sorted."""
-    pool = [name for name in names if re.search(rf"(^|/){re.escape(split)}([-./]|$)", name)] if split else names
+    the ones in the first format of SUFFIXES, sorted. Hidden files and truth files hold no rows."""
+    pool = [name for name in names if not re.search(r"(^|/)\.|\.truth\.jsonl$", name)]
+    if split:
+        pool = [name for name in pool if re.search(rf"(^|/){re.escape(split)}([-./]|$)", name)]
     for suffix in SUFFIXES:
         if found := [name for name in pool if name.removesuffix(".gz").endswith(suffix)]:
             return sorted(found)

@@ -202,6 +202,7 @@ def test_which_files_of_a_data_set_are_a_split():
     names = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"]
     assert choose_files([*names, "train.json", "README.md"], "train") == names[:2]
     assert choose_files(names, "test") == names[2:]
+    assert choose_files(["train.jsonl", "train.truth.jsonl", ".cache/train.jsonl", "data/._train.jsonl"]) == ["train.jsonl"]
     preferences = ["data/train_prefs-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"]
     assert choose_files(preferences, "train") == [] and choose_files(preferences, "train_prefs") == preferences[:1]
     folders = ["helpful/test.jsonl.gz", "helpful/train.jsonl.gz", "harmless/train.jsonl.gz"]
