@@ -329,7 +329,7 @@ def written_options(question: str) -> list[str]:
     return [text.strip() for _, text in found]
 
 
-def named_options(value: object, name: str) -> dict[str, str]:
+def named_options(value: object, name: str, blank: bool = False) -> dict[str, str]:
     """{label: text} of the options in a field: a list of texts, whose labels are letters, a list of {"label", "text"}, or
     {"label": [...], "text": [...]}."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # in a cell of CSV
@@ -344,7 +344,7 @@ def named_options(value: object, name: str) -> dict[str, str]:
     counted = isinstance(texts, list) and isinstance(labels, list) and 2 <= len(texts) <= len(LETTERS)
     if not counted or len({str(label) for label in labels}) != len(texts):
         raise ValueError(f'"{name}" is not a list of 2 to {len(LETTERS)} texts, nor of texts with a label each')
-    return {str(label): as_text(text, name) for label, text in zip(labels, texts)}
+    return {str(label): as_text(text, name, blank) for label, text in zip(labels, texts)}
 
 
 def read_mcq(row: dict, form: Form, kind: str) -> Row:

@@ -86,6 +86,11 @@ def text(record: dict, name: str) -> str:
     return as_text(record[name], name, blank=True)
 
 
+def texts(record: dict, name: str) -> list[str]:
+    """The options of a question. Some are empty in published sets; the build counts and leaves out their questions."""
+    return [*named_options(record[name], name, blank=True).values()]
+
+
 def label(record: dict, name: str) -> str:
     """What something is called, as text; empty if it is null or absent."""
     value = record.get(name)
@@ -110,7 +115,7 @@ def without_letters(options: list[str]) -> list[str]:
 
 def mmlu_stem(record: dict) -> list[Item]:
     """question, choices (list), answer (0-3), subject."""
-    choices, subject = [*named_options(record["choices"], "choices").values()], text(record, "subject")
+    choices, subject = texts(record, "choices"), text(record, "subject")
     right = option(label(record, "answer"), "0123456789", len(choices))
     topic = MMLU_TOPICS.get(subject, subject.replace("_", " ").capitalize())
     return [Item(text(record, "question"), choices[right], choices, right, topic=topic)]
@@ -163,7 +168,7 @@ def sciq(record: dict) -> list[Item]:
 
 def aqua_rat(record: dict) -> list[Item]:
     """question, options ("A)5 km", five of them), rationale, correct (a letter)."""
-    choices = without_letters([*named_options(record["options"], "options").values()])
+    choices = without_letters(texts(record, "options"))
     right = option(text(record, "correct"), LETTERS, len(choices))
     question = re.sub(r"\s*\bOptions\s*:?\s*$", "", text(record, "question"))  # some end with the heading of their options
     return [Item(question, choices[right], choices, right, text(record, "rationale"), topic="Mathematics")]
@@ -239,6 +244,8 @@ def read_source(name: str, path: str | None = None, revision: str | None = None,
         origin = f"{source.repo}@{folder.name}"
         found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in source.files)), [])
         files = {str(file): file for file in found}
+        if not files:
+            raise InputError(f"{origin}: no file like {' or '.join(source.files)} is there; give a copy as {name}=PATH")
     else:
         raise InputError(f"--sources {name}: this set is not on the hub; give your copy as {name}=PATH")
 

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from hub_server import SHA, hub, lines_printed
 
+from prepare import mixture
 from prepare.sources import SOURCES, option, read_source, without_letters
 from runtime.files import InputError
 
@@ -225,6 +226,13 @@ def test_whatever_stands_in_a_field_the_record_is_used_or_bad(name, tmp_path):
         "".join([*texts, *item.choices]).encode()
 
 
+@pytest.mark.parametrize(("name", "field"), [("mmlu_stem", "choices"), ("aqua_rat", "options")])
+def test_a_question_with_an_empty_option_is_left_to_the_build(name, field, tmp_path):
+    *most, _ = RECORDS[name][field]
+    (item,) = read(name, tmp_path, {field: [*most, ""]})
+    assert item.choices[-1] == "" and mixture.is_empty(item)
+
+
 def test_the_right_option_by_its_letter():
     assert [option(given, "ABC", 2) for given in ("A", " b ", "B")] == [0, 1, 1]
     for given in ("C", "", "AB", "1"):
@@ -353,14 +361,16 @@ def test_a_source_comes_from_the_hub_once_at_a_pinned_commit_and_then_offline(tm
     def read(*names, offline=False):
         return lines_printed(code, names, endpoint, tmp_path / "home", offline)
 
-    with hub({"allenai/sciq": published, "TIGER-Lab/TheoremQA": published}) as (endpoint, requests):
-        newest, pinned, broken, missing = read("sciq", f"sciq@{SHA}", "theoremqa", "open_platypus")
+    sets = dict.fromkeys(("allenai/sciq", "TIGER-Lab/TheoremQA", "deepmind/aqua_rat"), published)
+    with hub(sets) as (endpoint, requests):
+        newest, pinned, broken, moved, missing = read("sciq", f"sciq@{SHA}", "theoremqa", "aqua_rat", "open_platypus")
         assert newest == pinned == f"3 allenai/sciq@{SHA}"  # the training split, and the commit it is
         fetched = {path.rpartition("/")[2] for path in requests if "/resolve/" in path and "sciq" in path}
         assert fetched == {"train-00000-of-00001.parquet"}
         assert "has no column 'Picture'; found: question" in broken
+        assert "no file like raw/train-*.parquet is there; give a copy as aqua_rat=PATH" in moved
         assert "no such repository on the hub" in missing
-    cached, absent = read(f"sciq@{SHA}", "aqua_rat", offline=True)
+    cached, absent = read(f"sciq@{SHA}", "mmlu_stem", offline=True)
     assert cached == f"3 allenai/sciq@{SHA}"
     assert "the hub cannot be reached or refuses; give a path" in absent
 
