@@ -252,7 +252,7 @@ def ask_all(requests: list[Request], teacher: Teacher, label: str) -> list[str |
             try:
                 asyncio.run(_ask_missing(todo, teacher, label))
             except (InputError, OSError) as error:  # a full disk, for example
-                stop = redact(str(error))
+                stop = redact(f"{journal.path}: {error.strerror}" if isinstance(error, OSError) else str(error))
     if missing := len(teacher.missing(requests)):
         left = f"{missing:,} of {len(requests):,} answers are missing; the same command asks only for those"
         raise InputError(f"{stop or 'the server of the teacher failed'} ({left})")
@@ -267,7 +267,7 @@ def check_environment() -> None:
         raise InputError("OPENAI_API_KEY is not set in the environment (a local server takes any text)")
     if not re.fullmatch("[!-~]+", key):
         raise InputError("OPENAI_API_KEY holds a blank, a line break or another character that no key has; set it anew")
-    if url and not re.fullmatch(r"https?://([!-~]+@)?[^\s/@]+(/[!-~]*)?", url):  # user, host and port, path
+    if url and not re.fullmatch(r"(?i)https?://([!-~]+@)?(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?", url):
         raise InputError(f"OPENAI_BASE_URL {url!r} is no address such as http://localhost:8000/v1")
 
 

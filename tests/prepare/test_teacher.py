@@ -210,6 +210,9 @@ def test_a_server_that_always_fails_is_not_asked_everything(serve, asker):
         ("OPENAI_BASE_URL", "localhost:8000/v1", "'localhost:8000/v1' is no address such as http"),
         ("OPENAI_BASE_URL", "http://me:hunter2two@", r"'http://\*\*\*@' is no address"),
         ("OPENAI_BASE_URL", "http://localhost:8000/v1\n", "is no address"),
+        ("OPENAI_BASE_URL", "http://localhost:port/v1", "is no address"),
+        ("OPENAI_BASE_URL", "http://\x1b[2J/v1", "is no address"),
+        ("OPENAI_BASE_URL", "http://[::1", "is no address"),
     ],
 )
 def test_a_key_or_address_that_cannot_work_stops_at_once(serve, asker, monkeypatch, name, value, message):
@@ -265,6 +268,13 @@ def test_an_answer_that_cannot_be_written_is_an_error_and_spoils_nothing(asker):
     journal.path = path
     journal.add(key="c", answer="z", tokens=[1, 1])
     assert asker().journal.answers == {"a": "x", "c": "z"}
+
+
+def test_a_journal_that_cannot_be_written_is_named(serve, asker):
+    one = asker()
+    serve(lambda body: one.journal.path.unlink() or "fine")
+    with pytest.raises(InputError, match=r"j\.jsonl: No such file or directory \(1 of 1 answers are missing"):
+        ask_all(questions(1), one, "x")
 
 
 def test_tokens_of_all_attempts_are_counted(serve, asker):
