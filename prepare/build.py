@@ -27,6 +27,8 @@ def run(settings: Data) -> int:
     folder = Path(settings.out) / settings.name
     if not settings.dry_run:
         check_name(settings)
+        if folder.exists() and not (folder / "run.json").exists() and any(folder.iterdir()):  # hidden files, such as .git
+            raise InputError(f"{folder} holds files that the data sets would replace; give these another --name")
     sizes, shares = sizes_and_shares(settings)
     teacher = open_teacher(settings)
 

@@ -243,6 +243,9 @@ def test_a_folder_that_this_program_did_not_make_is_not_replaced(files, tmp_path
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="data has no run.json, so it is not a run of this program"):
         run("--sources", files, "--out", tmp_path, "--overwrite")
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    with pytest.raises(InputError, match="clone holds files that the data sets would replace"):
+        run("--sources", files, "--out", tmp_path, "--name", "clone")
 
 
 def test_the_price_is_in_then_out(tmp_path):
