@@ -94,6 +94,8 @@ def texts(record: dict, name: str) -> list[str]:
 def label(record: dict, name: str) -> str:
     """What something is called, as text; empty if it is null or absent."""
     value = record.get(name)
+    if isinstance(value, dict):
+        raise ValueError(f'"{name}" is an object, not text')
     return "" if value is None else text({name: str(value)}, name)
 
 

@@ -140,6 +140,7 @@ def test_platypus_keeps_stem_and_the_licence_of_each_row(tmp_path):
         ("aqua_rat", {"correct": "F"}, r"x\.json:1: the right option is .F., but there are 5"),
         ("epfl", {"preference": [{"A": "a", "B": "b", "overall": "C"}]}, "neither A nor B"),
         ("mmlu_stem", {"answer": 9}, "the right option is '9', but there are 4: 0, 1, 2, 3"),
+        ("theoremqa", {"Answer": {"value": 3}}, r"x\.json:1: .Answer. is an object, not text"),
     ],
 )
 def test_what_does_not_fit_names_file_record_and_columns(name, change, message, tmp_path):
