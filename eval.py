@@ -58,7 +58,7 @@ def run(settings: Eval) -> int:
     measured, contestants, notes = gather(settings)
     if settings.precisions:  # what differs is the weights' format alone, so products are fp32 in all
         settings = replace(settings, dtype="fp32")
-        contestants = [replace(contestants[0], name=name, precision=name) for name in settings.precisions.split(",")]
+        contestants = [replace(contestants[0], name=p, precision=p) for p in map(str.strip, settings.precisions.split(","))]
     encoder = None  # network and tokenizer for BERTScore
     if settings.bert:
         encoder = load_encoder(resolve(settings.bert), BEST_LAYERS.get(Path(settings.bert).name), settings.device)

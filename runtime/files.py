@@ -159,7 +159,8 @@ def read_fields(value: object, kinds: dict[str, Any], where: str | Path) -> dict
         found = value.get(name)
         flag_for_number = type(found) is bool and bool not in (kind, *get_args(kind))  # to Python True is an int
         endless = type(found) in (int, float) and not abs(found) < 1e30  # NaN, infinity, and what fp32 makes infinite
-        if flag_for_number or endless or not isinstance(found, kind):
+        allowed = kind | int if float in (kind, *get_args(kind)) else kind  # to JSON 1 and 1.0 are one number
+        if flag_for_number or endless or not isinstance(found, allowed):
             wrong = "missing" if found is None else f"{found!s:.30}" if endless else type(found).__name__
             raise InputError(f'{where}: "{name}" is {wrong}, not {getattr(kind, "__name__", kind)}')
     return {name: value.get(name) for name in kinds}

@@ -259,7 +259,7 @@ def check_limits(settings: Any) -> None:
                 raise InputError(f"{flag} {value}: {words}")
         if value is not None and meta["choices"] and value not in meta["choices"]:
             raise InputError(f"{flag} {value!r:.60}: choose one of {', '.join(meta['choices'])}")
-        if value is not None and meta["some"] and not {*value.split(",")} <= {*meta["some"]}:
+        if value is not None and meta["some"] and not {*map(str.strip, value.split(","))} <= {*meta["some"]}:
             raise InputError(f"{flag} {value!r:.60}: give some of {','.join(meta['some'])} with commas between them")
     metrics = METRICS.get(getattr(settings, "objective", None), ())  # not the robust loss, which ranks diverging runs first
     if (metric := getattr(settings, "metric", None)) and metric not in metrics:

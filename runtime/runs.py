@@ -352,7 +352,7 @@ def read_metrics(run: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
             read_fields(rows[-1], {"step": int}, "the line")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not a line of metrics ({error}); remove it") from None
     return rows
 

@@ -389,7 +389,7 @@ def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
 
 
 def test_a_line_of_the_metrics_or_a_state_that_is_none_is_named(tiny, tmp_path):
-    for line in ("{", "[1]", '{"step": "1"}', '{"loss": 1}', "\x00"):
+    for line in ("{", "[1]", '{"step": "1"}', '{"loss": 1}', "\x00", "[" * 100_000):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
         with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a line of metrics .*; remove it"):
             read_metrics(tmp_path)

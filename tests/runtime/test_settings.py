@@ -69,6 +69,8 @@ def stored(**changes):
 
 def test_stored_settings_come_back():
     assert from_stored(stored(lr=3e-4), "run.json") == settle("dpo", {"model": "x", "train": "y", "lr": 3e-4}).settings
+    by_hand = from_stored(stored(beta=1, lora=4, lora_targets="q_proj, fc1"), "run.json")  # some programs write 1.0 as 1
+    assert (by_hand.beta, by_hand.lora_targets) == (1, "q_proj, fc1")
 
 
 def test_a_setting_that_is_unknown_or_missing_is_named():
