@@ -295,6 +295,7 @@ def _misplaced(s: Any, stage: str) -> list[tuple[bool, str, str]]:
     tunes, evaluates, sweeps, to = stage in (*TRAINING, "sweep"), stage == "eval", stage == "sweep", getattr(s, "to", None)
     return [
         (tunes and s.model == "demo", "revision", "is for hub models; the demo has none"),
+        (stage == "mcq" and s.model == "demo", "model", "cannot be the demo, which has no questions with options"),
         (tunes and not s.train, "eval", "needs --train: the demo's own questions are split by --eval-share"),
         (tunes and s.eval is not None, "eval_share", "has no effect beside --eval; leave one of them out"),
         (tunes and s.objective == "sft", "loss beta eps nll_weight", "is for --objective dpo; add that, or leave it out"),

@@ -65,6 +65,7 @@ MISTAKES = {
     "--lora 8 --lora-targets lm_head": "--lora-targets 'lm_head': give some of q_proj",
     "--lora 8 --lora-targets q_proj,query": "--lora-targets 'q_proj,query': give some of q_proj",
     "--stage mcq": "--model is missing: a directory, or a hub name such as microsoft/phi-2",
+    "--stage mcq --model demo --train x": "--model cannot be the demo, which has no questions with options",
     "--stage mcq --model x": "--train FILE.jsonl is missing: the rows to tune x on",
     "--stage sft --last-turn-only --whole-text": "--last-turn-only has no effect beside --whole-text",
     "--stage sft --preset report": "--preset: invalid choice: 'report'",
